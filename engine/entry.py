@@ -1,0 +1,62 @@
+"""One resident value: what the index holds for a key."""
+
+from typing import Any, Literal
+
+from respkv.tiers.slab import Slot
+
+Kind = Literal["string", "kvpage"]
+
+
+class Entry:
+    """A key and where its bytes are.
+
+    Exactly one of ``value`` (a small value on the heap) and ``slot`` (a place in the arena) is set.
+    The hot path writes ``touched`` and ``hits`` and nothing else, so eviction policies read those
+    two lazily. Times named ``_ms`` are wall-clock milliseconds (TTLs follow the wall clock); other
+    times are seconds of the monotonic clock.
+    """
+
+    __slots__ = (
+        "born",
+        "children",
+        "expires_ms",
+        "held_until",
+        "hits",
+        "key",
+        "kind",
+        "mark",
+        "namespace",
+        "nbytes",
+        "parent",
+        "parent_key",
+        "pinned_until",
+        "position",
+        "priority",
+        "queue",
+        "slot",
+        "tokens",
+        "touched",
+        "value",
+    )
+
+    def __init__(self, key: bytes, kind: Kind, nbytes: int, now: float) -> None:
+        self.key = key
+        self.kind: Kind = kind
+        self.nbytes = nbytes
+        self.value: bytes | None = None
+        self.slot: Slot | None = None
+        self.expires_ms = 0  # 0: never
+        self.touched = now
+        self.born = now
+        self.hits = 0
+        self.held_until = 0.0  # an answer promised it until then
+        self.pinned_until = 0.0
+        self.priority = 0
+        self.namespace = b""
+        self.tokens = 0
+        self.parent_key = b""
+        self.parent: Entry | None = None
+        self.children = 0
+        self.position = -1  # its place in the index's table, for SCAN
+        self.mark: float = 0.0  # for the eviction policy
+        self.queue: Any = None  # for the eviction policy

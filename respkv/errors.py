@@ -1,0 +1,87 @@
+"""Every error respkv raises on purpose.
+
+A ``CacheError`` is an answer: something outside the program said no, and the asker decides what to
+do. Anything else that escapes is a bug and is left to crash its actor. ``code`` is the first word
+of the RESP error that a server makes of it.
+"""
+
+from typing import ClassVar
+
+
+class CacheError(Exception):
+    """The request could not be served; the cache itself is healthy."""
+
+    code: ClassVar[str] = "ERR"
+
+
+class ActorDown(CacheError):
+    """The actor crashed while it held this request. Ask again after it restarts."""
+
+
+class ProtocolError(CacheError):
+    """The peer sent bytes that are not RESP. The connection must be closed."""
+
+
+class ConfigError(CacheError):
+    """A setting is wrong. The message names where it stands, its value and what is accepted."""
+
+
+class Busy(CacheError):
+    """There is no room now for one more; try again later."""
+
+    code = "BUSY"
+
+
+class OutOfMemory(CacheError):
+    """No slot can be had: everything is pinned, leased or in flight, or the value never fits."""
+
+    code = "OOM"
+
+
+class SchemaMismatch(CacheError):
+    """What was sent does not fit the schema of its namespace."""
+
+    code = "KVSCHEMA"
+
+
+class LeaseGone(CacheError):
+    """The lease lapsed or never was; bytes read under it must not be trusted."""
+
+    code = "KVLEASE"
+
+
+class PageCorrupt(CacheError):
+    """Bytes are not the ones that were written for this key."""
+
+    code = "KVCORRUPT"
+
+
+class TierError(CacheError):
+    """A tier could not read or write."""
+
+    code = "KVTIER"
+
+
+class CommandError(CacheError):
+    """A command was refused. ``word`` is the first word of the error reply."""
+
+    def __init__(self, message: str, word: str = "ERR") -> None:
+        super().__init__(message)
+        self.word = word
+
+
+class ServerError(CacheError):
+    """The server answered with an error: ``word`` is its first word, ``message`` the rest."""
+
+    def __init__(self, word: str, message: str) -> None:
+        super().__init__(f"{word} {message}")
+        self.word = word
+        self.message = message
+
+
+class ConnectionLost(CacheError):
+    """The connection broke; a command that was already sent may or may not have been carried out."""
+
+
+class TimedOut(CacheError):
+    """No answer came in time; the connection was closed."""

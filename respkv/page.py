@@ -1,0 +1,108 @@
+"""Pages, their geometry, their ids and their keys: the vocabulary every other module shares.
+
+A page is the K and V of ``T`` consecutive tokens over all layers of one shard, ``[L, 2, T, H, D]``
+contiguous and layer-major, so that a range of layers is a range of bytes. Its id is a chained hash:
+it names the whole prefix that ends with the page, so equal ids mean equal prefixes and the longest
+cached prefix is the longest run of present ids from the start.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+KEY_BYTES_MAX = 512
+PAGE_ID_BYTES = 32
+
+DTYPE_BYTES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The shape of every page of a namespace.
+
+    layers, heads, dim, tokens: L, H, D and T of ``[L, 2, T, H, D]``; dtype: a key of DTYPE_BYTES.
+    """
+
+    layers: int
+    heads: int
+    dim: int
+    tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "dim", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dtype not in DTYPE_BYTES:
+            known = ", ".join(sorted(DTYPE_BYTES))
+            raise ValueError(f"dtype must be one of {known}, not {self.dtype!r}")
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer: K and V of every token and head."""
+        return 2 * self.tokens * self.heads * self.dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a whole page."""
+        return self.layers * self.layer_bytes
+
+    def layer_range(self, first: int, count: int) -> tuple[int, int]:
+        """Return the byte range [start, stop) of ``count`` layers from ``first``.
+
+        Raises ValueError naming the range when it leaves the page.
+        """
+        if first < 0 or count < 1 or first + count > self.layers:
+            raise ValueError(
+                f"layers {first} to {first + count - 1} are not within 0 to {self.layers - 1}"
+            )
+        return first * self.layer_bytes, (first + count) * self.layer_bytes
+
+
+def page_ids(
+    tokens: Sequence[int], *, page_tokens: int, seed: bytes = b"", salt: bytes = b""
+) -> list[bytes]:
+    """Chain the ids of the full pages of a prompt; a last partial page has none.
+
+    tokens:  token ids, 0 to 2**32 - 1.
+    seed:    where the chain starts, e.g. a fingerprint of the model's weights.
+    salt:    mixed into the first page only; separates tenants that must not share.
+    Returns: 32-byte sha256 ids; id i names tokens[: (i + 1) * page_tokens].
+    """
+    if page_tokens < 1:
+        raise ValueError(f"page_tokens must be at least 1, not {page_tokens}")
+    parent = hashlib.sha256(struct.pack("<QQ", len(seed), len(salt)) + seed + salt).digest()
+    ids = []
+    for start in range(0, len(tokens) - page_tokens + 1, page_tokens):
+        page = struct.pack(f"<{page_tokens}I", *tokens[start : start + page_tokens])
+        parent = hashlib.sha256(parent + page).digest()
+        ids.append(parent)
+    return ids
+
+
+def page_key(namespace: str | bytes, page_id: bytes) -> bytes:
+    """Return ``<namespace>:<page id in hex>``. Raises ValueError when it is too long for a key."""
+    name = namespace.encode() if isinstance(namespace, str) else namespace
+    key = name + b":" + page_id.hex().encode()
+    if len(key) > KEY_BYTES_MAX:
+        raise ValueError(f"a page key has at most {KEY_BYTES_MAX} bytes, not {len(key)}")
+    return key
+
+
+def page_keys(namespace: str | bytes, ids: Iterable[bytes]) -> list[bytes]:
+    """Return the key of every id, in order."""
+    return [page_key(namespace, page_id) for page_id in ids]
+
+
+def namespace_of(key: bytes) -> bytes:
+    """Return the namespace of a page key: all before the last colon; empty when there is none."""
+    return key.rpartition(b":")[0]
