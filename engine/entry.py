@@ -4,6 +4,11 @@ from typing import Any, Literal
 
 from respkv.tiers.slab import Slot
 
+SMALL_BYTES_MAX = (
+    448  # values up to this stay on the heap; with its header it fills a 480-byte block
+)
+ENTRY_BYTES = 480  # what an entry costs beyond key and value: measured with tracemalloc
+
 Kind = Literal["string", "kvpage"]
 
 
@@ -56,7 +61,7 @@ class Entry:
         self.tokens = 0
         self.parent_key = b""
         self.parent: Entry | None = None
-        self.children = 0
+        self.children: set[Entry] | None = None  # present pages right behind it in its chain
         self.position = -1  # its place in the index's table, for SCAN
         self.mark: float = 0.0  # for the eviction policy
         self.queue: Any = None  # for the eviction policy

@@ -1,0 +1,218 @@
+"""Room for one more value: which slot it gets, and who must go for it.
+
+Values live in two places. Small ones stay on the heap, under a budget of their own; the others
+live in slots of the arena. Entries queue for eviction by place: one policy per size class of slots
+and one for the heap. Evicting within a class frees a slot of the right size at once, which is the
+steady state of a cache of equal pages. When another class is colder, or the class has no slab yet,
+whole slabs move: the cheapest contiguous run of slabs is cleared and cut anew. (memcached's slab
+rebalancer has the same aim; it moves one slab at a time in the background, here the put that needs
+the room does it, so that a new page size never starves behind an old one.)
+"""
+
+from collections.abc import Callable, Iterator
+from math import inf
+
+from respkv.engine.clock import Clock
+from respkv.engine.entry import ENTRY_BYTES, Entry
+from respkv.engine.eviction import Policy, Verdict, make_policy
+from respkv.errors import OutOfMemory
+from respkv.tiers.slab import Slab, SlabAllocator, Slot
+
+SMALL = 0  # the class of values on the heap
+
+
+class Room:
+    """Slots and heap bytes, and the order in which entries leave them.
+
+    evict: removes an entry from the index and calls ``remove`` here; its slot is free afterwards.
+    small_max: bytes that keys and values on the heap may take, index entries included.
+    """
+
+    def __init__(
+        self,
+        slabs: SlabAllocator,
+        policy: str,
+        *,
+        small_max: int,
+        clock: Clock,
+        evict: Callable[[Entry], None],
+    ) -> None:
+        self.slabs = slabs
+        self.policy = policy
+        self.small_max = small_max
+        self.small_bytes = 0
+        self.slabs_cleared = 0
+        self._clock = clock
+        self._evict = evict
+        self._policies: dict[int, Policy] = {}
+
+    def insert(self, entry: Entry) -> None:
+        """Queue a newly resident entry for eviction, or one that became a leaf again."""
+        self._policy_of(entry).insert(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """Take an entry out of its queue."""
+        self._policy_of(entry).remove(entry)
+
+    def take(self, nbytes: int) -> Slot:
+        """Return a slot for ``nbytes``, held once, after evicting as much as that takes.
+
+        Raises OutOfMemory when it can never fit, or when all that could go is pinned or in use.
+        """
+        slot = self.slabs.take(nbytes)
+        return slot if slot is not None else self._take_from_others(nbytes)
+
+    def take_small(self, nbytes: int) -> None:
+        """Count ``nbytes`` more on the heap, after evicting small values over the budget.
+
+        Raises OutOfMemory when all of them are pinned.
+        """
+        policy = self._policies.get(SMALL)
+        while self.small_bytes + nbytes > self.small_max:
+            victim = policy.victim(self.verdict, self._clock.now) if policy is not None else None
+            if victim is None:
+                raise OutOfMemory(
+                    f"small values: {self.small_bytes} of {self.small_max} bytes are pinned or "
+                    "held; raise small-value-memory"
+                )
+            self._evict(victim)
+        self.small_bytes += nbytes
+
+    def give_back_small(self, nbytes: int) -> None:
+        """Count ``nbytes`` less on the heap."""
+        self.small_bytes -= nbytes
+        assert self.small_bytes >= 0
+
+    def shrink(self) -> None:
+        """Evict until the budgets hold again after they were lowered; stop at what is pinned."""
+        while self.slabs.used_bytes > self.slabs.budget_bytes:
+            coldest = self._coldest_class()
+            slabs = None if coldest is None else self._policies[coldest]
+            victim = None if slabs is None else slabs.victim(self.verdict, self._clock.now)
+            if victim is None:
+                return
+            self._evict(victim)
+
+    def verdict(self, entry: Entry) -> Verdict:
+        """Say whether an entry may go now."""
+        if entry.children:
+            return Verdict.PARENT
+        return Verdict.HELD if self.is_held(entry) else Verdict.EVICT
+
+    def is_held(self, entry: Entry) -> bool:
+        """Whether somebody was promised that the entry stays, or is reading it now."""
+        now = self._clock.now
+        if entry.held_until > now or entry.pinned_until > now:
+            return True
+        return entry.slot is not None and entry.slot.holders > 1
+
+    def use_policy(self, name: str, entries: Iterator[Entry]) -> None:
+        """Change the policy; ``entries`` are all that are resident."""
+        self.policy = name
+        self._policies.clear()
+        for entry in sorted(entries, key=lambda entry: entry.touched):
+            entry.queue, entry.mark = None, 0.0
+            self._policy_of(entry).insert(entry)
+
+    def clear(self) -> None:
+        """Forget every queue, when nothing is resident any more."""
+        self._policies.clear()
+
+    def check(self, entries: list[Entry]) -> None:
+        """Assert that each entry waits in its queue, and that the bytes add up."""
+        self.slabs.check()
+        by_class: dict[int, list[Entry]] = {}
+        for entry in entries:
+            by_class.setdefault(self._class_of(entry), []).append(entry)
+        for payload_bytes, policy in self._policies.items():
+            policy.check(by_class.get(payload_bytes, []))
+        assert by_class.keys() <= self._policies.keys()
+        small = by_class.get(SMALL, [])
+        assert self.small_bytes == sum(small_cost(entry.key, entry.nbytes) for entry in small)
+
+    def _take_from_others(self, nbytes: int) -> Slot:
+        if nbytes > self.slabs.payload_bytes_max:
+            raise OutOfMemory(
+                f"a value of {nbytes} bytes never fits: the arena takes at most "
+                f"{self.slabs.payload_bytes_max}; raise maxmemory"
+            )
+        own = self.slabs.class_of(nbytes)
+        if self._coldest_class() == own and (slot := self._evict_one(own, nbytes)) is not None:
+            return slot
+        if (slot := self._clear_slabs(nbytes)) is not None:
+            return slot
+        if (slot := self._evict_one(own, nbytes)) is not None:
+            return slot
+        raise OutOfMemory(
+            f"no room for {nbytes} bytes: all of the arena's {self.slabs.capacity_bytes} bytes "
+            "that could hold them are pinned, leased or in flight"
+        )
+
+    def _evict_one(self, payload_bytes: int, nbytes: int) -> Slot | None:
+        policy = self._policies.get(payload_bytes)
+        if policy is None:
+            return None
+        victim = policy.victim(self.verdict, self._clock.now)
+        if victim is None:
+            return None
+        self._evict(victim)
+        return self.slabs.take(nbytes)
+
+    def _clear_slabs(self, nbytes: int) -> Slot | None:
+        slabs = self.slabs.slabs_to_clear(nbytes, self._cost)
+        if slabs is None:
+            return None
+        self.slabs_cleared += len(slabs)
+        for slab in slabs:
+            for slot in list(slab.used):
+                if slot.owner is not None:
+                    self._evict_with_descendants(slot.owner)
+        return self.slabs.take(nbytes)
+
+    def _cost(self, slab: Slab) -> float:
+        """What clearing a slab would lose: the sum of how recently each of its pages was used."""
+        cost = 0.0
+        for slot in slab.used:
+            entry: Entry | None = slot.owner
+            if entry is None:
+                return inf
+            for doomed in with_descendants(entry):
+                if self.is_held(doomed):
+                    return inf
+            cost += 1.0 / (1.0 + self._clock.now - entry.touched)
+        return cost
+
+    def _evict_with_descendants(self, entry: Entry) -> None:
+        for doomed in reversed(with_descendants(entry)):
+            self._evict(doomed)
+
+    def _coldest_class(self) -> int | None:
+        """Return the size class whose next victim was used longest ago."""
+        classes = [name for name, policy in self._policies.items() if name and len(policy)]
+        if len(classes) < 2:
+            return classes[0] if classes else None
+        now = self._clock.now
+        return max(classes, key=lambda name: self._policies[name].age(now))
+
+    def _class_of(self, entry: Entry) -> int:
+        return SMALL if entry.slot is None else entry.slot.slab.class_bytes
+
+    def _policy_of(self, entry: Entry) -> Policy:
+        payload_bytes = self._class_of(entry)
+        policy = self._policies.get(payload_bytes)
+        if policy is None:
+            policy = self._policies[payload_bytes] = make_policy(self.policy)
+        return policy
+
+
+def with_descendants(entry: Entry) -> list[Entry]:
+    """Return an entry and all pages behind it, each after the page it stands behind."""
+    found = [entry]
+    for each in found:
+        found.extend(each.children or ())
+    return found
+
+
+def small_cost(key: bytes, nbytes: int) -> int:
+    """Bytes that a value on the heap takes, its key and entry included."""
+    return len(key) + nbytes + ENTRY_BYTES

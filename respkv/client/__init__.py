@@ -1,0 +1,37 @@
+"""The Python client: ``Client`` for blocking code and ``AsyncClient`` for asyncio and trio.
+
+It lives in a worker's environment, so importing it must cost next to nothing: no numpy, no torch,
+and anyio only once the asynchronous face is asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from respkv.client.commands import Match
+from respkv.client.sync import Client, Lease, Pipeline, Reservation
+from respkv.client.views import as_bytes, as_numpy, as_torch
+
+if TYPE_CHECKING:
+    from respkv.client.aio import AsyncClient, AsyncLease, AsyncPipeline, AsyncReservation
+
+__all__ = [
+    "AsyncClient",
+    "AsyncLease",
+    "AsyncPipeline",
+    "AsyncReservation",
+    "Client",
+    "Lease",
+    "Match",
+    "Pipeline",
+    "Reservation",
+    "as_bytes",
+    "as_numpy",
+    "as_torch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from respkv.client import aio
+
+    return getattr(aio, name)

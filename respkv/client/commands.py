@@ -1,0 +1,340 @@
+"""The commands as values: what to send, where it lands, what the reply means.
+
+Each function here is one method of both faces. A face makes its methods from these with a wrapper
+that is typed by ParamSpec, so names, arguments and results are written once and checkers see
+``Client.get(...) -> memoryview | None`` and ``AsyncClient.get(...)`` as its awaitable.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack, get_args
+
+from respkv.client.replies import Reply
+from respkv.client.requests import Arg, Buffer, check_offered, writable_bytes
+from respkv.errors import ProtocolError
+
+T = TypeVar("T")
+
+Key = str | bytes
+
+
+@dataclass(slots=True)
+class Command(Generic[T]):
+    """One command and how to read its reply.
+
+    targets: memory of the caller that the reply's bulks land in.
+    """
+
+    args: Sequence[Arg]
+    decode: Callable[[Reply], T]
+    targets: Sequence[memoryview] = ()
+
+
+class Match(NamedTuple):
+    """The longest cached prefix: its pages, a letter for the tier of each, and time to load."""
+
+    pages: int
+    tiers: str
+    load_us: int
+
+
+class PutOptions(TypedDict, total=False):
+    """How a page is kept.
+
+    parent: key of the page before it in the chain; tokens: how many it holds, when not full.
+    px_ms: time to live; priority: higher stays longer; nx: only if the key is not there;
+    durable: answered once it is safe on a tier that survives a restart.
+    """
+
+    parent: Key | None
+    tokens: int | None
+    px_ms: int | None
+    priority: int | None
+    nx: bool
+    durable: bool
+
+
+def command(*args: Arg, into: Buffer | None = None) -> Command[Reply]:
+    """Send any command.
+
+    into:    writable memory that a bulk reply lands in; the reply is then a view of it.
+    Returns: bytes (memoryview from 64 KiB on), int, float, bool, None, list or dict.
+    Raises:  ServerError; ValueError for commands that take over a connection (SUBSCRIBE, MONITOR)
+             or an ``into`` that is too small, after the reply has been read.
+    """
+    check_offered(args)
+    if into is None:
+        return Command(args, _whatever)
+    target = writable_bytes(into)
+    return Command(args, lambda reply: _fitting(reply, target), [target])
+
+
+def ping() -> Command[None]:
+    """Ask for a sign of life."""
+    return Command(["PING"], lambda reply: None)
+
+
+def info(section: str | None = None) -> Command[dict[str, str]]:
+    """Return what the server says about itself, all sections in one dict."""
+    return Command(["INFO"] if section is None else ["INFO", section], _info)
+
+
+def schema_set(
+    namespace: Key,
+    *,
+    layers: int,
+    heads: int,
+    dim: int,
+    tokens: int,
+    dtype: str,
+    fingerprint: bytes | str | None = None,
+    ttl_ms: int | None = None,
+    max_bytes: int | None = None,
+) -> Command[None]:
+    """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
+
+    Raises ServerError KVSCHEMA when it was declared with another geometry or fingerprint.
+    """
+    args: list[Arg] = ["KV.SCHEMA", "SET", namespace, "LAYERS", layers, "HEADS", heads]
+    args += ["DIM", dim, "TOKENS", tokens, "DTYPE", dtype]
+    _option(args, "FINGERPRINT", fingerprint)
+    _option(args, "MAXBYTES", max_bytes)
+    _option(args, "TTL", ttl_ms)
+    return Command(args, lambda reply: None)
+
+
+def schema_get(namespace: Key) -> Command[dict[str, Any] | None]:
+    """Return the schema of a namespace; a fingerprint in it is bytes, other words are str."""
+    return Command(["KV.SCHEMA", "GET", namespace], _schema)
+
+
+def schema_list() -> Command[list[str]]:
+    """Return the names of all namespaces that have a schema."""
+    return Command(["KV.SCHEMA", "LIST"], lambda reply: [_text(name) for name in _list(reply)])
+
+
+def put(key: Key, payload: Buffer, **options: Unpack[PutOptions]) -> Command[bool]:
+    """Store a page, sent from where it lies.
+
+    payload: contiguous; must not change until the call has returned.
+    options: parent, tokens, px_ms, priority, nx, durable; see PutOptions.
+    Returns: False when ``nx`` was given and the key is there.
+    Raises:  ServerError KVSCHEMA when its size does not fit the namespace, OOM when there is no
+             room.
+    """
+    args: list[Arg] = ["KV.PUT", key, payload]
+    put_options(args, options)
+    return Command(args, _is_ok)
+
+
+def get(
+    key: Key, *, layers: tuple[int, int] | None = None, into: Buffer | None = None
+) -> Command[memoryview | None]:
+    """Return a page, or None.
+
+    layers:  first and count of the layers wanted; all when None.
+    into:    writable memory that the page lands in, without a copy on the way (a tensor's by
+             ``as_bytes``); the result is a view of it. Else the result has memory of its own.
+    Raises:  ValueError when ``into`` is too small, after the reply has been read.
+    """
+    args: list[Arg] = ["KV.GET", key]
+    _layers(args, layers)
+    if into is None:
+        return Command(args, _page)
+    target = writable_bytes(into)
+    return Command(args, lambda reply: _page(_fitting(reply, target)), [target])
+
+
+def mget(
+    keys: Iterable[Key],
+    *,
+    layers: tuple[int, int] | None = None,
+    into: Sequence[Buffer] | None = None,
+) -> Command[list[memoryview | None]]:
+    """Return a page or None for every key.
+
+    layers, into: as for ``get``; into has one buffer for every key.
+    """
+    args: list[Arg] = ["KV.MGET", *_counted(keys)]
+    count = len(args) - 2
+    _layers(args, layers)
+    if into is None:
+        return Command(args, lambda reply: [_page(page) for page in _list(reply)])
+    if len(into) != count:
+        raise ValueError(f"into has {len(into)} buffers for {count} keys")
+    targets = [writable_bytes(buffer) for buffer in into]
+
+    def decode(reply: Reply) -> list[memoryview | None]:
+        pages = zip(_list(reply), targets, strict=True)
+        return [_page(_fitting(page, target)) for page, target in pages]
+
+    return Command(args, decode, targets)
+
+
+def match(keys: Iterable[Key]) -> Command[Match]:
+    """Find the longest cached prefix of a chain; its pages then stay for a few seconds."""
+    return Command(["KV.MATCH", *_counted(keys)], _match)
+
+
+def set_(key: Key, value: Arg, *, px_ms: int | None = None, nx: bool = False) -> Command[bool]:
+    """Store a plain value. Returns False when ``nx`` was given and the key is there."""
+    args: list[Arg] = ["SET", key, value]
+    _option(args, "PX", px_ms)
+    if nx:
+        args.append("NX")
+    return Command(args, _is_ok)
+
+
+def delete(*keys: Key) -> Command[int]:
+    """Delete keys; return how many were there."""
+    return Command(["DEL", *keys], _int)
+
+
+def exists(*keys: Key) -> Command[int]:
+    """Return how many of the keys are there, which then stay for a few seconds."""
+    return Command(["EXISTS", *keys], _int)
+
+
+def touch(keys: Iterable[Key]) -> Command[int]:
+    """Count as used now; return how many of the keys are there."""
+    return Command(["KV.TOUCH", *_counted(keys)], _int)
+
+
+def pin(key: Key, ms: int) -> Command[bool]:
+    """Keep a page from being evicted for ``ms``. Returns False when it is not there."""
+    return Command(["KV.PIN", key, ms], _flag)
+
+
+def unpin(key: Key) -> Command[bool]:
+    """End a pin. Returns False when there was none."""
+    return Command(["KV.UNPIN", key], _flag)
+
+
+def put_options(args: list[Arg], options: PutOptions) -> None:
+    """Append the options of KV.PUT and KV.COMMIT."""
+    unknown = set(options) - set(PutOptions.__annotations__)
+    if unknown:
+        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    _option(args, "PARENT", options.get("parent"))
+    _option(args, "TOKENS", options.get("tokens"))
+    _option(args, "PX", options.get("px_ms"))
+    _option(args, "PRIORITY", options.get("priority"))
+    args += [word.upper() for word in ("nx", "durable") if options.get(word)]
+
+
+def describe(method: Callable[..., Any], source: Callable[..., Any]) -> None:
+    """Give a face's method the name, docstring and signature of the function it is made from."""
+    method.__name__ = source.__name__.rstrip("_")
+    method.__doc__ = source.__doc__
+    signature = inspect.signature(source)
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    returned = get_args(signature.return_annotation)
+    vars(method)["__signature__"] = signature.replace(
+        parameters=[self, *signature.parameters.values()],
+        return_annotation=returned[-1] if returned else signature.return_annotation,
+    )
+
+
+def _counted(keys: Iterable[Key]) -> list[Arg]:
+    if isinstance(keys, str | bytes):
+        raise TypeError("keys is a list of keys, not one key")
+    listed = list(keys)
+    if not listed:
+        raise ValueError("at least one key is needed")
+    return [len(listed), *listed]
+
+
+def _option(args: list[Arg], word: str, value: Arg | None) -> None:
+    if value is not None:
+        args += (word, value)
+
+
+def _layers(args: list[Arg], layers: tuple[int, int] | None) -> None:
+    if layers is not None:
+        first, count = layers
+        args += ("LAYERS", first, count)
+
+
+def _whatever(reply: Reply) -> Reply:
+    return reply
+
+
+def _fitting(reply: Reply, target: memoryview) -> Reply:
+    # A bulk that its target could not hold came in memory of its own.
+    if isinstance(reply, bytes | memoryview) and len(reply) > len(target):
+        raise ValueError(f"into has {len(target)} bytes, the reply {len(reply)}")
+    return reply
+
+
+def _page(reply: Reply) -> memoryview | None:
+    match reply:
+        case None:
+            return None
+        case bytes() | memoryview():
+            return memoryview(reply)
+        case _:
+            raise _unexpected("a page", reply)
+
+
+def _is_ok(reply: Reply) -> bool:
+    if reply is not None and reply != b"OK":
+        raise _unexpected("OK", reply)
+    return reply is not None
+
+
+def _int(reply: Reply) -> int:
+    if not isinstance(reply, int):
+        raise _unexpected("a number", reply)
+    return reply
+
+
+def _flag(reply: Reply) -> bool:
+    return bool(_int(reply))
+
+
+def _list(reply: Reply) -> list[Reply]:
+    if not isinstance(reply, list):
+        raise _unexpected("an array", reply)
+    return reply
+
+
+def _text(reply: Reply) -> str:
+    if not isinstance(reply, bytes | memoryview):
+        raise _unexpected("text", reply)
+    return bytes(reply).decode(errors="replace")
+
+
+def _info(reply: Reply) -> dict[str, str]:
+    lines = (line.partition(":") for line in _text(reply).splitlines() if not line.startswith("#"))
+    return {name: value for name, colon, value in lines if colon}
+
+
+def _match(reply: Reply) -> Match:
+    match reply:
+        case [int(pages), bytes(tiers), int(load_us), *_]:
+            return Match(pages, tiers.decode(), load_us)
+        case _:
+            raise _unexpected("a match", reply)
+
+
+def _schema(reply: Reply) -> dict[str, Any] | None:
+    if reply is None:
+        return None
+    if isinstance(reply, list):  # RESP2 has no maps
+        reply = dict(zip(map(_text, reply[::2]), reply[1::2], strict=True))
+    if not isinstance(reply, dict):
+        raise _unexpected("a map", reply)
+    named = {_name(name): value for name, value in reply.items()}
+    return {
+        name: value.decode() if isinstance(value, bytes) and name != "fingerprint" else value
+        for name, value in named.items()
+    }
+
+
+def _name(key: object) -> str:
+    return key.decode() if isinstance(key, bytes) else str(key)
+
+
+def _unexpected(wanted: str, reply: Reply) -> ProtocolError:
+    return ProtocolError(f"expected {wanted}, the server answered {type(reply).__name__}")

@@ -1,0 +1,202 @@
+"""One connection: requests out, replies in, and the handshake.
+
+``in_step`` is the invariant: true only when every reply asked for has been read to its last byte.
+It goes false when an exchange starts and true when it has ended, so whatever ends an exchange
+early (an error, a timeout, a cancellation) leaves a connection that the pool will close, and no
+call can ever be given the answer to another.
+"""
+
+import time
+from collections.abc import Sequence
+
+from respkv import __version__
+from respkv.client.arena import Arena
+from respkv.client.effects import Event, Operation, Wait
+from respkv.client.replies import NEED_DATA, Reply, ReplyParser
+from respkv.client.requests import Chunk, Request, request
+from respkv.client.stream import IOV_MAX, Stream, open_stream
+from respkv.client.url import Settings
+from respkv.errors import ConnectionLost, ProtocolError, ServerError, TimedOut
+
+
+class Connection:
+    """A stream with a parser.
+
+    sent:  bytes of the current exchange have left, so the server may have acted on it.
+    used:  it has served a call before this one.
+    arena: the server's shared memory, once it was asked for.
+    """
+
+    def __init__(self, stream: Stream, settings: Settings, generation: int) -> None:
+        self.in_step = True
+        self.sent = False
+        self.used = False
+        self.generation = generation
+        self.arena: Arena | None = None
+        self._stream = stream
+        self._settings = settings
+        self._parser = ReplyParser()
+
+    def is_alive(self) -> bool:
+        """Say, without a round trip, whether an idle connection may be used."""
+        return self.in_step and self._stream.is_quiet()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.in_step = False
+        self._stream.close()
+
+    def exchange(self, request: Request, deadline: float) -> Operation[list[Reply]]:
+        """Send a request and return its replies, server errors among them.
+
+        Raises ConnectionLost, TimedOut or ProtocolError.
+        Cancelled: ``in_step`` is false and stays so.
+        """
+        assert self.in_step, "an exchange on a connection that is out of step"
+        self.in_step = self.sent = False
+        self._parser.expect(request.targets)
+        replies: list[Reply] = []
+        try:
+            yield from self._send(request, replies, deadline)
+            while not self._take(replies, request.count):
+                count = self._stream.receive(self._parser.get_buffer())
+                if isinstance(count, Event):
+                    yield from self._wait(count, deadline)
+                else:
+                    self._received(count)
+        except OSError as error:
+            raise ConnectionLost(f"{self._settings.address}: {error}") from error
+        self.in_step = self._parser.is_idle and not request.parting
+        return replies
+
+    def _send(self, request: Request, replies: list[Reply], deadline: float) -> Operation[None]:
+        chunks = list(request.chunks)
+        first = 0
+        while first < len(chunks):
+            try:
+                sent = self._stream.send(chunks[first : first + IOV_MAX])
+            except OSError:
+                if request.count == 1:
+                    self._last_words()
+                raise
+            if not isinstance(sent, Event):
+                self.sent = True
+                first = _advance(chunks, first, sent)
+            elif request.count == 1:
+                # The server answers nothing before it has the whole command.
+                yield from self._wait(sent, deadline)
+            else:
+                # It may be waiting for us to read its replies before it reads on.
+                count = self._stream.receive(self._parser.get_buffer())
+                if isinstance(count, Event):
+                    yield from self._wait(sent | count, deadline)
+                else:
+                    self._received(count)
+                    self._take(replies, request.count)
+
+    def _take(self, replies: list[Reply], count: int) -> bool:
+        # Move whole replies out of the parser; true when all are there.
+        while len(replies) < count:
+            reply = self._parser.next_reply()
+            if reply is NEED_DATA:
+                return False
+            replies.append(reply)
+        # What else came with them can only be pushes.
+        if not self._parser.is_idle and self._parser.next_reply() is not NEED_DATA:
+            raise ProtocolError(f"{self._settings.address} sent a reply that nobody asked for")
+        return True
+
+    def _received(self, count: int) -> None:
+        if count == 0:
+            raise ConnectionLost(f"{self._settings.address} closed the connection")
+        self._parser.received(count)
+
+    def _last_words(self) -> None:
+        # A server that refuses a request says why before it hangs up, and that is worth more than
+        # the broken pipe. Best effort: a reset may have thrown the words away.
+        try:
+            while not isinstance(count := self._stream.receive(self._parser.get_buffer()), Event):
+                if count == 0:
+                    return
+                self._received(count)
+                reply = self._parser.next_reply()
+                if isinstance(reply, ServerError):
+                    raise reply
+        except (OSError, ProtocolError):
+            return
+
+    def _wait(self, events: Event, deadline: float) -> Operation[None]:
+        if not (yield Wait(self._stream.sock, events, deadline)):
+            raise TimedOut(f"{self._settings.address} did not answer in time")
+
+
+def open_connection(settings: Settings, generation: int, deadline: float) -> Operation[Connection]:
+    """Connect and shake hands, in one round trip where the server speaks RESP3.
+
+    Raises ConnectionLost, TimedOut, or ServerError when the server refuses the login.
+    Cancelled: nothing stays open.
+    """
+    deadline = min(deadline, time.monotonic() + settings.connect_timeout_s)
+    stream = yield from open_stream(settings, deadline)
+    conn = Connection(stream, settings, generation)
+    try:
+        yield from _greet(conn, settings, deadline)
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def _greet(conn: Connection, settings: Settings, deadline: float) -> Operation[None]:
+    optional: list[list[str | int]] = [
+        ["CLIENT", "SETINFO", "LIB-NAME", "respkv"],
+        ["CLIENT", "SETINFO", "LIB-VER", __version__],
+    ]
+    select: list[list[str | int]] = [["SELECT", settings.database]] if settings.database else []
+    if settings.protocol == 3:
+        hello: list[str | int] = ["HELLO", "3"]
+        if settings.password is not None:
+            hello += ["AUTH", settings.username or "default", settings.password]
+        if settings.name is not None:
+            hello += ["SETNAME", settings.name]
+        replies = yield from _talk(conn, [hello, *select, *optional], deadline)
+        if not (isinstance(replies[0], ServerError) and _has_no_hello(replies[0])):
+            return _check(replies[: 1 + len(select)])
+    login: list[list[str | int]] = [*select]
+    if settings.name is not None:
+        login.insert(0, ["CLIENT", "SETNAME", settings.name])
+    if settings.password is not None:
+        user = [settings.username] if settings.username is not None else []
+        login.insert(0, ["AUTH", *user, settings.password])
+    replies = yield from _talk(conn, [*login, *optional], deadline)
+    return _check(replies[: len(login)])
+
+
+def _talk(
+    conn: Connection, commands: Sequence[Sequence[str | int]], deadline: float
+) -> Operation[list[Reply]]:
+    greeting = request(commands)
+    greeting.parting = False  # the state that it leaves is the one that every call shall find
+    return (yield from conn.exchange(greeting, deadline))
+
+
+def _has_no_hello(error: ServerError) -> bool:
+    return error.word == "NOPROTO" or "unknown command" in error.message.lower()
+
+
+def _check(replies: Sequence[Reply]) -> None:
+    for reply in replies:
+        if isinstance(reply, ServerError):
+            raise reply
+
+
+def _advance(chunks: list[Chunk], first: int, sent: int) -> int:
+    # Note that ``sent`` bytes from ``first`` on have left; return the first chunk with bytes left.
+    while sent:
+        left = len(chunks[first])
+        if sent < left:
+            chunks[first] = memoryview(chunks[first])[sent:]
+            return first
+        sent -= left
+        first += 1
+    return first

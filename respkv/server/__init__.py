@@ -1,0 +1,1 @@
+"""The server: connections, sessions, and what each command does."""

@@ -1,0 +1,159 @@
+"""Zero copy on one host: clients read and write pages in the shared arena.
+
+KV.ATTACH says where the arena is; KV.LEASE pins pages to read in place; KV.RESERVE gives a slot to
+write in place, and KV.COMMIT makes it a page once the server has checksummed it. Leases end with
+their connection, at their deadline, or when their owner says so.
+"""
+
+from typing import Final
+
+import anyio.to_thread
+
+from respkv.engine.leases import Lease, Mode
+from respkv.errors import CommandError, LeaseGone, OutOfMemory
+from respkv.server.arguments import Words, count, integer
+from respkv.server.commands.pages import check_fits, counted_keys, put_options
+from respkv.server.registry import command
+from respkv.server.session import Session
+from respkv.tiers.format import HEADER_BYTES, hash64
+from respkv.wire import reply
+from respkv.wire.parser import Args
+
+LAYOUT_VERSION: Final = 1
+HASH_ON_LOOP_MAX: Final = 1 << 20
+
+
+@command("kv.attach")
+def kv_attach(session: Session, args: Args) -> None:
+    """Answer with the arena's path, size, layout version and what clients may do with it."""
+    check_shared(session)
+    arena = session.server.arena
+    session.send([arena.path, arena.nbytes, LAYOUT_VERSION, session.server.config.shm])
+
+
+def check_shared(session: Session, *, writing: bool = False) -> None:
+    """Raise CommandError unless the arena is shared, and for writing if that is asked."""
+    mode = session.server.config.shm
+    if mode == "off":
+        raise CommandError("shared memory is off; start the server with --shm ro or --shm rw")
+    if writing and mode != "rw":
+        raise CommandError("shared memory is read-only; start the server with --shm rw")
+
+
+def _deadline(session: Session, ms: int | None) -> float:
+    config = session.server.config
+    ms = config.lease_default if ms is None else ms
+    if ms > config.lease_max:
+        raise CommandError(f"MS {ms} is more than lease-max, {config.lease_max}")
+    return session.cache.clock.now + ms / 1000
+
+
+@command("kv.lease")
+def kv_lease(session: Session, args: Args) -> None:
+    """Pin pages for reading in place; answer with the lease and where each page is."""
+    check_shared(session)
+    keys, rest = counted_keys(args)
+    words = Words(args, rest)
+    ms = None
+    while words:
+        if words.word() != b"MS":
+            raise words.unexpected()
+        ms = words.count("MS", 1)
+    deadline = _deadline(session, ms)
+    cache = session.cache
+    found = [cache.use(key) for key in keys]
+    leased = [entry for entry in found if entry is not None and entry.slot is not None]
+    lease = cache.lease(session.number, leased, deadline)
+    places = [
+        None
+        if entry is None or entry.slot is None
+        else [entry.slot.offset + HEADER_BYTES, entry.nbytes]
+        for entry in found
+    ]
+    cache.stats.bytes_out += sum(entry.nbytes for entry in leased)
+    cache.stats.bytes_sent_in_place += sum(entry.nbytes for entry in leased)
+    session.send([lease.number, *places])
+
+
+@command("kv.release")
+def kv_release(session: Session, args: Args) -> None:
+    """End a read lease; 0 says that it had lapsed and what was read must not be trusted."""
+    number = integer(args[1])
+    session.out.append(reply.integer(session.cache.leases.end(session.number, number)))
+
+
+@command("kv.reserve")
+async def kv_reserve(session: Session, args: Args) -> None:
+    """Give a slot to write a page into; answer with the lease and its place.
+
+    Waits for room as a put does. Cancelled: nothing is held.
+    """
+    check_shared(session, writing=True)
+    key, nbytes = args[1], count(args[2], "nbytes", 1)
+    words = Words(args, 3)
+    ms = None
+    while words:
+        if words.word() != b"MS":
+            raise words.unexpected()
+        ms = words.count("MS", 1)
+    _deadline(session, ms)
+    if nbytes > session.server.config.proto_max_bulk_len:
+        raise CommandError(f"nbytes {nbytes} is more than proto-max-bulk-len")
+    check_fits(session, key, nbytes)
+    lease = await _reserved(session, key, nbytes, ms)
+    session.send([lease.number, lease.slots[0].offset + HEADER_BYTES])
+
+
+async def _reserved(session: Session, key: bytes, nbytes: int, ms: int | None) -> Lease:
+    cache = session.cache
+    try:
+        return cache.lease_room(session.number, key, nbytes, _deadline(session, ms))
+    except OutOfMemory:
+        if not cache.is_waiting_useful() or nbytes > cache.slabs.payload_bytes_max:
+            raise
+    landing = await session.server.wait_for_room(nbytes, lambda: session.is_lost)
+    if landing is not None:
+        cache.abandon(landing)  # it only showed that there is room now; no await until it is taken
+    if session.is_lost:
+        raise LeaseGone("the connection has gone")
+    return cache.lease_room(session.number, key, nbytes, _deadline(session, ms))
+
+
+@command("kv.commit")
+async def kv_commit(session: Session, args: Args) -> None:
+    """Make a reserved slot a page, once its bytes are checksummed.
+
+    The slot is taken over before the first await: from then on neither a deadline nor a broken
+    connection gives it to anybody else while it is being read.
+    Cancelled: the slot is given back, the page is not published.
+    """
+    cache = session.cache
+    lease = cache.leases.get(session.number, integer(args[1]))
+    if lease.mode is not Mode.WRITE:
+        raise LeaseGone(f"lease {lease.number} is for reading")
+    how, is_new_only = put_options(session, lease.key, Words(args, 2))
+    if is_new_only and cache.find(lease.key) is not None:
+        cache.leases.end(session.number, lease.number)
+        session.send_nil()
+        return
+    slot = cache.leases.take_over(lease)
+    landing = cache.adopt(slot)
+    try:
+        if slot.payload_bytes <= HASH_ON_LOOP_MAX:
+            checksum = hash64(landing.memory)
+        else:
+            checksum = await anyio.to_thread.run_sync(hash64, landing.memory)
+        cache.seal(lease.key, landing, checksum, how)
+    finally:
+        cache.abandon(landing)
+    cache.stats.pages_put += 1
+    cache.stats.commits += 1
+    cache.stats.bytes_landed += slot.payload_bytes
+    session.out.append(reply.OK)
+
+
+@command("kv.abort")
+def kv_abort(session: Session, args: Args) -> None:
+    """Give a reserved slot back unwritten; 0 says that it had lapsed."""
+    number = integer(args[1])
+    session.out.append(reply.integer(session.cache.leases.end(session.number, number)))

@@ -1,0 +1,277 @@
+"""KV.PUT, KV.GET, KV.MATCH and what else works on pages.
+
+A page that is already there is not written again: when its key ends with a page id, equal keys mean
+equal bytes, so the session drops the payload as it arrives and only the options take effect.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from respkv.engine.cache import Put
+from respkv.engine.landing import Landing
+from respkv.engine.namespaces import check_payload
+from respkv.errors import CommandError, SchemaMismatch
+from respkv.page import KEY_BYTES_MAX
+from respkv.server.arguments import Words, count, value_of
+from respkv.server.body import Refused
+from respkv.server.commands.strings import layer_bytes, send_entry, stream_values
+from respkv.server.registry import command
+from respkv.server.session import Session
+from respkv.wire import reply
+from respkv.wire.parser import Args
+
+CPU_LETTER = "c"
+# Loading estimate of the CPU tier until a measurement replaces it: one get, then memory speed.
+LOAD_US_FIXED = 20
+LOAD_BYTES_PER_US = 3000
+
+
+def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
+    """Read the options of KV.PUT and KV.COMMIT; return them and whether NX was given."""
+    if len(key) > KEY_BYTES_MAX:
+        raise CommandError(f"a page key has at most {KEY_BYTES_MAX} bytes, not {len(key)}")
+    schema = session.cache.namespaces.of_key(key)
+    ttl_ms = 0 if schema is None else schema.ttl_ms
+    parent: bytes | None = None
+    tokens = priority = 0
+    is_new_only = False
+    while words:
+        word = words.word()
+        if word == b"PARENT":
+            parent = words.take()
+        elif word == b"TOKENS":
+            tokens = words.count("TOKENS", 1)
+        elif word == b"PX":
+            ttl_ms = words.count("PX", 1)
+        elif word == b"PRIORITY":
+            priority = words.integer()
+        elif word == b"NX":
+            is_new_only = True
+        elif word != b"DURABLE":
+            raise words.unexpected()
+        else:
+            raise CommandError("DURABLE needs a tier that survives a restart; this server has none")
+    if parent == key:
+        raise CommandError("PARENT is the page itself")
+    expires_ms = session.server.clock.wall_ms + ttl_ms if ttl_ms else 0
+    how = Put("kvpage", expires_ms, priority, tokens, parent)
+    return how, is_new_only
+
+
+@command("kv.put")
+def kv_put(session: Session, args: Args) -> None:
+    """Store a page."""
+    key = args[1]
+    how, is_new_only = put_options(session, key, Words(args, 3))
+    value = value_of(args[2])
+    cache = session.cache
+    nbytes = value.nbytes if isinstance(value, Landing | Refused) else len(value)
+    check_fits(session, key, nbytes)
+    there = cache.find(key)
+    if is_new_only and there is not None:
+        session.send_nil()
+        return
+    same = cache.has_page(key, nbytes)
+    if same is not None:
+        cache.describe(same, how)
+        cache.stats.pages_skipped += 1
+    elif isinstance(value, Refused):
+        raise CommandError("the page left while its copy arrived; put it again", "BUSY")
+    else:
+        store_page(session, key, value, how)
+    session.out.append(reply.OK)
+
+
+def store_page(session: Session, key: bytes, value: Any, how: Put) -> None:
+    """Make bytes or a full landing a page."""
+    cache = session.cache
+    if isinstance(value, Landing):
+        cache.commit(key, value, how)
+    else:
+        cache.put(key, value, how)
+    cache.stats.pages_put += 1
+
+
+def check_fits(session: Session, key: bytes, nbytes: int) -> None:
+    """Raise SchemaMismatch when a page has the wrong size, and CommandError when it is empty."""
+    if not nbytes:
+        raise CommandError("a page has at least 1 byte")
+    schema = session.cache.namespaces.of_key(key)
+    if schema is not None:
+        try:
+            check_payload(schema, nbytes)
+        except SchemaMismatch:
+            session.cache.history.note(key, "schema")
+            raise
+
+
+@command("kv.get")
+def kv_get(session: Session, args: Args) -> None:
+    """Answer with a page, or some of its layers."""
+    layers = _layers(Words(args, 2))
+    entry = session.cache.use(args[1])
+    if entry is None:
+        session.cache.stats.page_misses += 1
+        session.send_nil()
+        return
+    session.cache.stats.page_hits += 1
+    if layers is None:
+        send_entry(session, entry)
+        return
+    span = layer_bytes(session, entry, *layers)
+    assert entry.slot is not None
+    session.send_slot(entry.slot, *span)
+
+
+@command("kv.mget")
+def kv_mget(session: Session, args: Args) -> Iterator[None]:
+    """Answer with pages in order, each sent when the one before has room."""
+    keys, rest = counted_keys(args)
+    layers = _layers(Words(args, rest))
+    cache = session.cache
+    hits, misses = cache.stats.hits, cache.stats.misses
+    steps = stream_values(session, keys, layers)
+    cache.stats.page_hits += cache.stats.hits - hits
+    cache.stats.page_misses += cache.stats.misses - misses
+    return steps
+
+
+def _layers(words: Words) -> tuple[int, int] | None:
+    layers = None
+    while words:
+        if words.word() != b"LAYERS":
+            raise words.unexpected()
+        layers = (words.count("first layer"), words.count("layer count", 1))
+    return layers
+
+
+def counted_keys(args: Args) -> tuple[list[bytes], int]:
+    """Return the keys of ``CMD n key...`` and the position of what follows them."""
+    number = count(args[1], "numkeys", 1)
+    if number > len(args) - 2:
+        raise CommandError("Number of keys can't be greater than number of args")
+    return args[2 : 2 + number], 2 + number
+
+
+@command("kv.match")
+def kv_match(session: Session, args: Args) -> None:
+    """Answer with the longest run of present pages, their tiers, and how long loading takes.
+
+    What was found is used, last page first, so that a chain stays evictable leaf by leaf, and is
+    promised to stay for ``answer-lease``.
+    """
+    keys, rest = counted_keys(args)
+    if rest != len(args):
+        raise CommandError("syntax error")
+    cache = session.cache
+    entries, wall_ms = cache.entries, session.server.clock.wall_ms
+    found = []
+    for key in keys:
+        entry = entries.get(key)
+        if entry is None or 0 < entry.expires_ms <= wall_ms:
+            break
+        found.append(entry)
+    now = cache.clock.now
+    until = now + session.server.config.answer_lease / 1000
+    nbytes = 0
+    for entry in reversed(found):
+        entry.touched = now
+        entry.hits += 1
+        cache.promise(entry, until)
+        nbytes += entry.nbytes
+    cache.stats.matches += 1
+    cache.stats.matched_pages += len(found)
+    load_us = LOAD_US_FIXED + nbytes // LOAD_BYTES_PER_US if found else 0
+    session.send([len(found), CPU_LETTER * len(found), load_us])
+
+
+@command("kv.touch")
+def kv_touch(session: Session, args: Args) -> None:
+    """Mark pages as used; answer with how many are there."""
+    keys, rest = counted_keys(args)
+    if rest != len(args):
+        raise CommandError("syntax error")
+    cache = session.cache
+    touched = 0
+    for key in reversed(keys):
+        entry = cache.find(key)
+        if entry is not None:
+            entry.touched = cache.clock.now
+            entry.hits += 1
+            touched += 1
+    session.out.append(reply.integer(touched))
+
+
+@command("kv.pin")
+def kv_pin(session: Session, args: Args) -> None:
+    """Keep a page from eviction for some milliseconds, whoever asks and whoever leaves."""
+    entry = session.cache.find(args[1])
+    ms = count(args[2], "ms", 1)
+    if entry is not None:
+        entry.pinned_until = session.cache.clock.now + ms / 1000
+    session.out.append(reply.integer(entry is not None))
+
+
+@command("kv.unpin")
+def kv_unpin(session: Session, args: Args) -> None:
+    """Let a page be evicted again."""
+    entry = session.cache.find(args[1])
+    was_pinned = entry is not None and entry.pinned_until > session.cache.clock.now
+    if entry is not None:
+        entry.pinned_until = 0.0
+    session.out.append(reply.integer(was_pinned))
+
+
+@command("kv.info")
+def kv_info(session: Session, args: Args) -> None:
+    """Describe a page."""
+    entry = session.cache.find(args[1])
+    if entry is None:
+        session.send_nil()
+        return
+    now, wall_ms = session.cache.clock.now, session.server.clock.wall_ms
+    session.send(
+        {
+            "key": entry.key,
+            "type": entry.kind,
+            "namespace": entry.namespace,
+            "bytes": entry.nbytes,
+            "tokens": entry.tokens,
+            "tier": "cpu",
+            "codec": "raw",
+            "parent": entry.parent_key or None,
+            "children": len(entry.children or ()),
+            "priority": entry.priority,
+            "hits": entry.hits,
+            "age_ms": int((now - entry.born) * 1000),
+            "idle_ms": int((now - entry.touched) * 1000),
+            "ttl_ms": entry.expires_ms - wall_ms if entry.expires_ms else -1,
+            "pinned_ms": max(0, int((entry.pinned_until - now) * 1000)),
+            "held_ms": max(0, int((entry.held_until - now) * 1000)),
+            "holders": 1 if entry.slot is None else entry.slot.holders,
+        }
+    )
+
+
+@command("kv.explain")
+def kv_explain(session: Session, args: Args) -> None:
+    """Tell why a key is or is not here."""
+    entry = session.cache.find(args[1])
+    if entry is not None:
+        session.send(["present", f"{entry.kind} of {entry.nbytes} bytes in the cpu tier"])
+        return
+    reason = session.cache.history.find(args[1])
+    schema = session.cache.namespaces.of_key(args[1])
+    known = "its namespace has a schema" if schema else "its namespace has no schema"
+    session.send([reason or "never", _DETAILS[reason or "never"] + f"; {known}"])
+
+
+_DETAILS = {
+    "never": "not stored since the server started, or too long ago to be remembered",
+    "evicted": "it went to make room; raise maxmemory, or pin it",
+    "expired": "its TTL ended",
+    "deleted": "a client deleted it",
+    "flushed": "FLUSHDB or FLUSHALL removed it",
+    "schema": "a put was refused because it did not fit the schema of its namespace",
+    "corrupt": "its bytes did not match their checksum",
+}

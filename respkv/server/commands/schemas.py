@@ -1,0 +1,120 @@
+"""KV.SCHEMA: what the pages of a namespace look like."""
+
+from respkv.engine.namespaces import Schema
+from respkv.errors import CommandError
+from respkv.page import Geometry
+from respkv.server.arguments import Words, shown
+from respkv.server.registry import command
+from respkv.server.session import Session
+from respkv.wire import reply
+from respkv.wire.parser import Args
+
+NAMESPACE_BYTES_MAX = 256
+_COUNTS = {b"LAYERS": "layers", b"HEADS": "heads", b"DIM": "dim", b"TOKENS": "tokens"}
+
+
+@command("kv.schema|set")
+def kv_schema_set(session: Session, args: Args) -> None:
+    """Register the schema of a namespace, or check that it is the one in force."""
+    schema = _parse(args)
+    cache = session.cache
+    if schema.geometry.page_bytes > cache.slabs.payload_bytes_max:
+        raise CommandError(
+            f"a page of {schema.geometry.page_bytes} bytes never fits the arena, which takes at "
+            f"most {cache.slabs.payload_bytes_max}; raise maxmemory"
+        )
+    cache.namespaces.put(schema)
+    cache.slabs.add_class(schema.geometry.page_bytes)
+    session.out.append(reply.OK)
+
+
+def _parse(args: Args) -> Schema:
+    namespace = args[2]
+    if not 0 < len(namespace) <= NAMESPACE_BYTES_MAX:
+        raise CommandError(f"a namespace has 1 to {NAMESPACE_BYTES_MAX} bytes")
+    counts: dict[str, int] = {}
+    dtype: bytes | None = None
+    fingerprint = seed = b""
+    algorithm = b"sha256"
+    codecs: list[tuple[bytes, bytes]] = []
+    bytes_max = ttl_ms = 0
+    words = Words(args, 3)
+    while words:
+        word = words.word()
+        if word in _COUNTS:
+            counts[_COUNTS[word]] = words.count(word.decode(), 1)
+        elif word == b"DTYPE":
+            dtype = words.take()
+        elif word == b"FINGERPRINT":
+            fingerprint = words.take()
+        elif word == b"HASH":
+            algorithm = words.take()
+        elif word == b"SEED":
+            seed = words.take()
+        elif word == b"CODEC":
+            codecs.append(_codec(words))
+        elif word == b"MAXBYTES":
+            bytes_max = words.count("MAXBYTES", 1)
+        elif word == b"TTL":
+            ttl_ms = words.count("TTL", 1)
+        else:
+            raise words.unexpected()
+    missing = [name.upper() for name in _COUNTS.values() if name not in counts]
+    if missing or dtype is None:
+        names = ", ".join([*missing, *([] if dtype else ["DTYPE"])])
+        raise CommandError(f"a schema needs {names}")
+    try:
+        geometry = Geometry(**counts, dtype=dtype.decode(errors="replace"))
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    return Schema(
+        namespace, geometry, fingerprint, algorithm, seed, tuple(codecs), bytes_max, ttl_ms
+    )
+
+
+def _codec(words: Words) -> tuple[bytes, bytes]:
+    tier, codec = words.take().lower(), words.take().lower()
+    if (tier, codec) != (b"cpu", b"raw"):
+        raise CommandError(
+            f"CODEC {shown(tier)} {shown(codec)}: this server has the cpu tier, with codec raw"
+        )
+    return tier, codec
+
+
+@command("kv.schema|get")
+def kv_schema_get(session: Session, args: Args) -> None:
+    """Describe the schema of a namespace."""
+    schema = session.cache.namespaces.find(args[2])
+    if schema is None:
+        session.send_nil()
+        return
+    shape = schema.geometry
+    session.send(
+        {
+            "namespace": schema.namespace,
+            "layers": shape.layers,
+            "heads": shape.heads,
+            "dim": shape.dim,
+            "tokens": shape.tokens,
+            "dtype": shape.dtype,
+            "page_bytes": shape.page_bytes,
+            "fingerprint": schema.fingerprint,
+            "hash": schema.hash_algorithm,
+            "seed": schema.seed,
+            "codecs": [list(pair) for pair in schema.codecs],
+            "max_bytes": schema.bytes_max,
+            "ttl_ms": schema.ttl_ms,
+        }
+    )
+
+
+@command("kv.schema|list")
+def kv_schema_list(session: Session, args: Args) -> None:
+    """Answer with the names of all namespaces that have a schema."""
+    session.send(list(session.cache.namespaces.names()))
+
+
+@command("kv.schema|del")
+def kv_schema_del(session: Session, args: Args) -> None:
+    """Forget a schema; its pages stay until they are evicted or deleted."""
+    session.out.append(reply.integer(session.cache.namespaces.drop(args[2])))

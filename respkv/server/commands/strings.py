@@ -1,0 +1,275 @@
+"""GET, SET and their kin, with Redis 7's semantics and error texts.
+
+A value that is a page can be read with them too, and a SET over a page makes it a string: whoever
+speaks only Redis still sees every key.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from respkv.engine.cache import PLAIN, Put
+from respkv.engine.entry import Entry
+from respkv.engine.landing import Landing
+from respkv.errors import CommandError
+from respkv.server.arguments import Words, expiry_ms, integer, value_of
+from respkv.server.registry import command
+from respkv.server.session import Session
+from respkv.wire import reply
+from respkv.wire.parser import Args
+
+_EXPIRY = (b"EX", b"PX", b"EXAT", b"PXAT")
+_KEEP_TTL = Put(expires_ms=None)
+
+
+@command("get")
+def get(session: Session, args: Args) -> None:
+    """Answer with the value of a key."""
+    cache = session.cache
+    entry = cache.entries.get(args[1])
+    if entry is None or entry.expires_ms:
+        entry = cache.find(args[1])
+        if entry is None:
+            cache.stats.misses += 1
+            session.send_nil()
+            return
+    entry.touched = cache.clock.now
+    entry.hits += 1
+    cache.stats.hits += 1
+    value = entry.value
+    if value is not None:
+        session.out += (reply.BULK_PREFIX[len(value)], value, reply.CRLF)
+    else:
+        send_entry(session, entry)
+
+
+def send_entry(session: Session, entry: Entry) -> None:
+    """Answer with an entry's value."""
+    if entry.slot is not None:
+        session.send_slot(entry.slot)
+    else:
+        assert entry.value is not None
+        session.send_value(entry.value)
+
+
+def store(session: Session, key: bytes, value: Any, how: Put) -> None:
+    """Make bytes or a landing the value of a key."""
+    if isinstance(value, Landing):
+        session.cache.commit(key, value, how)
+    else:
+        session.cache.put(key, value, how)
+
+
+@command("set")
+def set_(session: Session, args: Args) -> None:
+    """Store a value, with all options of Redis 7."""
+    if len(args) == 3:
+        store(session, args[1], value_of(args[2]), PLAIN)
+        session.out.append(reply.OK)
+        return
+    expires_ms, condition, wants_old = _set_options(session, args)
+    value = value_of(args[2])
+    cache = session.cache
+    old = cache.find(args[1])
+    is_met = condition is None or (old is not None) == (condition == b"XX")
+    if wants_old:
+        if old is None:
+            session.send_nil()
+        else:
+            send_entry(session, old)
+    if is_met:
+        how = _KEEP_TTL if expires_ms is None else Put(expires_ms=expires_ms)
+        store(session, args[1], value, how)
+    if not wants_old:
+        session.out.append(reply.OK if is_met else reply.NIL[session.protocol])
+
+
+def _set_options(session: Session, args: Args) -> tuple[int | None, bytes | None, bool]:
+    """Return the end of the TTL (None: keep), NX or XX or None, and whether GET was given."""
+    expires_ms: int | None = 0
+    has_expiry = wants_old = False
+    condition: bytes | None = None
+    words = Words(args, 3)
+    while words:
+        word = words.word()
+        if word in (b"NX", b"XX") and condition in (None, word):
+            condition = word
+        elif word == b"GET":
+            wants_old = True
+        elif word == b"KEEPTTL" and (not has_expiry or expires_ms is None):
+            has_expiry, expires_ms = True, None
+        elif word in _EXPIRY and not has_expiry:
+            has_expiry = True
+            expires_ms = expiry_ms(word, words.integer(), session.server.clock.wall_ms, "set")
+        else:
+            raise words.unexpected()
+    return expires_ms, condition, wants_old
+
+
+@command("setnx")
+def setnx(session: Session, args: Args) -> None:
+    """Store a value unless the key is there."""
+    value = value_of(args[2])
+    is_free = session.cache.find(args[1]) is None
+    if is_free:
+        store(session, args[1], value, PLAIN)
+    session.out.append(reply.integer(is_free))
+
+
+@command("setex")
+def setex(session: Session, args: Args) -> None:
+    """Store a value with a TTL in seconds."""
+    _set_with_ttl(session, args, b"EX", "setex")
+
+
+@command("psetex")
+def psetex(session: Session, args: Args) -> None:
+    """Store a value with a TTL in milliseconds."""
+    _set_with_ttl(session, args, b"PX", "psetex")
+
+
+def _set_with_ttl(session: Session, args: Args, unit: bytes, name: str) -> None:
+    when = expiry_ms(unit, integer(args[2]), session.server.clock.wall_ms, name)
+    store(session, args[1], value_of(args[3]), Put(expires_ms=when))
+    session.out.append(reply.OK)
+
+
+@command("getset")
+def getset(session: Session, args: Args) -> None:
+    """Store a value and answer with the one before."""
+    value = value_of(args[2])
+    old = session.cache.find(args[1])
+    if old is None:
+        session.send_nil()
+    else:
+        send_entry(session, old)
+    store(session, args[1], value, PLAIN)
+
+
+@command("getdel")
+def getdel(session: Session, args: Args) -> None:
+    """Answer with the value of a key and delete it."""
+    entry = session.cache.use(args[1])
+    if entry is None:
+        session.send_nil()
+        return
+    send_entry(session, entry)
+    session.cache.delete(entry)
+
+
+@command("getex")
+def getex(session: Session, args: Args) -> None:
+    """Answer with the value of a key and change its TTL."""
+    when: int | None = None
+    words = Words(args, 2)
+    while words:
+        word = words.word()
+        if when is not None:
+            raise words.unexpected()
+        if word == b"PERSIST":
+            when = 0
+        elif word in _EXPIRY:
+            when = expiry_ms(word, words.integer(), session.server.clock.wall_ms, "getex")
+        else:
+            raise words.unexpected()
+    entry = session.cache.use(args[1])
+    if entry is None:
+        session.send_nil()
+        return
+    send_entry(session, entry)
+    if when is not None and when <= session.server.clock.wall_ms and when:
+        session.cache.delete(entry)
+    elif when is not None:
+        session.cache.expire_at(entry, when)
+
+
+@command("strlen")
+def strlen(session: Session, args: Args) -> None:
+    """Answer with the bytes of a value; 0 when there is none."""
+    entry = session.cache.use(args[1])
+    session.out.append(reply.integer(0 if entry is None else entry.nbytes))
+
+
+@command("mget")
+def mget(session: Session, args: Args) -> Iterator[None]:
+    """Answer with the values of keys, absent ones null."""
+    return stream_values(session, args[1:], None)
+
+
+def stream_values(
+    session: Session, keys: list[bytes], layers: tuple[int, int] | None
+) -> Iterator[None]:
+    """Answer with the value of each key, one step a key.
+
+    All are looked up first and held, so that what the client gets is of one moment even when it
+    reads slowly and others write or evict meanwhile.
+    """
+    cache = session.cache
+    found = [cache.use(key) for key in keys]
+    ranges = [_range_of(session, entry, layers) for entry in found]
+    held = [None if entry is None else entry.slot for entry in found]
+    values = [None if entry is None else entry.value for entry in found]
+    for slot in held:
+        if slot is not None:
+            cache.borrow(slot)
+
+    def steps() -> Iterator[None]:
+        position = 0
+        try:
+            session.out.append(reply.array_header(len(keys)))
+            for value, slot, span in zip(values, held, ranges, strict=True):
+                if slot is not None:
+                    session.send_slot(slot, *span)
+                    cache.restore(slot)
+                elif value is not None:
+                    session.send_value(value)
+                else:
+                    session.send_nil()
+                position += 1
+                yield
+        finally:
+            for slot in held[position:]:
+                if slot is not None:
+                    cache.restore(slot)
+
+    return steps()
+
+
+def _range_of(
+    session: Session, entry: Entry | None, layers: tuple[int, int] | None
+) -> tuple[int, int | None]:
+    return (0, None) if entry is None or layers is None else layer_bytes(session, entry, *layers)
+
+
+def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple[int, int]:
+    """Return the byte range of some layers of a page. Raises CommandError when it has none."""
+    schema = session.cache.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
+    if schema is None:
+        raise CommandError("LAYERS needs a page whose namespace has a schema (KV.SCHEMA SET)")
+    try:
+        return schema.geometry.layer_range(first, count)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+@command("mset")
+def mset(session: Session, args: Args) -> None:
+    """Store several values at once."""
+    for key, value in _pairs(args, "mset"):
+        store(session, key, value, PLAIN)
+    session.out.append(reply.OK)
+
+
+@command("msetnx")
+def msetnx(session: Session, args: Args) -> None:
+    """Store several values unless one of the keys is there."""
+    pairs = _pairs(args, "msetnx")
+    is_free = all(session.cache.find(key) is None for key, _ in pairs)
+    for key, value in pairs if is_free else ():
+        store(session, key, value, PLAIN)
+    session.out.append(reply.integer(is_free))
+
+
+def _pairs(args: Args, name: str) -> list[tuple[bytes, Any]]:
+    if len(args) % 2 == 0:
+        raise CommandError(f"wrong number of arguments for '{name}' command")
+    return [(args[i], value_of(args[i + 1])) for i in range(1, len(args), 2)]

@@ -1,0 +1,64 @@
+"""The keeper: what the server looks after by the clock, ten times a second."""
+
+import logging
+
+import anyio
+
+from respkv.engine.actor import Actor
+from respkv.engine.messages import Check, Sweep
+from respkv.server.session import Session
+from respkv.server.state import Server
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+
+
+async def keep(server: Server, janitor: Actor) -> None:
+    """Lapse leases, close stalled and idle connections, and set the janitor to work, until cancelled."""
+    checked_s = server.clock.now
+    commands = server.num_commands
+    while True:
+        await anyio.sleep(TICK_S)
+        server.clock.refresh()
+        now = server.clock.now
+        for owner in server.cache.lapse():
+            _disconnect(server, owner, "kept a reservation past its deadline")
+            server.num_overdue_writers += 1
+        server.announce_room()
+        for session in list(server.sessions.values()):
+            _look_at(server, session, now)
+        janitor.advise(Sweep())
+        interval = server.config.check_interval
+        if interval and now - checked_s >= interval:
+            is_idle, commands = server.num_commands == commands, server.num_commands
+            if is_idle and janitor.advise(Check()):
+                checked_s = now
+
+
+def _look_at(server: Server, session: Session, now: float) -> None:
+    config = server.config
+    if session.is_draining:
+        unsent = session.wire.unsent_bytes()
+        if unsent > config.client_output_buffer_limit:
+            reason = f"{unsent} bytes of output wait, over client-output-buffer-limit"
+        elif session.stalled_s(now) >= config.output_timeout:
+            reason = f"took no byte for {config.output_timeout} s"
+        else:
+            return
+        server.num_slow_readers += 1
+        _disconnect(server, session.number, reason)
+    elif session.holds_slot_for_body:
+        if now - session.last_active >= config.output_timeout:
+            server.num_idle_closed += 1
+            _disconnect(server, session.number, "stopped in the middle of a value")
+    elif config.timeout and session.wants_input and now - session.last_active >= config.timeout:
+        server.num_idle_closed += 1
+        _disconnect(server, session.number, "idle")
+
+
+def _disconnect(server: Server, number: int, reason: str) -> None:
+    session = server.sessions.get(number)
+    if session is not None:
+        logger.info("closing client %d: %s", number, reason)
+        session.wire.abort()

@@ -1,0 +1,68 @@
+"""Which function carries out which command, and what a wrong call is told.
+
+``@command(name)`` ties a handler to its row in the command table, which gives its arity. Names are
+found in one dict lookup: upper and lower case are both in it, anything else is folded once.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from respkv.errors import CommandError
+from respkv.wire.commands import COMMANDS, Command, find_command, look_up
+from respkv.wire.parser import Args
+
+if TYPE_CHECKING:
+    from respkv.server.session import Session
+
+# What a handler returns when it has not answered yet: an iterator that appends to the output step
+# by step, or an awaitable that ends with the answer appended.
+Later: TypeAlias = "Iterator[None] | Awaitable[None]"
+Handle: TypeAlias = "Callable[[Session, Args], Later | None]"
+
+
+class Handler(NamedTuple):
+    """A command's function and the numbers of arguments, its name included, that it accepts."""
+
+    handle: Handle
+    least: int
+    most: int
+    takes_payload: bool
+    command: Command
+
+
+BY_NAME: dict[str, Handler] = {}
+HANDLERS: dict[bytes, Handler] = {}
+UNAUTHENTICATED_HANDLERS: dict[bytes, Handler] = {}
+_UNAUTHENTICATED = frozenset({"auth", "hello", "quit", "reset"})
+
+
+def command(name: str) -> Callable[[Handle], Handle]:
+    """Make a function the handler of a command, or of a subcommand as ``client|id``."""
+    outer, _, sub = name.partition("|")
+    row = COMMANDS[outer].subcommands[sub] if sub else COMMANDS[outer]
+    least = abs(row.arity)
+    most = row.arity if row.arity > 0 else 1 << 62
+
+    def register(handle: Handle) -> Handle:
+        assert name not in BY_NAME, f"{name} has two handlers"
+        handler = Handler(handle, least, most, row.payload is not None, row)
+        BY_NAME[name] = handler
+        if not row.subcommands and not sub:
+            for table in (HANDLERS, UNAUTHENTICATED_HANDLERS):
+                if table is HANDLERS or name in _UNAUTHENTICATED:
+                    table[name.encode()] = table[name.upper().encode()] = handler
+        return handle
+
+    return register
+
+
+def resolve(handlers: Mapping[bytes, Handler], args: Args) -> Handler:
+    """Find the handler that the quick look-up or its arity check did not settle.
+
+    Raises CommandError in Redis's words: unknown command or subcommand, wrong number of arguments,
+    and before authentication NOAUTH for all that is not needed to authenticate.
+    """
+    row = look_up(args[0])
+    if handlers is UNAUTHENTICATED_HANDLERS and (row is None or row.name not in _UNAUTHENTICATED):
+        raise CommandError("Authentication required.", "NOAUTH")
+    return BY_NAME[find_command(args).name]

@@ -1,0 +1,147 @@
+"""Start a server, serve until told to stop, and stop without breaking an answer in two."""
+
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import anyio.to_thread
+import uvloop
+
+import respkv.server.commands  # noqa: F401  (registers the handlers)
+from respkv.config import Config
+from respkv.engine.cache import Cache
+from respkv.engine.clock import Clock
+from respkv.engine.janitor import make_janitor
+from respkv.engine.supervisor import supervise
+from respkv.errors import CacheError
+from respkv.server.info import resident_bytes
+from respkv.server.keeper import keep
+from respkv.server.listeners import close_listeners, open_listeners, port_of
+from respkv.server.state import Server
+from respkv.server.transport import accept
+from respkv.tiers.arena import Arena
+from respkv.tiers.slab import SlabAllocator
+
+logger = logging.getLogger(__name__)
+
+EXIT_CANNOT_START = 2
+DRAIN_STEP_S = 0.01
+_LEVELS = {"debug": 10, "verbose": 15, "notice": 20, "warning": 30}
+
+
+def main(config: Config) -> int:
+    """Run a server until SIGTERM, SIGINT or SHUTDOWN; return the exit code of the process.
+
+    2 means that it could not start; one line on standard error says why.
+    """
+    try:
+        _log_to(config)
+        anyio.run(_main, config, backend="asyncio", backend_options={"loop_factory": _new_loop})
+    except CacheError as error:
+        print(f"respkv: {error}", file=sys.stderr)
+        return EXIT_CANNOT_START
+    return 0
+
+
+def _new_loop() -> uvloop.Loop:
+    return uvloop.new_event_loop()
+
+
+def _log_to(config: Config) -> None:
+    """Log to the file, or to standard error. Raises CacheError when it cannot be opened."""
+    try:
+        handler = logging.FileHandler(config.logfile) if config.logfile else logging.StreamHandler()
+    except OSError as error:
+        raise CacheError(f"logfile {config.logfile}: {error.strerror}") from error
+    logging.basicConfig(
+        level=_LEVELS[config.loglevel],
+        handlers=[handler],
+        format="%(asctime)s %(process)d %(levelname)s %(message)s",
+    )
+
+
+async def _main(config: Config) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with running(config) as server, anyio.create_task_group() as tasks:
+
+            async def stop_on_signal() -> None:
+                async for number in signals:
+                    logger.log(20, "%s: stopping", signal.Signals(number).name)
+                    server.stopping.set()
+
+            tasks.start_soon(stop_on_signal)
+            where = [f"{config.host}:{server.port}"] if server.port else []
+            logger.log(
+                20, "ready on %s", " and ".join([*where, *filter(None, [config.unixsocket])])
+            )
+            await server.stopping.wait()
+            tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[Server]:
+    """Serve while the block runs; raises CacheError when the server cannot start.
+
+    When it is left, no new client is accepted, answers on their way have ``shutdown-timeout`` to
+    leave, then every connection is closed and the memory is given back.
+    """
+    async with AsyncExitStack() as stack:
+        listeners = open_listeners(config)
+        stack.callback(close_listeners, listeners, config)
+        server = await _make_server(config, port_of(listeners))
+        stack.callback(server.arena.close)
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        server.run_in(tasks)
+        janitor = make_janitor(server.cache)
+
+        async def forget() -> None:
+            server.cache.flush()
+
+        tasks.start_soon(supervise, janitor, forget)
+        tasks.start_soon(keep, server, janitor)
+        stops = [await accept(server, each, config.tcp_backlog) for each in listeners]
+        try:
+            yield server
+        finally:
+            with anyio.CancelScope(shield=True):
+                for stop in stops:
+                    stop()
+                await _drain(server)
+            tasks.cancel_scope.cancel()
+
+
+async def _make_server(config: Config, port: int) -> Server:
+    nbytes = config.maxmemory - config.small_value_bytes()
+    path = config.arena_path(port) if config.shm != "off" else None
+    arena = Arena.create(nbytes, path=path, hugepages=config.hugepages)
+    before = resident_bytes()
+    if config.prefault:
+        await anyio.to_thread.run_sync(arena.prefault)
+    clock = Clock()
+    cache = Cache(
+        arena.view,
+        SlabAllocator(arena.nbytes),
+        policy=config.maxmemory_policy,
+        small_max=config.small_value_bytes(),
+        clock=clock,
+    )
+    server = Server(config, cache, arena, clock)
+    server.port = port
+    server.base_bytes = before
+    return server
+
+
+async def _drain(server: Server) -> None:
+    """Give answers time to leave, then close every connection and wait until all are gone."""
+    with anyio.move_on_after(server.config.shutdown_timeout):
+        while any(session.is_busy for session in server.sessions.values()):
+            await anyio.sleep(DRAIN_STEP_S)
+    while server.sessions:
+        for session in list(server.sessions.values()):
+            session.wire.abort()
+        await anyio.lowlevel.checkpoint()

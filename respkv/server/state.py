@@ -1,0 +1,121 @@
+"""What all connections of a server share."""
+
+import os
+import secrets
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from respkv.config import Config
+from respkv.engine.cache import Cache
+from respkv.engine.clock import Clock
+from respkv.engine.landing import Landing
+from respkv.errors import OutOfMemory
+from respkv.server.session import Session
+from respkv.tiers.arena import Arena
+from respkv.wire.parser import Limits, Tokenizer
+
+READ_BYTES = 64 * 1024
+
+
+class Server:
+    """The cache, the settings, the connections and the counters that are not the cache's.
+
+    One read buffer serves every connection, because lending it, the read and taking the bytes run
+    back to back: an idle connection costs a few KiB.
+    """
+
+    def __init__(self, config: Config, cache: Cache, arena: Arena, clock: Clock) -> None:
+        self.config = config
+        self.cache = cache
+        self.arena = arena
+        self.clock = clock
+        self.run_id = secrets.token_hex(20)
+        self.started_s = clock.now
+        self.pid = os.getpid()
+        self.port = 0
+        self.base_bytes = 0  # resident before the arena was touched
+        self.maxmemory_at_start = config.maxmemory
+        self.read_buffer = bytearray(READ_BYTES)
+        self.scratch = memoryview(self.read_buffer)
+        self.tokenizer = Tokenizer()
+        self.limits = limits_of(config)
+        self.sessions: dict[int, Session] = {}
+        self.next_number = 1
+        self.stopping = anyio.Event()
+        self.reset_counters()
+        self._tasks: TaskGroup | None = None
+        self._room = anyio.Event()
+        cache.on_room = self.announce_room
+
+    def reset_counters(self) -> None:
+        """Set the counters of CONFIG RESETSTAT to zero."""
+        self.num_connections = 0
+        self.num_rejected = 0
+        self.num_commands = 0
+        self.num_errors = 0
+        self.num_protocol_errors = 0
+        self.num_slow_readers = 0
+        self.num_idle_closed = 0
+        self.num_overdue_writers = 0
+        self.input_bytes = 0
+        self.output_bytes = 0
+        self.cache.stats.reset()
+
+    def configure(self, config: Config) -> None:
+        """Put changed settings in force."""
+        self.config = config
+        self.limits = limits_of(config)
+        cache = self.cache
+        for session in self.sessions.values():
+            session.use_limits(self.limits)
+        if config.maxmemory_policy != cache.room.policy:
+            cache.room.use_policy(config.maxmemory_policy, iter(cache.entries.values()))
+        budget = config.maxmemory - config.small_value_bytes()
+        if budget != cache.slabs.budget_bytes:
+            cache.slabs.budget_bytes = min(budget, cache.slabs.capacity_bytes)
+            cache.room.small_max = config.small_value_bytes()
+            cache.room.shrink()
+
+    def run_in(self, tasks: TaskGroup) -> None:
+        """Let ``spawn`` start tasks in this group."""
+        self._tasks = tasks
+
+    def spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Start a task that ends with the server."""
+        assert self._tasks is not None
+        self._tasks.start_soon(work, *args)
+
+    def announce_room(self) -> None:
+        """Wake those who wait for a slot."""
+        if not self._room.is_set():
+            self._room.set()
+
+    async def wait_for_room(self, nbytes: int, has_gone: Callable[[], bool]) -> Landing | None:
+        """Wait up to reserve-timeout for a slot; None when there is none, or the asker has gone.
+
+        Cancelled: nothing is held.
+        """
+        with anyio.move_on_after(self.config.reserve_timeout / 1000):
+            while not has_gone():
+                self.clock.refresh()
+                try:
+                    return self.cache.reserve(nbytes)
+                except OutOfMemory:
+                    self._room = anyio.Event()
+                # Promises lapse without anybody saying so, hence the look now and then.
+                with anyio.move_on_after(0.05):
+                    await self._room.wait()
+        return None
+
+
+def limits_of(config: Config) -> Limits:
+    """Return what an authenticated connection may send."""
+    return Limits(
+        args_max=config.max_args,
+        bulk_max=config.proto_max_bulk_len,
+        inline_max=config.inline_max,
+        held_max=config.query_buffer_limit,
+    )

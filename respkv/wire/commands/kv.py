@@ -1,0 +1,334 @@
+"""The commands on KV pages, which are respkv's own. docs/commands.md says what each answers."""
+
+from respkv.wire.commands.command import Command, KeySpec, subcommands
+
+_COUNTED = KeySpec(("RO", "access"), counted=True)
+_PUT_OPTIONS = "[PARENT key] [TOKENS n] [PX milliseconds] [PRIORITY n] [NX] [DURABLE]"
+
+_SCHEMA = subcommands(
+    Command(
+        name="kv.schema|set",
+        arity=-13,
+        flags=("write", "denyoom"),
+        categories=("kv",),
+        summary="Give a namespace the geometry that all its pages must have",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax=(
+            "KV.SCHEMA SET namespace LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
+            "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] [CODEC tier codec ...] "
+            "[MAXBYTES n] [TTL milliseconds]"
+        ),
+        notes="Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema.",
+    ),
+    Command(
+        name="kv.schema|get",
+        arity=3,
+        flags=("readonly", "fast"),
+        categories=("kv",),
+        summary="Get the schema of a namespace",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.SCHEMA GET namespace",
+        notes="Answers a map, or null.",
+    ),
+    Command(
+        name="kv.schema|list",
+        arity=2,
+        flags=("readonly",),
+        categories=("kv",),
+        summary="List the namespaces that have a schema",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of namespaces",
+        syntax="KV.SCHEMA LIST",
+        notes="Answers an array of names.",
+    ),
+    Command(
+        name="kv.schema|del",
+        arity=3,
+        flags=("write", "fast"),
+        categories=("kv",),
+        summary="Forget the schema of a namespace",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.SCHEMA DEL namespace",
+        notes="Answers 1, or 0 when there was none.",
+    ),
+    Command(
+        name="kv.schema|help",
+        arity=2,
+        flags=("loading", "stale"),
+        categories=("kv",),
+        summary="Show helpful text about the different subcommands",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.SCHEMA HELP",
+    ),
+)
+
+_PAGES = (
+    Command(
+        name="kv.put",
+        arity=-3,
+        flags=("write", "denyoom", "movablekeys"),
+        categories=("kv",),
+        key_specs=(KeySpec(("OW", "update")), KeySpec(("RO",), begin="PARENT", start=3)),
+        payload=(2, 0),
+        summary="Store a page; its payload must be as long as the schema of its namespace says",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the length of the payload",
+        syntax=f"KV.PUT key payload {_PUT_OPTIONS}",
+        notes=(
+            "Answers `OK`, or null when NX was given and the page is there; a `KVSCHEMA` error "
+            "with both sizes when the payload does not fit, an `OOM` error when no room can be "
+            "made."
+        ),
+    ),
+    Command(
+        name="kv.get",
+        arity=-2,
+        flags=("readonly",),
+        categories=("kv",),
+        key_specs=(KeySpec(("RO", "access")),),
+        summary="Get the bytes of a page, or of some of its layers",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of bytes returned",
+        syntax="KV.GET key [LAYERS first count]",
+        notes="Answers the bytes, or null. Works on ordinary values too, without LAYERS.",
+    ),
+    Command(
+        name="kv.mget",
+        arity=-3,
+        flags=("readonly", "movablekeys"),
+        categories=("kv",),
+        key_specs=(_COUNTED,),
+        summary="Get the bytes of many pages, or of some of their layers, streamed in order",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of bytes returned",
+        syntax="KV.MGET numkeys key [key ...] [LAYERS first count]",
+        notes="Answers an array with the bytes, or null, for each key.",
+    ),
+    Command(
+        name="kv.match",
+        arity=-3,
+        flags=("readonly", "fast", "movablekeys"),
+        categories=("kv",),
+        key_specs=(_COUNTED,),
+        summary="Find the longest run of present pages, and keep it for a while",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of keys",
+        syntax="KV.MATCH numkeys key [key ...]",
+        notes=(
+            "Answers an array: how many pages from the first on are present, one letter for "
+            "the tier of each, and the microseconds that loading them should take. The pages "
+            "stay for `answer-lease` milliseconds."
+        ),
+    ),
+    Command(
+        name="kv.info",
+        arity=2,
+        flags=("readonly", "fast"),
+        categories=("kv",),
+        key_specs=(KeySpec(("RO",)),),
+        summary="Describe a page: its size, tier, age, parent, pins and leases",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.INFO key",
+        notes="Answers a map, or null.",
+    ),
+    Command(
+        name="kv.touch",
+        arity=-3,
+        flags=("readonly", "fast", "movablekeys"),
+        categories=("kv",),
+        key_specs=(KeySpec(("RO",), counted=True),),
+        summary="Count pages as used just now",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of keys",
+        syntax="KV.TOUCH numkeys key [key ...]",
+        notes="Answers how many of the pages are present.",
+    ),
+    Command(
+        name="kv.pin",
+        arity=3,
+        flags=("write", "fast"),
+        categories=("kv",),
+        key_specs=(KeySpec(("RW", "update")),),
+        summary="Keep a page from eviction for some time",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.PIN key milliseconds",
+        notes="Answers 1, or 0 when the page is absent.",
+    ),
+    Command(
+        name="kv.unpin",
+        arity=2,
+        flags=("write", "fast"),
+        categories=("kv",),
+        key_specs=(KeySpec(("RW", "update")),),
+        summary="Let a pinned page be evicted again",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.UNPIN key",
+        notes="Answers 1, or 0 when the page is absent or was not pinned.",
+    ),
+    Command(
+        name="kv.explain",
+        arity=2,
+        flags=("readonly", "fast"),
+        categories=("kv",),
+        key_specs=(KeySpec(("RO",)),),
+        summary="Say why a page is present or absent",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.EXPLAIN key",
+        notes=(
+            "Answers an array of a reason (`present`, `never`, `evicted`, `expired`, "
+            "`deleted`, `schema`) and a text."
+        ),
+    ),
+)
+
+_SHARED_MEMORY = (
+    Command(
+        name="kv.attach",
+        arity=1,
+        flags=("readonly", "noscript", "fast"),
+        categories=("kv",),
+        summary="Get the path, size, layout version and mode of the shared arena",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.ATTACH",
+        notes=(
+            "Answers an array: path, bytes, layout version, and `ro` or `rw`; an error when "
+            "shared memory is off."
+        ),
+    ),
+    Command(
+        name="kv.lease",
+        arity=-3,
+        flags=("readonly", "noscript", "movablekeys"),
+        categories=("kv",),
+        key_specs=(_COUNTED,),
+        summary="Hold pages in place and get where in the shared arena their bytes are",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of keys",
+        syntax="KV.LEASE numkeys key [key ...] [MS milliseconds]",
+        notes=(
+            "Answers an array: the lease, then for each key its offset and length, or null. "
+            "The lease ends with its connection, or after its time."
+        ),
+    ),
+    Command(
+        name="kv.release",
+        arity=2,
+        flags=("readonly", "noscript", "fast"),
+        categories=("kv",),
+        summary="End a lease",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of pages leased",
+        syntax="KV.RELEASE lease",
+        notes="Answers 1, or 0 when the lease had lapsed: what was read must not be trusted.",
+    ),
+    Command(
+        name="kv.reserve",
+        arity=-3,
+        flags=("write", "denyoom", "noscript"),
+        categories=("kv",),
+        key_specs=(KeySpec(("OW", "insert")),),
+        summary="Take room in the shared arena for a page that the caller will write there",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.RESERVE key nbytes [MS milliseconds]",
+        notes=(
+            "Answers an array: the lease, and the offset at which to write. The reservation "
+            "ends with its connection, or after its time."
+        ),
+    ),
+    Command(
+        name="kv.commit",
+        arity=-2,
+        flags=("write", "noscript", "movablekeys", "no_mandatory_keys"),
+        categories=("kv",),
+        key_specs=(KeySpec(("RO",), begin="PARENT", start=2),),
+        summary="Publish the page written under a reservation",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the length of the page, which is checksummed",
+        syntax=f"KV.COMMIT lease {_PUT_OPTIONS}",
+        notes=(
+            "Answers `OK`, or null when NX was given and the page is there; a `KVLEASE` error "
+            "when the reservation had lapsed, and nothing is stored."
+        ),
+    ),
+    Command(
+        name="kv.abort",
+        arity=2,
+        flags=("write", "noscript", "fast"),
+        categories=("kv",),
+        summary="Give back a reservation",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.ABORT lease",
+        notes="Answers 1, or 0 when there was no such reservation.",
+    ),
+)
+
+KV: tuple[Command, ...] = (
+    Command(
+        name="kv.schema",
+        arity=-2,
+        categories=("kv",),
+        summary="A container for commands on the schemas of namespaces",
+        since="0.1.0",
+        group="kv",
+        complexity="Depends on subcommand.",
+        syntax="KV.SCHEMA",
+        subcommands=_SCHEMA,
+    ),
+    *_PAGES,
+    *_SHARED_MEMORY,
+    Command(
+        name="kv.tiers",
+        arity=1,
+        flags=("readonly", "loading", "stale", "fast"),
+        categories=("kv",),
+        summary="Describe each tier: its capacity, what is used, its pages",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of tiers",
+        syntax="KV.TIERS",
+        notes="Answers an array of maps.",
+    ),
+    Command(
+        name="kv.stats",
+        arity=1,
+        flags=("readonly", "loading", "stale", "fast"),
+        categories=("kv",),
+        summary="Get the cache's counters: hits, misses, bytes, evictions, leases",
+        since="0.1.0",
+        group="kv",
+        complexity="O(1)",
+        syntax="KV.STATS",
+        notes="Answers a map.",
+    ),
+)

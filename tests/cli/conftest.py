@@ -1,0 +1,94 @@
+"""The command line as a person runs it, and a real redis-server for it to talk to."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+START_S = 10.0
+COMMAND_S = 60.0
+
+
+class Cli(Protocol):
+    """Run ``respkv`` with these words."""
+
+    def __call__(
+        self, *args: str, url: str | None = None
+    ) -> "subprocess.CompletedProcess[str]": ...
+
+
+def environment(url: str | None) -> dict[str, str]:
+    """Return this process's, pointing at a server or at none."""
+    kept = {name: value for name, value in os.environ.items() if name != "RESPKV_URL"}
+    return kept | ({} if url is None else {"RESPKV_URL": url})
+
+
+@pytest.fixture
+def cli() -> Cli:
+    def run(*args: str, url: str | None = None) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "respkv", *args],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            env=environment(url),
+        )
+
+    return run
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on, for now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A redis-server on TCP, which is at redis.sock in its folder, too."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    folder = tmp_path_factory.mktemp("redis")
+    options += ["--dir", str(folder), "--unixsocket", str(folder / "redis.sock")]
+    process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "redis-server did not start"
+                time.sleep(0.02)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(timeout=START_S)
+
+
+@pytest.fixture
+def redis_url(redis_port: int) -> str:
+    return f"redis://127.0.0.1:{redis_port}"
+
+
+@pytest.fixture
+def nowhere() -> str:
+    """A URL that nobody answers."""
+    return f"respkv://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture
+def without_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command line meet a Python in which rich cannot be imported."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rich'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -1,0 +1,49 @@
+"""The real redis-server, and every client in one blocking form: sync, asyncio, uvloop and trio."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client.faces import FACES, Face, open_face
+from tests.client.redis_server import RedisServer
+
+Connect = Callable[..., Face]
+
+
+@pytest.fixture(scope="session")
+def started_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis(started_redis: RedisServer) -> RedisServer:
+    """Return the server, empty."""
+    started_redis.cli("FLUSHALL")
+    return started_redis
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """Return a server that the test may stop, start and configure."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(params=FACES)
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """Return what opens clients of one face; they are closed when the test ends."""
+    with ExitStack() as stack:
+
+        def open_client(url: str, **options: Any) -> Face:
+            return stack.enter_context(open_face(request.param, url, options))
+
+        yield open_client

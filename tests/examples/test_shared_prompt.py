@@ -1,0 +1,93 @@
+"""The demo as a person starts it, with a model so small that it takes seconds."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "shared_prompt.py"
+TINY = [
+    *("--layers", "2", "--hidden", "128", "--maxmemory", "64mb", "--text", str(DEMO)),
+    *("--document-tokens", "300", "--page-tokens", "32", "--new-tokens", "8"),
+]
+
+
+def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """Start the demo with all its files under ``folder``."""
+    return subprocess.Popen(
+        [sys.executable, str(DEMO), *TINY, *options],
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def cells(output: str, name: str) -> list[str]:
+    """Return the cells of one row of the table."""
+    (line,) = [line for line in output.splitlines() if line.startswith(name + "  ")]
+    return re.split(r" {2,}", line.strip())[1:]
+
+
+def assert_nothing_is_left(folder: Path) -> None:
+    assert list(folder.iterdir()) == []
+    assert not list(Path("/dev/shm").glob("respkv-demo-*"))
+    assert not [line for line in command_lines() if str(folder).encode() in line]
+
+
+def command_lines() -> list[bytes]:
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes())
+        except OSError:  # it ended meanwhile
+            continue
+    return lines
+
+
+def test_each_worker_hits_the_pages_of_the_other_and_no_token_changes(tmp_path: Path) -> None:
+    demo = start_demo(tmp_path)
+    output, errors = demo.communicate(timeout=120)
+    assert demo.returncode == 0, output + errors
+    assert cells(output, "worker") == ["B", "B", "A", "A"]
+    assert cells(output, "pages come by") == ["socket", "shared memory"] * 2
+    assert cells(output, "pages hit") == ["9"] * 4
+    assert cells(output, "KV read") == ["0.3 MiB"] * 4
+    assert cells(output, "8 new tokens") == ["identical"] * 4
+    assert cells(output, "logits of the first") == ["same bits"] * 4
+    assert errors == ""
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("starting workers", signal.SIGINT), ("B reads", signal.SIGTERM)],
+    ids=str,
+)
+def test_a_demo_that_is_stopped_leaves_nothing(
+    tmp_path: Path, moment: str, number: signal.Signals
+) -> None:
+    demo = start_demo(tmp_path)
+    assert demo.stdout
+    output = ""
+    while moment not in output:
+        character = demo.stdout.read(1)
+        assert character, output
+        output += character
+    demo.send_signal(number)
+    _, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 128 + number, output + errors
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_text_too_short_fails_with_the_numbers(tmp_path: Path) -> None:
+    demo = start_demo(tmp_path, "--document-tokens", "1000000")
+    _, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 1
+    assert "2 documents of 1,000,000 need 2,000,000" in errors
+    assert_nothing_is_left(tmp_path)
