@@ -12,10 +12,9 @@ where it is until its last reader is done.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from respkv.engine.clock import Clock
-from respkv.engine.entry import SMALL_BYTES_MAX, Entry, Kind
+from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Kind, Put
 from respkv.engine.history import History, Reason
 from respkv.engine.index import Index
 from respkv.engine.landing import Landing
@@ -31,24 +30,6 @@ from respkv.tiers.slab import SlabAllocator, Slot
 RAW = 0  # the codec of bytes as they came
 FLUSHED_NOTED_MAX = 10_000  # a flush must not stall the loop with explanations
 PAGE_ID_DIGITS = 2 * PAGE_ID_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """How a value is to be kept.
-
-    expires_ms: wall-clock end of its TTL, 0 for none, None to keep the one the key has.
-    parent:     key of the page it stands behind; None leaves the link as it is.
-    """
-
-    kind: Kind = "string"
-    expires_ms: int | None = 0
-    priority: int = 0
-    tokens: int = 0
-    parent: bytes | None = None
-
-
-PLAIN = Put()
 
 
 class Cache:
@@ -130,6 +111,10 @@ class Cache:
         landing = Landing(self._take(nbytes), self.arena, nbytes)
         self._landings.add(landing)
         return landing
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether a value of ``nbytes`` could be stored if nothing else were."""
+        return nbytes <= self.slabs.payload_bytes_max
 
     def abandon(self, landing: Landing) -> None:
         """Give a landing's slot back unless it was committed; harmless when repeated."""

@@ -1,5 +1,6 @@
-"""One resident value: what the index holds for a key."""
+"""One resident value: what the index holds for a key, and how a put asks for it to be kept."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from respkv.tiers.slab import Slot
@@ -65,3 +66,21 @@ class Entry:
         self.position = -1  # its place in the index's table, for SCAN
         self.mark: float = 0.0  # for the eviction policy
         self.queue: Any = None  # for the eviction policy
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """How a value is to be kept.
+
+    expires_ms: wall-clock end of its TTL, 0 for none, None to keep the one the key has.
+    parent:     key of the page it stands behind; None leaves the link as it is.
+    """
+
+    kind: Kind = "string"
+    expires_ms: int | None = 0
+    priority: int = 0
+    tokens: int = 0
+    parent: bytes | None = None
+
+
+PLAIN = Put()

@@ -2,7 +2,10 @@
 
 The hot path writes ``touched`` and ``hits`` and calls nobody, so every queue here is lazy: it looks
 at those two only when an entry's turn comes. Work is therefore paid by uses that happened: an entry
-is ranked anew, or passed over, at most once for each time it was used.
+is ranked anew, or passed over, at most once for each time it was used. After a long time without
+evictions that may be all of them, a million entries or more, and nobody should wait for that; so
+one answer looks at LOOKS_MAX used entries at most and is then the coldest of those. (Redis's lru
+looks at 5 by default.)
 
 lru, fifo and lfu rank entries by a number and keep them in a heap; an entry that left leaves its
 item behind, which is recognised when it surfaces and swept when such items are the majority. sieve
@@ -22,7 +25,7 @@ from itertools import count
 from respkv.engine.entry import Entry
 
 HEAP_SLACK = 64
-_STALE_RUN_MIN = 64
+LOOKS_MAX = 512
 _FREQUENCY_MAX = 3
 _SMALL_SHARE = 10  # the small queue of s3fifo is meant to hold one in so many
 
@@ -124,21 +127,21 @@ class Ranked(Queue):
 
     def candidate(self) -> Entry | None:
         heap = self._heap
-        stale = 0
-        while heap:
+        coldest: Item | None = None
+        looks = 0
+        while heap and looks < LOOKS_MAX:
             item = heap[0]
             rank, _, number, entry = item
             if self._items.get(entry) is not item:
                 heapq.heappop(heap)
-            elif not self._is_stale(entry, rank):
-                return entry
-            elif stale < _STALE_RUN_MIN + len(heap) // 8:
-                stale += 1
-                heapq.heapreplace(heap, self._item(entry, self._rank(entry), number))
+            elif self._is_stale(entry, rank):
+                looks += 1
+                item = self._item(entry, self._rank(entry), number)
+                heapq.heapreplace(heap, item)
+                coldest = item if coldest is None else min(coldest, item)
             else:
-                # Much was used since the last eviction: ranking all at once is cheaper by then.
-                self._rebuild()
-        return None
+                return entry
+        return None if coldest is None else coldest[3]
 
     def check(self) -> None:
         heap = self._heap
@@ -153,14 +156,8 @@ class Ranked(Queue):
 
     def _sweep(self) -> None:
         if len(self._heap) > 2 * len(self._items) + HEAP_SLACK:
-            self._rebuild()
-
-    def _rebuild(self) -> None:
-        for rank, _, number, entry in list(self._items.values()):
-            if self._is_stale(entry, rank):
-                self._item(entry, self._rank(entry), number)
-        self._heap[:] = self._items.values()
-        heapq.heapify(self._heap)
+            self._heap[:] = self._items.values()
+            heapq.heapify(self._heap)
 
 
 class Lru(Ranked):
@@ -236,16 +233,20 @@ class Sieve(Queue):
         self._ahead[entry] = None
 
     def candidate(self) -> Entry | None:
-        while self:
+        coldest: Entry | None = None
+        looks = 0
+        while self and looks < LOOKS_MAX:
             if not self._ahead:
                 self._ahead, self._behind = self._behind, self._ahead
             entry = next(iter(self._ahead))
             if entry.hits == entry.mark:
                 return entry
+            looks += 1
             entry.mark = entry.hits
             del self._ahead[entry]
             self._behind[entry] = None
-        return None
+            coldest = _colder(coldest, entry)
+        return coldest
 
     def withdraw(self, entry: Entry) -> float:
         del (self._ahead if entry in self._ahead else self._behind)[entry]
@@ -293,7 +294,10 @@ class S3Fifo(Queue):
 
     def candidate(self) -> Entry | None:
         small, main = self._small, self._main
-        while self:
+        coldest: Entry | None = None
+        looks = 0
+        while self and looks < LOOKS_MAX:
+            looks += 1
             if small and (not main or len(small) * _SMALL_SHARE >= len(self)):
                 entry = next(iter(small))
                 if entry.hits - entry.mark <= 1:
@@ -308,7 +312,8 @@ class S3Fifo(Queue):
                     return entry
                 main.move_to_end(entry)
                 entry.mark = entry.hits - (frequency - 1)
-        return None
+            coldest = _colder(coldest, entry)
+        return coldest
 
     def withdraw(self, entry: Entry) -> float:
         if entry in self._small:
@@ -328,3 +333,7 @@ class S3Fifo(Queue):
 
     def check(self) -> None:
         assert self._small.keys().isdisjoint(self._main)
+
+
+def _colder(one: Entry | None, other: Entry) -> Entry:
+    return other if one is None or other.touched < one.touched else one

@@ -99,9 +99,7 @@ def _tiers(tiers: Sequence[Tier]) -> RenderableType:
             Text(tier.name, style="bold"),
             _bar(share),
             f"{share:.0%}" if share_known else "",
-            " of ".join(
-                size(number) for number in (tier.used_bytes, tier.capacity_bytes) if number
-            ),
+            size(tier.used_bytes) + (f" of {size(tier.capacity_bytes)}" if share_known else ""),
             "" if tier.num_pages is None else f"{tier.num_pages:,} pages",
         )
     return table

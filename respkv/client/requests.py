@@ -6,17 +6,25 @@ sent from there by a gathered write.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 GATHER_BYTES = 4 * 1024
 
 
-class Buffer(Protocol):
-    """Anything with the buffer interface: bytes, bytearray, memoryview, mmap, a numpy array..."""
+class HasBuffer(Protocol):
+    """Anything with the buffer interface: bytes, bytearray, memoryview, mmap."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
+class HasArray(Protocol):
+    """An array of numpy. It has the buffer interface too, but says so only from Python 3.12 on."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+Buffer: TypeAlias = HasBuffer | HasArray
 Arg: TypeAlias = str | int | float | Buffer
 Chunk: TypeAlias = bytes | bytearray | memoryview
 
@@ -82,9 +90,14 @@ def request(commands: Sequence[Sequence[Arg]], targets: Sequence[memoryview] = (
     )
 
 
+def view_of(buffer: Buffer) -> memoryview:
+    """Return a view of a buffer. Raises TypeError or ValueError when it is none."""
+    return memoryview(cast(HasBuffer, buffer))
+
+
 def writable_bytes(buffer: Buffer) -> memoryview:
     """Return a buffer as writable bytes. Raises ValueError when it cannot be written in place."""
-    view = memoryview(buffer)
+    view = view_of(buffer)
     if view.readonly or not view.c_contiguous:
         raise ValueError("into must be writable and contiguous")
     return view.cast("B") if view.nbytes else memoryview(bytearray())
@@ -108,7 +121,7 @@ def _chunk(arg: Arg) -> Chunk:
     if isinstance(arg, float):
         return float.__repr__(arg).encode()  # numpy's floats, which are floats, print otherwise
     try:
-        view = memoryview(arg)
+        view = view_of(arg)
     except (TypeError, ValueError):  # numpy refuses its bfloat16 with the latter
         raise TypeError(
             f"a command argument cannot be a {type(arg).__name__}; arrays and tensors without a"

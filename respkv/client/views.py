@@ -11,13 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from respkv.client.requests import Buffer, view_of
 from respkv.page import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import numpy
     import torch
-
-    from respkv.client.requests import Buffer
 
 _NUMPY_LACKS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
@@ -40,7 +39,7 @@ def as_numpy(view: Buffer, dtype: str, shape: Sequence[int]) -> numpy.ndarray[An
         element = numpy.dtype(dtype)
     if not nbytes:
         return numpy.empty(shape, element)
-    array: numpy.ndarray[Any, Any] = numpy.frombuffer(memoryview(view), numpy.uint8)
+    array: numpy.ndarray[Any, Any] = numpy.frombuffer(view_of(view), numpy.uint8)
     viewed: numpy.ndarray[Any, Any] = array.view(element).reshape(shape)
     return viewed
 
@@ -99,7 +98,7 @@ def _unprotected(array: numpy.ndarray[Any, Any]) -> Any:
 def _check(view: Buffer, dtype: str, shape: Sequence[int]) -> int:
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype must be one of {', '.join(sorted(DTYPE_BYTES))}, not {dtype!r}")
-    nbytes = memoryview(view).nbytes
+    nbytes = view_of(view).nbytes
     wanted = math.prod(shape) * DTYPE_BYTES[dtype]
     if nbytes != wanted:
         raise ValueError(f"{nbytes} bytes; {dtype} of shape {tuple(shape)} takes {wanted}")

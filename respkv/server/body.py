@@ -46,7 +46,7 @@ class ArenaSink:
 
     def __init__(self, landing: Landing) -> None:
         self.landing = landing
-        self.missing = landing.nbytes
+        self.missing = landing.nbytes - landing.filled
 
     def window(self, scratch: memoryview) -> memoryview:
         """Return the next part of the slot."""
@@ -96,8 +96,8 @@ class HeapSink:
 class DropSink:
     """An argument that is not kept."""
 
-    def __init__(self, nbytes: int, error: CacheError | None = None) -> None:
-        self.missing = nbytes
+    def __init__(self, nbytes: int, error: CacheError | None = None, *, arrived: int = 0) -> None:
+        self.missing = nbytes - arrived
         self._refused = Refused(nbytes, error)
 
     def window(self, scratch: memoryview) -> memoryview:

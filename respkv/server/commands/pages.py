@@ -7,7 +7,7 @@ equal bytes, so the session drops the payload as it arrives and only the options
 from collections.abc import Iterator
 from typing import Any
 
-from respkv.engine.cache import Put
+from respkv.engine.entry import Put
 from respkv.engine.landing import Landing
 from respkv.engine.namespaces import check_payload
 from respkv.errors import CommandError, SchemaMismatch

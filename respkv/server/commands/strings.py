@@ -7,8 +7,7 @@ speaks only Redis still sees every key.
 from collections.abc import Iterator
 from typing import Any
 
-from respkv.engine.cache import PLAIN, Put
-from respkv.engine.entry import Entry
+from respkv.engine.entry import PLAIN, Entry, Put
 from respkv.engine.landing import Landing
 from respkv.errors import CommandError
 from respkv.server.arguments import Words, expiry_ms, integer, value_of

@@ -16,7 +16,7 @@ _GROUPS = {
 _HEAD = """\
 # Commands
 
-<!-- Written by `python -m respkv.wire.commands docs/commands.md`; change the table, not this. -->
+<!-- Written by `python -m respkv.wire.commands`; change the table, not this file. -->
 
 Every command respkv answers. Redis commands have Redis 7.0's replies and error texts unless a line
 here says otherwise; options are words in any case. Arguments in brackets may be left out, of

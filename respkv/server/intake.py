@@ -1,0 +1,161 @@
+"""What comes in on a connection: commands, and the large arguments that land elsewhere.
+
+The parser stops at a large argument; the intake finds a place for it (body.py) and lends that to
+the socket. A value gets its slot once a first part of it has come, and if there is none now, the
+intake waits for one, which stops the reading of the socket.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from respkv.engine.landing import Landing
+from respkv.errors import CacheError, OutOfMemory, ProtocolError
+from respkv.server.body import LAND_MIN, ArenaSink, DropSink, HeapSink, Sink
+from respkv.wire.commands import look_up
+from respkv.wire.parser import Args, Body, Limits, RequestParser
+
+if TYPE_CHECKING:
+    from respkv.server.state import Server
+
+
+class Intake:
+    """The input of one connection.
+
+    resume: called when a wait for a slot is over.
+    """
+
+    def __init__(self, server: "Server", limits: Limits, resume: Callable[[], None]) -> None:
+        self.is_waiting = False
+        self._server = server
+        self._cache = server.cache
+        self._resume = resume
+        self._parser = RequestParser(server.tokenizer, limits)
+        self._sink: Sink | None = None
+        self._window = memoryview(b"")
+        self._is_lost = False
+
+    def use_limits(self, limits: Limits) -> None:
+        """Change what may be sent from the next command on."""
+        self._parser.limits = limits
+
+    @property
+    def error(self) -> ProtocolError | None:
+        """Why the input cannot be followed any further, or None."""
+        return self._parser.error
+
+    @property
+    def has_more(self) -> bool:
+        """Whether ``go_on`` has something to do."""
+        return self._parser.body is not None and self._sink is None
+
+    @property
+    def holds_slot(self) -> bool:
+        """Whether a slot waits for this connection's bytes."""
+        return isinstance(self._sink, ArenaSink)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of unfinished input on the heap."""
+        collected = self._sink.arrived if isinstance(self._sink, HeapSink) else 0
+        return self._parser.held_bytes + collected
+
+    def window(self) -> memoryview:
+        """Return memory for the next bytes."""
+        if self._sink is None:
+            return self._server.scratch
+        self._window = self._sink.window(self._server.scratch)
+        return self._window
+
+    def received(self, nbytes: int) -> Sequence[Args]:
+        """Take what was written to the start of the last window; return the whole commands."""
+        if self._sink is None:
+            return self._parser.feed(self._server.read_buffer, nbytes)
+        self._sink.advance(self._window[:nbytes])
+        if self.holds_slot:
+            self._cache.stats.bytes_landed += nbytes
+        self._land_if_due()
+        return self.finished()
+
+    def go_on(self) -> Sequence[Args]:
+        """Find a place for the argument that the parser stopped at; return the whole commands."""
+        body = self._parser.body
+        assert body is not None
+        is_value = _is_value(body)
+        if not is_value and body.nbytes > self._parser.limits.held_max:
+            error = CacheError(f"an argument of {body.nbytes} bytes is no value and too long")
+            self._sink = DropSink(body.nbytes, error)
+        elif is_value and self._is_there(body):
+            self._sink = DropSink(body.nbytes)
+        else:
+            self._sink = HeapSink(body.nbytes)
+        self._sink.advance(memoryview(body.early))
+        body.early = b""
+        self._land_if_due()
+        return self.finished()
+
+    def lost(self) -> None:
+        """Give back the slot that was being filled, and what the open command had landed before."""
+        self._is_lost = True
+        if isinstance(self._sink, ArenaSink):
+            self._cache.abandon(self._sink.landing)
+        self._sink = None
+        for value in self._parser.open_args:
+            if isinstance(value, Landing):
+                self._cache.abandon(value)
+
+    def finished(self) -> Sequence[Args]:
+        """Hand a complete argument to the parser; return the commands that are whole then."""
+        sink = self._sink
+        if sink is None or sink.missing or self.is_waiting:
+            return ()
+        self._sink = None
+        return self._parser.end_body(sink.value())
+
+    def _land_if_due(self) -> None:
+        sink, body = self._sink, self._parser.body
+        assert body is not None
+        if not isinstance(sink, HeapSink) or not _is_value(body):
+            return
+        if sink.arrived < min(LAND_MIN, body.nbytes):
+            return
+        try:
+            self._land(sink, self._cache.reserve(body.nbytes))
+        except OutOfMemory as error:
+            if self._cache.is_waiting_useful() and self._cache.fits(body.nbytes):
+                self.is_waiting = True
+                self._server.spawn(self._wait_for_room, sink, body, error)
+            else:
+                self._drop(sink, body, error)
+
+    def _land(self, sink: HeapSink, landing: Landing) -> None:
+        landing.write(sink.data())
+        self._cache.stats.bytes_staged += sink.arrived
+        self._sink = ArenaSink(landing)
+
+    def _drop(self, sink: HeapSink, body: Body, error: CacheError) -> None:
+        self._sink = DropSink(body.nbytes, error, arrived=sink.arrived)
+
+    async def _wait_for_room(self, sink: HeapSink, body: Body, error: OutOfMemory) -> None:
+        """Wait until a slot can be had; give up and drop the value after reserve-timeout."""
+        try:
+            landing = await self._server.wait_for_room(body.nbytes, lambda: self._is_lost)
+        finally:
+            self.is_waiting = False
+        if landing is None:
+            self._drop(sink, body, error)
+        elif self._is_lost:
+            self._cache.abandon(landing)
+        else:
+            self._land(sink, landing)
+        if not self._is_lost:
+            self._resume()
+
+    def _is_there(self, body: Body) -> bool:
+        """Whether this is the payload of a page that is already stored."""
+        is_put = len(body.head) == 2 and body.head[0].upper() == b"KV.PUT"
+        return is_put and self._cache.has_page(body.head[1], body.nbytes) is not None
+
+
+def _is_value(body: Body) -> bool:
+    row = look_up(body.head[0]) if body.head else None
+    return row is not None and row.is_payload(len(body.head))
