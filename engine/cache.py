@@ -140,10 +140,23 @@ class Cache:
     def put(self, key: bytes, value: bytes, how: Put = PLAIN) -> Entry:
         """Store a value that is already in memory. Raises OutOfMemory; the old value stays then."""
         if len(value) <= SMALL_BYTES_MAX and how.kind == "string":
-            return self._put_small(key, value, how)
+            return self.put_small(key, value, how)
         landing = self.reserve(len(value))
         landing.write(value)
         return self.commit(key, landing, how)
+
+    def put_small(self, key: bytes, value: bytes, how: Put) -> Entry:
+        """Store a value of at most SMALL_BYTES_MAX bytes on the heap."""
+        nbytes = len(value)
+        entry = self.entries.get(key)
+        if entry is None or entry.slot is not None or entry.nbytes != nbytes:
+            entry = self._make_small(key, nbytes)
+        entry.value = value
+        entry.touched = self.clock.now
+        self.stats.bytes_in += nbytes
+        if how is not PLAIN or entry.expires_ms or entry.priority:
+            self._describe(entry, how, None)
+        return entry
 
     def publish(self, key: bytes, slot: Slot, nbytes: int, checksum: int, how: Put) -> Entry:
         """Write a filled slot's header and make it the value of a key, in one step.
@@ -168,7 +181,7 @@ class Cache:
             self.index.insert(entry)
             self.room.insert(entry)
         else:
-            self._replace(entry, how.kind, nbytes, slot, None)
+            self._replace(entry, how.kind, nbytes, slot)
         self._describe(entry, how, schema)
         self.stats.bytes_in += nbytes
         return entry
@@ -294,38 +307,22 @@ class Cache:
             self.stats.oom += 1
             raise
 
-    def _put_small(self, key: bytes, value: bytes, how: Put) -> Entry:
-        nbytes = len(value)
-        entry = self.entries.get(key)
-        if entry is not None and entry.slot is None:
-            self.room.take_small(max(nbytes - entry.nbytes, 0))
-            if entry.position >= 0:  # it was not itself evicted for the room
-                self.room.give_back_small(max(entry.nbytes - nbytes, 0))
-                entry.value, entry.nbytes = value, nbytes
-                entry.touched = self.clock.now
-                self._describe(entry, how, None)
-                self.stats.bytes_in += nbytes
-                return entry
-            self.room.give_back_small(max(nbytes - entry.nbytes, 0))
+    def _make_small(self, key: bytes, nbytes: int) -> Entry:
+        """Return the entry of a key with room on the heap for a value of another size."""
         self.room.take_small(small_cost(key, nbytes))
-        entry = self.entries.get(key)
-        if entry is None:
-            entry = Entry(key, how.kind, nbytes, self.clock.now)
-            entry.value = value
-            self.index.insert(entry)
-            self.room.insert(entry)
-        else:
-            self._replace(entry, how.kind, nbytes, None, value)
-        self._describe(entry, how, None)
-        self.stats.bytes_in += nbytes
+        entry = self.entries.get(key)  # not before: making room may have evicted it
+        if entry is not None:
+            self._replace(entry, "string", nbytes, None)
+            return entry
+        entry = Entry(key, "string", nbytes, self.clock.now)
+        self.index.insert(entry)
+        self.room.insert(entry)
         return entry
 
-    def _replace(
-        self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None, value: bytes | None
-    ) -> None:
+    def _replace(self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None) -> None:
         self.room.remove(entry)
         self._let_go(entry)
-        entry.kind, entry.nbytes, entry.slot, entry.value = kind, nbytes, slot, value
+        entry.kind, entry.nbytes, entry.slot, entry.value = kind, nbytes, slot, None
         if slot is not None:
             slot.owner = entry
         entry.touched = self.clock.now

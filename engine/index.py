@@ -69,19 +69,25 @@ class Index:
         entry.children = None
         return self._unlink(entry)
 
+    def is_circle(self, entry: Entry, parent_key: bytes) -> bool:
+        """Whether an entry would stand behind itself if it were put behind ``parent_key``."""
+        if parent_key == entry.key:
+            return True
+        if not entry.children:
+            return False
+        ancestor = self.entries.get(parent_key)
+        while ancestor is not None and ancestor is not entry:
+            ancestor = ancestor.parent
+        return ancestor is entry
+
     def link(self, entry: Entry, parent_key: bytes) -> Entry | None:
         """Put a resident entry behind its parent; return its old parent if now a leaf.
 
-        Raises ValueError when that would close a circle.
+        A link that would close a circle is not made: nothing in it could ever be evicted.
         """
-        if parent_key == entry.parent_key:
+        if parent_key == entry.parent_key or self.is_circle(entry, parent_key):
             return None
         parent = self.entries.get(parent_key)
-        ancestor = parent
-        while entry.children and ancestor is not None and ancestor is not entry:
-            ancestor = ancestor.parent
-        if ancestor is entry or parent_key == entry.key:
-            raise ValueError("a page cannot stand behind itself")
         leaf = self._unlink(entry)
         entry.parent_key = parent_key
         if parent is not None:

@@ -236,20 +236,21 @@ class Sieve(Queue):
         coldest: Entry | None = None
         looks = 0
         while self and looks < LOOKS_MAX:
-            if not self._ahead:
-                self._ahead, self._behind = self._behind, self._ahead
             entry = next(iter(self._ahead))
             if entry.hits == entry.mark:
                 return entry
             looks += 1
             entry.mark = entry.hits
-            del self._ahead[entry]
             self._behind[entry] = None
+            self._leave_ahead(entry)
             coldest = _colder(coldest, entry)
         return coldest
 
     def withdraw(self, entry: Entry) -> float:
-        del (self._ahead if entry in self._ahead else self._behind)[entry]
+        if entry in self._behind:
+            del self._behind[entry]
+        else:
+            self._leave_ahead(entry)
         return 0.0
 
     def restore(self, entry: Entry, place: float) -> None:
@@ -258,6 +259,13 @@ class Sieve(Queue):
 
     def check(self) -> None:
         assert self._ahead.keys().isdisjoint(self._behind)
+        assert self._ahead or not self._behind
+
+    def _leave_ahead(self, entry: Entry) -> None:
+        del self._ahead[entry]
+        if not self._ahead:
+            # The hand is past the newest: it starts over at the oldest, before anybody comes.
+            self._ahead, self._behind = self._behind, self._ahead
 
 
 class S3Fifo(Queue):

@@ -105,7 +105,7 @@ def schema_set(
 
 
 def schema_get(namespace: Key) -> Command[dict[str, Any] | None]:
-    """Return the schema of a namespace; a fingerprint in it is bytes, other words are str."""
+    """Return the schema of a namespace; fingerprint and seed are bytes, other words are str."""
     return Command(["KV.SCHEMA", "GET", namespace], _schema)
 
 
@@ -325,15 +325,17 @@ def _schema(reply: Reply) -> dict[str, Any] | None:
         reply = dict(zip(map(_text, reply[::2]), reply[1::2], strict=True))
     if not isinstance(reply, dict):
         raise _unexpected("a map", reply)
-    named = {_name(name): value for name, value in reply.items()}
+    named = {_words(name): value for name, value in reply.items()}
     return {
-        name: value.decode() if isinstance(value, bytes) and name != "fingerprint" else value
+        name: value if name in ("fingerprint", "seed") else _words(value)
         for name, value in named.items()
     }
 
 
-def _name(key: object) -> str:
-    return key.decode() if isinstance(key, bytes) else str(key)
+def _words(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return [_words(item) for item in value] if isinstance(value, list) else value
 
 
 def _unexpected(wanted: str, reply: Reply) -> ProtocolError:

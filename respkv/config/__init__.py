@@ -69,7 +69,11 @@ class Config(
 
     maxmemory: Annotated[
         int,
-        Size(about="Hard budget of the memory tier, in-flight included.", least=MIB, runtime=True),
+        Size(
+            about="Hard budget of all values, also in flight; CONFIG SET may lower it.",
+            least=MIB,
+            runtime=True,
+        ),
     ] = 256 * MIB
     maxmemory_policy: Annotated[
         str,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from respkv.engine.landing import Landing
-from respkv.errors import CacheError, OutOfMemory, ProtocolError
+from respkv.errors import OutOfMemory, ProtocolError
 from respkv.server.body import LAND_MIN, ArenaSink, DropSink, HeapSink, Sink
 from respkv.wire.commands import look_up
 from respkv.wire.parser import Args, Body, Limits, RequestParser
@@ -26,6 +26,7 @@ class Intake:
 
     def __init__(self, server: "Server", limits: Limits, resume: Callable[[], None]) -> None:
         self.is_waiting = False
+        self.has_landed = False  # a whole command may have a landing among its arguments
         self._server = server
         self._cache = server.cache
         self._resume = resume
@@ -82,9 +83,11 @@ class Intake:
         assert body is not None
         is_value = _is_value(body)
         if not is_value and body.nbytes > self._parser.limits.held_max:
-            error = CacheError(f"an argument of {body.nbytes} bytes is no value and too long")
-            self._sink = DropSink(body.nbytes, error)
-        elif is_value and self._is_there(body):
+            # It could only be collected on the heap, and dropping it would leave a hole in a command.
+            self._parser.error = ProtocolError("Protocol error: too big request")
+            self._parser.body = None
+            return ()
+        if is_value and self._is_there(body):
             self._sink = DropSink(body.nbytes)
         else:
             self._sink = HeapSink(body.nbytes)
@@ -109,6 +112,7 @@ class Intake:
         if sink is None or sink.missing or self.is_waiting:
             return ()
         self._sink = None
+        self.has_landed |= isinstance(sink, ArenaSink)
         return self._parser.end_body(sink.value())
 
     def _land_if_due(self) -> None:
@@ -132,7 +136,7 @@ class Intake:
         self._cache.stats.bytes_staged += sink.arrived
         self._sink = ArenaSink(landing)
 
-    def _drop(self, sink: HeapSink, body: Body, error: CacheError) -> None:
+    def _drop(self, sink: HeapSink, body: Body, error: OutOfMemory) -> None:
         self._sink = DropSink(body.nbytes, error, arrived=sink.arrived)
 
     async def _wait_for_room(self, sink: HeapSink, body: Body, error: OutOfMemory) -> None:

@@ -4,44 +4,57 @@ import errno
 import os
 import socket
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from respkv.config import Config
 from respkv.errors import CacheError
 
 
-def open_listeners(config: Config) -> list[socket.socket]:
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket, and for a Unix socket its file."""
+
+    socket: socket.socket
+    path: str = ""
+    inode: int = -1
+
+    @property
+    def port(self) -> int:
+        """The TCP port, 0 for a Unix socket."""
+        return 0 if self.path else int(self.socket.getsockname()[1])
+
+
+def open_listeners(config: Config) -> list[Listener]:
     """Bind what the settings ask for. Raises CacheError when an address cannot be had."""
-    listeners: list[socket.socket] = []
+    listeners: list[Listener] = []
     try:
         if config.port >= 0:
             listeners.append(_tcp(config.host, config.port))
         if config.unixsocket:
             listeners.append(_unix(config.unixsocket, config.unixsocketperm))
     except BaseException:
-        for listener in listeners:
-            listener.close()
+        close_listeners(listeners)
         raise
     return listeners
 
 
-def port_of(listeners: list[socket.socket]) -> int:
-    """Return the TCP port that was bound, or 0."""
+def close_listeners(listeners: list[Listener]) -> None:
+    """Close the sockets; remove a Unix socket's file if it is still ours."""
     for listener in listeners:
-        if listener.family != socket.AF_UNIX:
-            return int(listener.getsockname()[1])
-    return 0
+        listener.socket.close()
+        if listener.path and _inode(listener.path) == listener.inode:
+            Path(listener.path).unlink(missing_ok=True)
 
 
-def close_listeners(listeners: list[socket.socket], config: Config) -> None:
-    """Close the sockets and remove the Unix socket's file if it is still ours."""
-    for listener in listeners:
-        if listener.family == socket.AF_UNIX and listener.fileno() >= 0:
-            Path(config.unixsocket).unlink(missing_ok=True)
-        listener.close()
+def _inode(path: str) -> int:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return -1
 
 
-def _tcp(host: str, port: int) -> socket.socket:
+def _tcp(host: str, port: int) -> Listener:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -56,10 +69,10 @@ def _tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise CacheError(_why(f"{host}:{port}", error, "port")) from error
-    return listener
+    return Listener(listener)
 
 
-def _unix(path: str, mode: int) -> socket.socket:
+def _unix(path: str, mode: int) -> Listener:
     """Listen on a path that nobody else may use, not even for an instant (CVE-2023-45145)."""
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -73,7 +86,7 @@ def _unix(path: str, mode: int) -> socket.socket:
         os.umask(before)
     os.chmod(path, mode)
     listener.listen()
-    return listener
+    return Listener(listener, path, _inode(path))
 
 
 def _remove_stale(path: str) -> None:

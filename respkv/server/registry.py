@@ -5,7 +5,8 @@ found in one dict lookup: upper and lower case are both in it, anything else is 
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from respkv.errors import CommandError
 from respkv.wire.commands import COMMANDS, Command, find_command, look_up
@@ -20,13 +21,13 @@ Later: TypeAlias = "Iterator[None] | Awaitable[None]"
 Handle: TypeAlias = "Callable[[Session, Args], Later | None]"
 
 
-class Handler(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Handler:
     """A command's function and the numbers of arguments, its name included, that it accepts."""
 
     handle: Handle
     least: int
     most: int
-    takes_payload: bool
     command: Command
 
 
@@ -45,7 +46,7 @@ def command(name: str) -> Callable[[Handle], Handle]:
 
     def register(handle: Handle) -> Handle:
         assert name not in BY_NAME, f"{name} has two handlers"
-        handler = Handler(handle, least, most, row.payload is not None, row)
+        handler = Handler(handle, least, most, row)
         BY_NAME[name] = handler
         if not row.subcommands and not sub:
             for table in (HANDLERS, UNAUTHENTICATED_HANDLERS):

@@ -21,7 +21,7 @@ from respkv.engine.supervisor import supervise
 from respkv.errors import CacheError
 from respkv.server.info import resident_bytes
 from respkv.server.keeper import keep
-from respkv.server.listeners import close_listeners, open_listeners, port_of
+from respkv.server.listeners import close_listeners, open_listeners
 from respkv.server.state import Server
 from respkv.server.transport import accept
 from respkv.tiers.arena import Arena
@@ -92,8 +92,8 @@ async def running(config: Config) -> AsyncIterator[Server]:
     """
     async with AsyncExitStack() as stack:
         listeners = open_listeners(config)
-        stack.callback(close_listeners, listeners, config)
-        server = await _make_server(config, port_of(listeners))
+        stack.callback(close_listeners, listeners)
+        server = await _make_server(config, max((each.port for each in listeners), default=0))
         stack.callback(server.arena.close)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         server.run_in(tasks)
@@ -104,7 +104,7 @@ async def running(config: Config) -> AsyncIterator[Server]:
 
         tasks.start_soon(supervise, janitor, forget)
         tasks.start_soon(keep, server, janitor)
-        stops = [await accept(server, each, config.tcp_backlog) for each in listeners]
+        stops = [await accept(server, each.socket, config.tcp_backlog) for each in listeners]
         try:
             yield server
         finally:
@@ -138,9 +138,11 @@ async def _make_server(config: Config, port: int) -> Server:
 
 async def _drain(server: Server) -> None:
     """Give answers time to leave, then close every connection and wait until all are gone."""
-    with anyio.move_on_after(server.config.shutdown_timeout):
-        while any(session.is_busy for session in server.sessions.values()):
-            await anyio.sleep(DRAIN_STEP_S)
+    give_up = anyio.current_time() + server.config.shutdown_timeout
+    while any(session.is_busy for session in server.sessions.values()):
+        if anyio.current_time() > give_up:
+            break
+        await anyio.sleep(DRAIN_STEP_S)
     while server.sessions:
         for session in list(server.sessions.values()):
             session.wire.abort()

@@ -14,10 +14,12 @@ they have left; a connection that breaks gives back everything in ``lost``.
 """
 
 from collections import deque
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from respkv.engine.landing import Landing
+from respkv.engine.supervisor import contain
 from respkv.errors import CacheError, CommandError, ProtocolError
 from respkv.server.intake import Intake
 from respkv.server.registry import HANDLERS, UNAUTHENTICATED_HANDLERS, Later, resolve
@@ -81,6 +83,7 @@ class Session:
         self._is_waiting = False
         self._kept: int | None = None  # CLIENT REPLY OFF: only so many parts of out are sent
         self._skips = 0  # CLIENT REPLY SKIP: 2 for itself, 1 for the command it silences
+        self._skip_from = 0
         self._unsent = (0, 0.0)  # bytes, and since when it is so many
         self._sending: list[Slot] = []
         if server.config.requirepass:
@@ -137,7 +140,7 @@ class Session:
     def take_output(self) -> Buffers:
         """Return what is to be sent now, in order."""
         out, self.out = self.out, []
-        self.out_bytes = 0
+        self.out_bytes = self._skip_from = 0
         if self._kept is not None:
             del out[self._kept :]
             self._kept = 0
@@ -165,8 +168,7 @@ class Session:
         """Give back everything the connection held. Nothing may be called afterwards."""
         self.is_lost = self.is_closing = True
         self._restore_sent()
-        for args in self._backlog:
-            self._abandon(args)
+        self._drop_unused(self._backlog)
         self._backlog.clear()
         self._intake.lost()
         self._stream = None  # closing it gives back what it had not sent
@@ -271,33 +273,38 @@ class Session:
         if self._must_stop():
             self._backlog.extend(todo)
             return
+        handlers = self._handlers
         for args in todo:
-            parts = len(self.out)
-            found = self._handlers.get(args[0])
+            found = handlers.get(args[0])
             try:
                 if found is None or not found.least <= len(args) <= found.most:
-                    found = resolve(self._handlers, args)
+                    found = resolve(handlers, args)
                 later = found.handle(self, args)
             except CacheError as error:
                 self._answer_error(error)
                 later = None
             if later is not None:
                 self._wait_for(later)
-            elif found is None or found.takes_payload:
-                self._abandon(args)
             if self._skips:
-                self._skip(parts)
-            if self._must_stop():
+                self._skip()
+            may_stop = later is not None or self.out_bytes > OUTPUT_BYTES_SOFT or self.is_closing
+            if may_stop and self._must_stop():
                 self._backlog.extend(todo)
                 break
-        self.server.num_commands += len(commands) - len(self._backlog)
+            handlers = self._handlers
+        num_run = len(commands) - len(self._backlog)
+        self.server.num_commands += num_run
         self.last_command = "" if found is None else found.command.name
+        if self._intake.has_landed:
+            self._drop_unused(commands[:num_run])
 
-    def _skip(self, parts: int) -> None:
+    def _skip(self) -> None:
         """Drop the answer of the command after CLIENT REPLY SKIP."""
         self._skips -= 1
-        if not self._skips:
-            del self.out[parts:]
+        if self._skips:
+            self._skip_from = len(self.out)
+        else:
+            del self.out[self._skip_from :]
 
     def _answer_error(self, error: CacheError) -> None:
         self.server.num_errors += 1
@@ -315,7 +322,7 @@ class Session:
             self._pump()
         else:
             self._is_waiting = True
-            self.server.spawn(self._finish, later)
+            self.server.spawn(contain, partial(self._finish, later), self.wire.abort)
 
     def _pump(self) -> None:
         """Continue a streamed reply until it ends or enough output waits."""
@@ -343,10 +350,13 @@ class Session:
         self._serve(self._intake.finished())
         self.wire.wake()
 
-    def _abandon(self, args: Args) -> None:
-        for value in args:
-            if isinstance(value, Landing):
-                self.cache.abandon(value)
+    def _drop_unused(self, commands: Iterable[Args]) -> None:
+        """Give back the slots of values that their commands did not keep."""
+        for args in commands:
+            for value in args:
+                if isinstance(value, Landing):
+                    self.cache.abandon(value)
+        self._intake.has_landed = bool(self._backlog)
 
     def _restore_sent(self) -> None:
         sending, self._sending = self._sending, []

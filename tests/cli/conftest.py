@@ -92,3 +92,24 @@ def without_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command line meet a Python in which rich cannot be imported."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rich'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of ours with shared memory, started as a person starts it."""
+    folder = tmp_path_factory.mktemp("respkv")
+    path = folder / "s"
+    args = ["--port", "-1", "--unixsocket", str(path), "--maxmemory", "64mb", "--shm", "rw"]
+    args += ["--set", f"shm-path={folder / 'arena'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "respkv", "serve", *args], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        assert "ready on" in process.stderr.readline()
+        yield f"unix://{path}"
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=START_S)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said, said

@@ -41,6 +41,27 @@ def test_any_redis_can_be_measured_with_plain(size: str, cli: Cli, redis_url: st
     assert num_keys(redis_url) == before
 
 
+@pytest.mark.parametrize("way", [(), ("--shm",), ("--plain",)], ids=["kv", "shm", "plain"])
+def test_a_server_of_ours_can_be_measured_each_way(
+    way: tuple[str, ...], cli: Cli, server_url: str
+) -> None:
+    before = num_keys(server_url)
+    done = cli("bench", "--json", "--size", "1mb", *way, *QUICK, url=server_url)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_phases(json.loads(done.stdout), 1 << 20)
+    assert num_keys(server_url) == before
+
+
+def test_every_put_is_stored_and_none_skipped(cli: Cli, server_url: str) -> None:
+    with Client(server_url) as client:
+        before = client.info("kv")
+        found = json.loads(cli("bench", "--json", *QUICK, url=server_url).stdout)
+        after = client.info("kv")
+    assert after["kv_pages_skipped"] == before["kv_pages_skipped"]
+    stored = int(after["kv_pages_put"]) - int(before["kv_pages_put"])
+    assert stored == found["phases"]["put"]["pages"]
+
+
 def test_the_table_has_a_line_for_each_way(cli: Cli, redis_url: str) -> None:
     lines = cli("bench", "--plain", *QUICK, url=redis_url).stdout.splitlines()
     assert lines[0].endswith(": SET, GET, 2 clients, 3 pages each of 1mb")

@@ -1,5 +1,7 @@
-"""The real redis-server, and every client in one blocking form: sync, asyncio, uvloop and trio."""
+"""The real servers, and every client in one blocking form: sync, asyncio, uvloop and trio."""
 
+import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,8 +12,11 @@ import pytest
 
 from tests.client.faces import FACES, Face, open_face
 from tests.client.redis_server import RedisServer
+from tests.server_process import ServerProcess
 
 Connect = Callable[..., Face]
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +52,15 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
             return stack.enter_context(open_face(request.param, url, options))
 
         yield open_client
+
+
+@pytest.fixture
+def namespace() -> str:
+    """Return a name that no other test of the shared server uses."""
+    return f"client-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def client(request: pytest.FixtureRequest, connect: Connect, server: ServerProcess) -> Face:
+    """Return a client of the respkv server, of each face over each kind of socket."""
+    return connect(server.url if request.param == "tcp" else f"unix://{server.unixsocket}")

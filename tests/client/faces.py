@@ -6,7 +6,7 @@ The asynchronous client runs on a loop in a thread of its own; calls go there an
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -25,8 +25,10 @@ class Blocking:
         self.target = target
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.target, name)
-        return partial(self._call, found) if callable(found) else found
+        found: Any = getattr(self.target, name)
+        if not callable(found):
+            return found
+        return partial(self._call, cast(Callable[..., Awaitable[Any]], found))
 
     def pipeline(self) -> "Blocking":
         return Blocking(self.portal, self.target.pipeline())
@@ -66,8 +68,8 @@ def open_face(face: str, url: str, options: dict[str, Any]) -> Iterator[Face]:
     backend = "trio" if face == "trio" else "asyncio"
     loop_options = {"use_uvloop": True} if face == "uvloop" else {}
     with start_blocking_portal(backend, loop_options) as portal:
-        client = AsyncClient(url, **options)
+        target = AsyncClient(url, **options)
         try:
-            yield Blocking(portal, client)
+            yield Blocking(portal, target)
         finally:
-            portal.call(client.close)
+            portal.call(target.close)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.shared_prompt import DemoFailed, cut
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "shared_prompt.py"
 TINY = [
@@ -35,7 +37,7 @@ def cells(output: str, name: str) -> list[str]:
 
 
 def assert_nothing_is_left(folder: Path) -> None:
-    assert list(folder.iterdir()) == []
+    assert not list(folder.glob("respkv-demo-*"))
     assert not list(Path("/dev/shm").glob("respkv-demo-*"))
     assert not [line for line in command_lines() if str(folder).encode() in line]
 
@@ -85,9 +87,19 @@ def test_a_demo_that_is_stopped_leaves_nothing(
     assert_nothing_is_left(tmp_path)
 
 
-def test_a_text_too_short_fails_with_the_numbers(tmp_path: Path) -> None:
-    demo = start_demo(tmp_path, "--document-tokens", "1000000")
+def test_a_demo_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    demo = start_demo(tmp_path, "--model", str(tmp_path / "nothing"))
     _, errors = demo.communicate(timeout=60)
     assert demo.returncode == 1
-    assert "2 documents of 1,000,000 need 2,000,000" in errors
+    assert f"{tmp_path / 'nothing'} has no tokenizer.json" in errors
+    assert "Traceback" not in errors
     assert_nothing_is_left(tmp_path)
+
+
+def test_documents_follow_each_other_in_the_text() -> None:
+    assert cut(list(range(7)), 3, 2) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_text_too_short_is_refused_with_the_numbers() -> None:
+    with pytest.raises(DemoFailed, match="has 7 tokens, 2 documents of 4 need 8"):
+        cut(list(range(7)), 4, 2)

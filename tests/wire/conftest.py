@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.wire.redis_server import RedisServer, installed
+from tests.wire.redis_server import RedisServer, why_not
 
 
 @pytest.fixture(scope="session")
 def started_redis() -> Iterator[RedisServer]:
-    if not installed():
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    if reason := why_not():
+        pytest.skip(reason)
     with RedisServer() as server:
         yield server
 

@@ -16,8 +16,14 @@ REPLY_S = 10.0
 _MARK = b"end-of-reply-7f3a"
 
 
-def installed() -> bool:
-    return shutil.which("redis-server") is not None
+def why_not() -> str | None:
+    """Return why tests cannot use redis-server here, or None when they can."""
+    if shutil.which("redis-server") is None:
+        return "redis-server is not installed (Debian: apt-get install redis-server)"
+    version = subprocess.run(["redis-server", "--version"], capture_output=True, check=True).stdout
+    if b" v=7.0." not in version:
+        return f"the table is Redis 7.0's, this is {version.decode().split(' sha')[0]}"
+    return None
 
 
 class RedisServer:
@@ -32,13 +38,11 @@ class RedisServer:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(REPLY_S)
         deadline = time.monotonic() + START_S
-        while True:
-            try:
-                self._socket.connect(str(path))
-                return
-            except OSError:
-                assert time.monotonic() < deadline, "redis-server did not start"
-                time.sleep(0.02)
+        while self._socket.connect_ex(str(path)) != 0:
+            if time.monotonic() > deadline:
+                self.close()
+                raise TimeoutError("redis-server did not start")
+            time.sleep(0.02)
 
     def __enter__(self) -> "RedisServer":
         return self
@@ -49,6 +53,10 @@ class RedisServer:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the server and take its folder away."""
         self._socket.close()
         self._process.terminate()
         self._process.wait(timeout=START_S)

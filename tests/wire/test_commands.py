@@ -1,8 +1,4 @@
-"""The command table, held against the real redis-server's COMMAND."""
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+"""The command table and the way into it, held against the real redis-server."""
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -10,155 +6,10 @@ from hypothesis import strategies as st
 
 from respkv.errors import CommandError
 from respkv.wire import reply
-from respkv.wire.commands import (
-    CATEGORIES,
-    COMMANDS,
-    Command,
-    KeySpec,
-    find_command,
-    parse_integer,
-)
-from respkv.wire.commands.introspection import (
-    answer_command,
-    command_docs,
-    command_getkeys,
-    command_info,
-    command_list,
-    describe,
-    help_lines,
-)
-from respkv.wire.commands.markdown import commands_markdown
-from respkv.wire.reply import Reply, Simple
+from respkv.wire.commands import CATEGORIES, COMMANDS, KeySpec, find_command, parse_integer
+from respkv.wire.commands.introspection import command_getkeys
 from tests.wire.redis_server import RedisServer
-
-ROOT = Path(__file__).parent.parent.parent
-
-# Redis 7.0 lacks these: the first two came with 7.2, the third with Redis's cloud.
-LATER = {"client|setinfo", "client|no-touch", "client|maint_notifications"}
-
-# Redis shows these another way: every option of KILL as repeatable, LIST's types as exclusive with
-# nothing, GETKEYS without its arguments.
-OTHER_SYNTAX = {"client|kill", "client|list", "command|getkeys"}
-
-
-def everything() -> Iterator[Command]:
-    for command in COMMANDS.values():
-        yield command
-        yield from command.subcommands.values()
-
-
-ALL = {command.name: command for command in everything()}
-REDIS = [name for name in ALL if ALL[name].group != "kv" and name not in LATER]
-KV = [name for name in ALL if ALL[name].group == "kv"]
-
-
-def words(line: str) -> list[bytes]:
-    return [word.encode() for word in line.split()]
-
-
-@pytest.mark.parametrize("protocol", [2, 3])
-@pytest.mark.parametrize("name", [name for name in REDIS if not ALL[name].subcommands])
-def test_command_info_is_what_redis_answers(redis: RedisServer, name: str, protocol: int) -> None:
-    redis.ask("HELLO", protocol)
-    ours = reply.encode(command_info([name.encode(), b"nosuch", b"get|x"]), protocol)
-    assert ours == redis.raw("COMMAND", "INFO", name, "nosuch", "get|x")
-
-
-@pytest.mark.parametrize("name", [name for name in REDIS if ALL[name].subcommands])
-def test_a_container_is_what_redis_says_but_for_some_subcommands(
-    redis: RedisServer, name: str
-) -> None:
-    redis.ask("HELLO", 3)
-    info = describe(ALL[name])
-    assert isinstance(info, list)
-    theirs = redis.ask("COMMAND", "INFO", name)[0]
-    assert reply.encode(info[:9], 3) == reply.encode(as_ours(theirs[:9]), 3)
-    missing = {sub[0].decode() for sub in theirs[9]} - set(ALL)
-    assert missing <= NOT_YET
-
-
-# Redis subcommands that this server does not have.
-NOT_YET = {
-    *("client|trackinginfo", "client|getredir", "client|unblock", "client|tracking"),
-    *("client|caching", "command|getkeysandflags", "config|rewrite", "memory|malloc-stats"),
-    *("memory|doctor", "memory|purge", "memory|stats", "module|load", "module|unload"),
-    "module|loadex",
-}
-
-
-def as_ours(theirs: list[Any]) -> list[Reply]:
-    """Put back what hiredis loses: that flags and categories are sets of simple strings."""
-    sets: dict[int, Reply] = {
-        at: reply.ReplySet(tuple(Simple(word) for word in theirs[at])) for at in (2, 6)
-    }
-    sets |= {at: reply.ReplySet(tuple(theirs[at])) for at in (7, 8)}
-    return [sets.get(at, item) for at, item in enumerate(theirs)]
-
-
-@pytest.mark.parametrize("name", REDIS)
-def test_command_docs_is_what_redis_answers(redis: RedisServer, name: str) -> None:
-    """Without the history and the arguments, and the subcommands this server does not have."""
-    redis.ask("HELLO", 3)
-    theirs = redis.ask("COMMAND", "DOCS", name)
-    ours = command_docs([name.encode(), b"nosuch"])
-    assert read(ours) == without_details(theirs)
-
-
-def without_details(docs: dict[bytes, Any]) -> dict[bytes, Any]:
-    kept: dict[bytes, Any] = {}
-    for name, doc in docs.items():
-        if name.decode() in ALL:
-            kept[name] = {
-                key: without_details(value) if key == b"subcommands" else value
-                for key, value in doc.items()
-                if key not in (b"history", b"arguments")
-            }
-    return kept
-
-
-def read(value: Reply) -> Any:
-    """Read a reply back as a client does, LATER's subcommands taken out."""
-    match value:
-        case dict():
-            items = {str(key): item for key, item in value.items() if key not in LATER}
-            return {key.encode(): read(item) for key, item in items.items()}
-        case reply.ReplySet(members):
-            return [read(member) for member in members]
-        case Simple(text) | str(text):
-            return text.encode() if isinstance(text, str) else text
-        case _:
-            return value
-
-
-@pytest.mark.parametrize("name", [name for name in REDIS if name not in OTHER_SYNTAX])
-def test_the_syntax_is_what_redis_documents(redis: RedisServer, name: str) -> None:
-    redis.ask("HELLO", 3)
-    docs = redis.ask("COMMAND", "DOCS", name)[name.encode()]
-    theirs = f"{name.upper().replace('|', ' ')} {render(docs.get(b'arguments', []))}".strip()
-    assert ALL[name].syntax == theirs
-
-
-def render(arguments: list[dict[bytes, Any]], between: str = " ") -> str:
-    return between.join(map(render_one, arguments))
-
-
-def render_one(argument: dict[bytes, Any]) -> str:
-    kind, flags = argument[b"type"], argument.get(b"flags", [])
-    token = argument.get(b"token", b"").decode()
-    match kind:
-        case b"pure-token":
-            text = token
-        case b"oneof" | b"block":
-            text = render(argument[b"arguments"], " | " if kind == b"oneof" else " ")
-        case _:
-            text = argument[b"name"].decode()
-    if token and kind != b"pure-token":
-        text = f"{token} {text}"
-    if b"multiple" in flags:
-        text = f"{text} [{text} ...]"
-    if b"optional" in flags:
-        return f"[{text}]"
-    return f"<{text}>" if kind == b"oneof" else text
+from tests.wire.table import ALL, KV, LATER, NOT_YET, REDIS, answer, everything, made, words
 
 
 @settings(max_examples=300, deadline=None)
@@ -186,14 +37,6 @@ def test_what_has_no_keys_is_refused_as_redis_refuses_it(
     assert answer(command_getkeys, request) == redis.raw("COMMAND", "GETKEYS", *request)
 
 
-def answer(function: Any, args: list[bytes]) -> bytes:
-    """Return the reply's bytes, an error's too."""
-    try:
-        return reply.encode(function(args), 2)
-    except CommandError as error:
-        return reply.error(f"{error.word} {error}")
-
-
 @pytest.mark.parametrize(
     ("line", "spec"),
     [
@@ -218,31 +61,6 @@ def test_counted_and_named_keys_are_found_as_redis_finds_them(
         assert reply.encode(command.keys(request), 2) == raw
     except CommandError:
         assert raw == b"-ERR Invalid arguments specified for command\r\n"
-
-
-def made(name: str, *specs: KeySpec) -> Command:
-    return Command(
-        name=name,
-        arity=-3,
-        key_specs=specs,
-        summary="",
-        since="",
-        group="",
-        complexity="",
-        syntax="",
-    )
-
-
-def test_counted_and_named_keys_are_described_as_redis_describes_them(redis: RedisServer) -> None:
-    redis.ask("HELLO", 3)
-    for name, at, spec in [
-        ("zinter", 0, KeySpec(("RO", "access"), counted=True)),
-        ("georadius", 1, KeySpec(("OW", "update"), begin="STORE", start=6)),
-    ]:
-        info = describe(made(name, spec))
-        assert isinstance(info, list)
-        assert isinstance(info[8], reply.ReplySet)
-        assert read(info[8])[0] == redis.ask("COMMAND", "INFO", name)[0][8][at]
 
 
 KV_KEYS = [
@@ -361,53 +179,6 @@ def test_integers_are_read_as_redis_reads_them(redis: RedisServer, data: bytes) 
         assert raw == reply.integer(number)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "",
-        *("FILTERBY ACLCAT keyspace", "filterby aclcat Dangerous", "FILTERBY ACLCAT nosuch"),
-        *("FILTERBY ACLCAT @read", "FILTERBY PATTERN *Ge[S-t]*", "FILTERBY PATTERN memory|*"),
-        *("FILTERBY MODULE x", "FILTERBY", "FILTERBY PATTERN", "nosuch", "FILTERBY NOSUCH x"),
-        *("FILTERBY PATTERN a FILTERBY PATTERN b", "x FILTERBY PATTERN"),
-    ],
-)
-def test_command_list_is_what_redis_lists(redis: RedisServer, options: str) -> None:
-    raw = redis.raw("COMMAND", "LIST", *words(options))
-    if raw.startswith(b"-"):
-        assert answer(command_list, words(options)) == raw
-    else:
-        theirs = {name.decode() for name in redis.ask("COMMAND", "LIST", *words(options))}
-        ours = {name for name in command_list(words(options)) if name in REDIS}
-        assert ours == theirs & set(ALL)
-
-
-@pytest.mark.parametrize("protocol", [2, 3])
-def test_every_subcommand_of_command_is_answered(protocol: int) -> None:
-    for sub in ["", *COMMANDS["command"].subcommands]:
-        request = words(f"COMMAND {sub}" + (" GET k" if sub == "getkeys" else ""))
-        find_command(request)
-        assert reply.encode(answer_command(request), protocol)
-    assert answer_command(words("command count")) == len(COMMANDS)
-    assert answer_command(words("command")) == command_info()
-    assert answer_command(words("command info get nosuch")) == command_info([b"get", b"nosuch"])
-
-
-def test_docs_know_every_command() -> None:
-    assert set(command_docs()) == set(COMMANDS)
-
-
-def test_a_container_explains_its_subcommands(redis: RedisServer) -> None:
-    redis.ask("HELLO", 2)
-    for command in COMMANDS.values():
-        if command.subcommands and command.group != "kv":
-            lines = redis.ask(command.name, "HELP")
-            helped = [line.text for line in help_lines(command) if isinstance(line, Simple)]
-            assert str(helped[0]).encode() == lines[0]
-            shown = [str(line) for line in helped if not str(line).startswith(" ")]
-            for sub in command.subcommands:
-                assert any(line.split()[0] == sub.upper() for line in shown)
-
-
 def test_names_subcommands_and_categories_agree() -> None:
     assert set(COMMANDS) == {command.name for command in COMMANDS.values()}
     for command in everything():
@@ -445,11 +216,3 @@ def test_payloads_are_the_values_and_nothing_else() -> None:
         assert landing == [index for index, word in enumerate(request) if word == b"P"], line
     with_payload = {command.name for command in everything() if command.payload}
     assert with_payload == {line.split()[0].lower() for line in PAYLOADS}
-
-
-def test_the_manual_is_what_the_table_says() -> None:
-    written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    advice = "run: python -m respkv.wire.commands docs/commands.md"
-    assert written == commands_markdown(), advice
-    for command in everything():
-        assert command.subcommands or f"    {command.syntax}\n" in written

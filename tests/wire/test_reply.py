@@ -119,6 +119,7 @@ def test_errors_are_written_as_redis_writes_them(redis: RedisServer, text: bytes
     assert encode([Error(b"KV " + text)], 2) == raw
 
 
+@settings(deadline=None)
 @given(text=st.binary() | st.text(st.characters(codec="utf-8")))
 @example(text="ERR \r\n+OK\r\n:1")
 @example(text=b"\r\n\r\n")
@@ -127,12 +128,14 @@ def test_no_text_lets_a_line_end_out(text: str | bytes) -> None:
         assert re.fullmatch(rb"([+-][^\r\n]*\r\n)+", line)
 
 
+@settings(deadline=None)
 @given(data=st.binary())
 def test_undecodable_bytes_leave_as_they_came(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     assert encode(text, 2) == reply.bulk(data)
 
 
+@settings(deadline=None)
 @given(number=st.integers())
 def test_integers_are_written_in_full(number: int) -> None:
     assert reply.integer(number) == f":{number}\r\n".encode()

@@ -10,6 +10,8 @@ from respkv.server.session import Session
 from respkv.wire import reply
 from respkv.wire.parser import Args
 
+_WRONG_ID = "client-id should be greater than 0"
+
 
 @command("client|id")
 def client_id(session: Session, args: Args) -> None:
@@ -63,11 +65,8 @@ def client_list(session: Session, args: Args) -> None:
     if words:
         word = words.word()
         if word == b"TYPE":
-            kind = words.take().lower()
-            if kind not in (b"normal", b"master", b"replica", b"slave", b"pubsub"):
-                raise CommandError(f"Unknown client type '{shown(kind)}'")
-            sessions = sessions if kind == b"normal" else []
-        elif word == b"ID":
+            sessions = sessions if _is_normal(words.take()) else []
+        elif word == b"ID" and words:
             wanted = set()
             while words:
                 wanted.add(integer(words.take(), "Invalid client ID"))
@@ -78,6 +77,13 @@ def client_list(session: Session, args: Args) -> None:
         raise CommandError("syntax error")
     lines = "".join(describe(each) + "\n" for each in sessions)
     session.send(reply.Verbatim(lines))
+
+
+def _is_normal(kind: bytes) -> bool:
+    """Whether a client type is that of every client here. Raises CommandError when it is none."""
+    if kind.lower() not in (b"normal", b"master", b"replica", b"slave", b"pubsub"):
+        raise CommandError(f"Unknown client type '{shown(kind)}'")
+    return kind.lower() == b"normal"
 
 
 def describe(session: Session) -> str:
@@ -117,16 +123,20 @@ def _filters(session: Session, args: Args) -> tuple[list[Callable[[Session], boo
         word, value = words.word(), words.take()
         text = value.decode(errors="replace")
         if word == b"ID":
-            number = integer(value, "client-id should be greater than 0")
+            number = integer(value, _WRONG_ID)
+            if number < 1:
+                raise CommandError(_WRONG_ID)
             tests.append(lambda each, number=number: each.number == number)  # type: ignore[misc]
         elif word == b"ADDR":
             tests.append(lambda each, text=text: each.address == text)  # type: ignore[misc]
         elif word == b"LADDR":
             tests.append(lambda each, text=text: each.local == text)  # type: ignore[misc]
         elif word == b"USER":
-            tests.append(lambda each, text=text: text == "default")  # type: ignore[misc]
+            if value != b"default":
+                raise CommandError(f"No such user '{shown(value)}'")
         elif word == b"TYPE":
-            tests.append(lambda each, text=text: text.lower() == "normal")  # type: ignore[misc]
+            is_normal = _is_normal(value)
+            tests.append(lambda each, is_normal=is_normal: is_normal)  # type: ignore[misc]
         elif word == b"MAXAGE":
             oldest = session.server.clock.now - integer(value)
             tests.append(lambda each, oldest=oldest: each.created <= oldest)  # type: ignore[misc]

@@ -40,7 +40,7 @@ def quit_(session: Session, args: Args) -> None:
 @command("select")
 def select(session: Session, args: Args) -> None:
     """Accept database 0, the only one."""
-    if integer(args[1], "invalid DB index") != 0:
+    if integer(args[1]) != 0:
         raise CommandError("DB index is out of range")
     session.out.append(reply.OK)
 

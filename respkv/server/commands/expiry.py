@@ -36,10 +36,11 @@ def pexpireat(session: Session, args: Args) -> None:
 
 def _expire(session: Session, args: Args, unit_ms: int, base_ms: int) -> None:
     name = args[0].decode().lower()
-    when = integer(args[2]) * unit_ms + base_ms
-    if not -WALL_MS_MAX <= when <= WALL_MS_MAX:
-        raise CommandError(f"invalid expire time in '{name}' command")
     conditions = _conditions(args)
+    when = integer(args[2]) * unit_ms
+    if not -WALL_MS_MAX - 1 <= when <= WALL_MS_MAX - base_ms:
+        raise CommandError(f"invalid expire time in '{name}' command")
+    when += base_ms
     cache = session.cache
     entry = cache.find(args[1])
     if entry is None or not _is_met(conditions, entry.expires_ms, when):

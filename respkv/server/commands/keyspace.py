@@ -23,6 +23,8 @@ from respkv.wire.parser import Args
 KEYS_STEP = 2000  # entries matched before others are let in
 SCAN_COUNT = 10
 SCAN_COUNT_MAX = 100_000
+CURSOR_MAX = (1 << 64) - 1
+CURSOR_DIGITS_MAX = 64
 
 
 @command("exists")
@@ -132,7 +134,7 @@ def scan(session: Session, args: Args) -> None:
     while words:
         word = words.word()
         if word == b"COUNT":
-            step = min(words.count("COUNT", 1), SCAN_COUNT_MAX)
+            step = min(_at_least(words, "COUNT", 1), SCAN_COUNT_MAX)
         elif word == b"MATCH":
             glob = compile_glob(words.take())
         elif word == b"TYPE":
@@ -152,11 +154,25 @@ def _is_wanted(session: Session, entry: Entry, glob: Glob | None, kind: str | No
     )
 
 
+def _at_least(words: Words, what: str, least: int) -> int:
+    """Take a number that makes the command a syntax error, in Redis's view, when it is too low."""
+    number = words.integer()
+    if number < least:
+        raise CommandError(f"syntax error, {what} must be at least {least}, not {number}")
+    return number
+
+
 def parse_cursor(arg: bytes) -> int:
-    """Read a SCAN cursor. Raises CommandError."""
-    if not arg.isdigit() or len(arg) > 20:
+    """Read a SCAN cursor as C's strtoul does, so also a sign and nothing at all.
+
+    Raises CommandError.
+    """
+    digits = arg[1:] if arg[:1] in (b"+", b"-") else arg
+    if not arg:
+        return 0
+    if not digits.isdigit() or len(digits) > CURSOR_DIGITS_MAX or int(digits) > CURSOR_MAX:
         raise CommandError("invalid cursor")
-    return int(arg)
+    return -int(digits) % (CURSOR_MAX + 1) if arg[:1] == b"-" else int(digits)
 
 
 @command("keys")
@@ -191,7 +207,7 @@ def memory_usage(session: Session, args: Args) -> None:
     if words:
         if words.word() != b"SAMPLES":
             raise words.unexpected()
-        words.count("SAMPLES")
+        _at_least(words, "SAMPLES", 0)
     entry = session.cache.find(args[2])
     if entry is None:
         session.send_nil()

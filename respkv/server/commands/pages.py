@@ -34,9 +34,12 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
     ttl_ms = 0 if schema is None else schema.ttl_ms
     parent: bytes | None = None
     tokens = priority = 0
-    is_new_only = False
+    seen: set[bytes] = set()
     while words:
         word = words.word()
+        if word in seen:  # a second PARENT would be a key that nobody checked
+            raise words.unexpected()
+        seen.add(word)
         if word == b"PARENT":
             parent = words.take()
         elif word == b"TOKENS":
@@ -45,17 +48,16 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
             ttl_ms = words.count("PX", 1)
         elif word == b"PRIORITY":
             priority = words.integer()
-        elif word == b"NX":
-            is_new_only = True
-        elif word != b"DURABLE":
-            raise words.unexpected()
-        else:
+        elif word == b"DURABLE":
             raise CommandError("DURABLE needs a tier that survives a restart; this server has none")
-    if parent == key:
-        raise CommandError("PARENT is the page itself")
+        elif word != b"NX":
+            raise words.unexpected()
+    entry = session.cache.find(key)
+    if parent == key or (entry and parent and session.cache.index.is_circle(entry, parent)):
+        raise CommandError("PARENT would make the page stand behind itself")
     expires_ms = session.server.clock.wall_ms + ttl_ms if ttl_ms else 0
     how = Put("kvpage", expires_ms, priority, tokens, parent)
-    return how, is_new_only
+    return how, b"NX" in seen
 
 
 @command("kv.put")

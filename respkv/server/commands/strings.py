@@ -7,7 +7,7 @@ speaks only Redis still sees every key.
 from collections.abc import Iterator
 from typing import Any
 
-from respkv.engine.entry import PLAIN, Entry, Put
+from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Put
 from respkv.engine.landing import Landing
 from respkv.errors import CommandError
 from respkv.server.arguments import Words, expiry_ms, integer, value_of
@@ -62,30 +62,35 @@ def store(session: Session, key: bytes, value: Any, how: Put) -> None:
 def set_(session: Session, args: Args) -> None:
     """Store a value, with all options of Redis 7."""
     if len(args) == 3:
-        store(session, args[1], value_of(args[2]), PLAIN)
+        value = args[2]
+        if type(value) is bytes and len(value) <= SMALL_BYTES_MAX:  # the hot path of small values
+            session.cache.put_small(args[1], value, PLAIN)
+        else:
+            store(session, args[1], value_of(value), PLAIN)
         session.out.append(reply.OK)
         return
-    expires_ms, condition, wants_old = _set_options(session, args)
+    how, condition, wants_old = _set_options(session, args)
     value = value_of(args[2])
-    cache = session.cache
-    old = cache.find(args[1])
+    old = session.cache.find(args[1])
     is_met = condition is None or (old is not None) == (condition == b"XX")
-    if wants_old:
-        if old is None:
-            session.send_nil()
-        else:
-            send_entry(session, old)
-    if is_met:
-        how = _KEEP_TTL if expires_ms is None else Put(expires_ms=expires_ms)
+    if wants_old and is_met:
+        _swap(session, args[1], value, how)
+    elif wants_old and old is not None:
+        send_entry(session, old)
+    elif is_met:
         store(session, args[1], value, how)
-    if not wants_old:
-        session.out.append(reply.OK if is_met else reply.NIL[session.protocol])
+        session.out.append(reply.OK)
+    else:
+        session.send_nil()
 
 
-def _set_options(session: Session, args: Args) -> tuple[int | None, bytes | None, bool]:
-    """Return the end of the TTL (None: keep), NX or XX or None, and whether GET was given."""
-    expires_ms: int | None = 0
-    has_expiry = wants_old = False
+def _set_options(session: Session, args: Args) -> tuple[Put, bytes | None, bool]:
+    """Return how to keep the value, NX or XX or None, and whether GET was given.
+
+    As in Redis a word may be repeated, and a wrong time is noticed after every wrong word.
+    """
+    expiry: tuple[bytes, bytes] | None = None
+    keeps_ttl = wants_old = False
     condition: bytes | None = None
     words = Words(args, 3)
     while words:
@@ -94,14 +99,41 @@ def _set_options(session: Session, args: Args) -> tuple[int | None, bytes | None
             condition = word
         elif word == b"GET":
             wants_old = True
-        elif word == b"KEEPTTL" and (not has_expiry or expires_ms is None):
-            has_expiry, expires_ms = True, None
-        elif word in _EXPIRY and not has_expiry:
-            has_expiry = True
-            expires_ms = expiry_ms(word, words.integer(), session.server.clock.wall_ms, "set")
+        elif word == b"KEEPTTL" and expiry is None:
+            keeps_ttl = True
+        elif word in _EXPIRY and not keeps_ttl and (expiry is None or expiry[0] == word):
+            expiry = word, words.take()
         else:
             raise words.unexpected()
-    return expires_ms, condition, wants_old
+    if expiry is None:
+        return _KEEP_TTL if keeps_ttl else PLAIN, condition, wants_old
+    return Put(expires_ms=_end_of(session, expiry, "set")), condition, wants_old
+
+
+def _end_of(session: Session, expiry: tuple[bytes, bytes], command_name: str) -> int:
+    """Return the wall-clock millisecond that EX, PX, EXAT or PXAT and its argument stand for."""
+    unit, number = expiry
+    return expiry_ms(unit, integer(number), session.server.clock.wall_ms, command_name)
+
+
+def _swap(session: Session, key: bytes, value: Any, how: Put) -> None:
+    """Store a value and answer with the one before; when there is no room, with the error alone."""
+    cache = session.cache
+    old = cache.find(key)
+    slot, before = (None, None) if old is None else (old.slot, old.value)
+    if slot is not None:
+        cache.borrow(slot)
+    try:
+        store(session, key, value, how)
+        if slot is not None:
+            session.send_slot(slot)
+        elif before is not None:
+            session.send_value(before)
+        else:
+            session.send_nil()
+    finally:
+        if slot is not None:
+            cache.restore(slot)
 
 
 @command("setnx")
@@ -135,13 +167,7 @@ def _set_with_ttl(session: Session, args: Args, unit: bytes, name: str) -> None:
 @command("getset")
 def getset(session: Session, args: Args) -> None:
     """Store a value and answer with the one before."""
-    value = value_of(args[2])
-    old = session.cache.find(args[1])
-    if old is None:
-        session.send_nil()
-    else:
-        send_entry(session, old)
-    store(session, args[1], value, PLAIN)
+    _swap(session, args[1], value_of(args[2]), PLAIN)
 
 
 @command("getdel")
@@ -158,27 +184,27 @@ def getdel(session: Session, args: Args) -> None:
 @command("getex")
 def getex(session: Session, args: Args) -> None:
     """Answer with the value of a key and change its TTL."""
-    when: int | None = None
+    expiry: tuple[bytes, bytes] | None = None
+    is_persisting = False
     words = Words(args, 2)
     while words:
         word = words.word()
-        if when is not None:
-            raise words.unexpected()
-        if word == b"PERSIST":
-            when = 0
-        elif word in _EXPIRY:
-            when = expiry_ms(word, words.integer(), session.server.clock.wall_ms, "getex")
+        if word == b"PERSIST" and expiry is None:
+            is_persisting = True
+        elif word in _EXPIRY and not is_persisting and (expiry is None or expiry[0] == word):
+            expiry = word, words.take()
         else:
             raise words.unexpected()
     entry = session.cache.use(args[1])
     if entry is None:
         session.send_nil()
         return
+    when = None if expiry is None else _end_of(session, expiry, "getex")
     send_entry(session, entry)
-    if when is not None and when <= session.server.clock.wall_ms and when:
+    if when is not None and when <= session.server.clock.wall_ms:
         session.cache.delete(entry)
-    elif when is not None:
-        session.cache.expire_at(entry, when)
+    elif when is not None or is_persisting:
+        session.cache.expire_at(entry, when or 0)
 
 
 @command("strlen")

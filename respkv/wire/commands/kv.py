@@ -17,8 +17,8 @@ _SCHEMA = subcommands(
         complexity="O(1)",
         syntax=(
             "KV.SCHEMA SET namespace LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
-            "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] [CODEC tier codec [CODEC tier codec ...]] "
-            "[MAXBYTES n] [TTL milliseconds]"
+            "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] "
+            "[CODEC tier codec [CODEC tier codec ...]] [MAXBYTES n] [TTL milliseconds]"
         ),
         notes="Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema.",
     ),

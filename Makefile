@@ -1,0 +1,102 @@
+# Everything here sets up .venv by itself: a fresh machine needs Python 3.11+, make and Debian's
+# package tools. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+# Stamps: a target that needs the environment depends on one of them, so a second run is quick.
+CORE := .venv/core.stamp
+ALL := .venv/all.stamp
+SOURCES := pyproject.toml constraints.txt .ci/venv
+
+# pyright's wrapper would otherwise ask the network whether a newer one exists.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Nothing here waits for a person, nor loads a model from the network unless told to.
+export PIP_NO_INPUT := 1
+HF_HUB_OFFLINE ?= 1
+export HF_HUB_OFFLINE
+
+define title
+printf '\n==> %s\n' '$(1)'
+endef
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+	    while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+$(CORE): $(SOURCES)
+	@PYTHON='$(PYTHON)' .ci/venv core
+	@touch $@
+
+$(ALL): $(SOURCES)
+	@PYTHON='$(PYTHON)' .ci/venv all
+	@touch $(CORE) $@
+
+.PHONY: setup
+setup: $(ALL) ## Make .venv with all that work on the project needs
+
+.PHONY: redis
+redis:
+	@.ci/debian redis-server redis-tools
+
+.PHONY: serve
+serve: $(CORE) ## Run the server: make serve ARGS="--maxmemory 1gb"
+	@$(BIN)/respkv serve $(ARGS)
+
+.PHONY: demo
+demo: $(ALL) ## Two inference workers share a document's KV through the server
+	@$(BIN)/python examples/shared_prompt.py $(ARGS)
+
+.PHONY: bench
+bench: $(ALL) redis ## Measure against redis-server on this machine
+	@$(BIN)/python -m bench $(ARGS)
+
+.PHONY: test
+test: lint types $(ALL) redis ## What the gate checks: ruff, mypy, pyright, pytest
+	@$(call title,pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(ALL) ## ruff check and ruff format --check
+	@$(call title,ruff check)
+	@$(BIN)/ruff check .
+	@$(call title,ruff format --check)
+	@$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(ALL) ## mypy --strict and pyright
+	@$(call title,mypy)
+	@$(BIN)/mypy
+	@$(call title,pyright)
+	@$(BIN)/pyright
+
+.PHONY: format
+format: $(ALL) ## Let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: cover
+cover: $(ALL) redis ## The tests again, with branch coverage
+	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+# The lower bounds of pyproject.toml, each taken as the exact version.
+.PHONY: lowest
+lowest: redis ## Run the tests with the oldest dependencies that pyproject.toml admits
+	@.ci/lowest $(ARGS)
+
+.PHONY: image-test
+image-test: ## Build the image and run it: Docker, or buildah and podman
+	@deploy/image-test.sh
+
+.PHONY: clean
+clean: ## Remove what was built; .venv stays
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	@find . -name .venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+.PHONY: distclean
+distclean: clean ## Remove .venv as well
+	@rm -rf .venv
