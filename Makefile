@@ -83,6 +83,24 @@ format: $(ALL) ## Let ruff rewrite what it can
 cover: $(ALL) redis ## The tests again, with branch coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
+# Long runs, outside the gate, which runs a sample of each. ARGS="--seed N" repeats one.
+.PHONY: fuzz
+fuzz: $(ALL) ## 1,000,000 damaged inputs to the parser, 100,000 to a server
+	@$(BIN)/python -m tests.long.fuzz $(ARGS)
+
+.PHONY: kill-test
+kill-test: $(ALL) ## 1,000 clients killed in the middle of put, lease, reserve and get
+	@$(BIN)/python -m tests.long.kill $(ARGS)
+
+.PHONY: soak
+soak: $(ALL) ## 10 minutes of put and get: every byte checked, memory flat
+	@$(BIN)/python -m tests.long.soak $(ARGS)
+
+.PHONY: docs
+docs: $(CORE) ## Write docs/commands.md and docs/config.md from the code
+	@$(BIN)/python -m respkv.wire.commands docs/commands.md
+	@$(BIN)/python -m respkv.cli.reference >docs/config.md
+
 # The lower bounds of pyproject.toml, each taken as the exact version.
 .PHONY: lowest
 lowest: redis ## Run the tests with the oldest dependencies that pyproject.toml admits

@@ -43,7 +43,7 @@ QUICK = Scale(
     medium_bytes=(MIB,),
     set_bytes=4 * MIB,
     turn_bytes=4 * MIB,
-    arena_bytes=64 * MIB,
+    arena_bytes=128 * MIB,
     zero_copies=2,
     requests=1000,
     deep_requests=1000,
@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         progress.clear()
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         progress.clear()
     machine["rounds"] = str(options.rounds)

@@ -34,8 +34,8 @@ class Scale:
     turn_bytes: int = 256 * MIB
     arena_bytes: int = 512 * MIB
     zero_copies: int = 300
-    requests: int = 100_000
-    deep_requests: int = 500_000
+    requests: int = 60_000
+    deep_requests: int = 300_000
     clients: int = 50
     pages: int = 1000
     prefixes: int = 100
@@ -88,11 +88,13 @@ def _values(
                     Transfer(stack.enter_context(Load(server.address(transport))), values)
                     for server in servers
                 )
+                for each in (peer, ours):
+                    each.put_all()
                 work = f"{size(nbytes)}, {_TRANSPORTS[transport]}"
                 put = partial(peer.put, count), partial(ours.put, count)
                 yield bench.compare(Line(row, f"SET {work}", target, show, *put))
-                peer.check_all()
-                ours.check_all()
+                for each in (peer, ours):
+                    each.check_all()
                 get = partial(peer.get, count), partial(ours.get, count)
                 yield bench.compare(Line(row, f"GET {work}", target, show, *get))
 
@@ -141,6 +143,8 @@ def reserved_writes(bench: Bench) -> Iterator[Result]:
     count = max(1, bench.scale.turn_bytes // values.nbytes)
     with bench.servers() as (redis, ours), Load(redis.unix) as load, Client(ours.url) as client:
         peer = Transfer(load, values)
+        peer.put_all()
+        _reserve(client, values, len(values.keys))
         yield bench.compare(
             Line(
                 4,

@@ -22,17 +22,16 @@ class Landing:
         self.is_open = True
         self._checksum = Checksum()
 
-    def advance(self, nbytes: int) -> None:
-        """Note that the next ``nbytes`` of ``memory`` have been written."""
-        stop = self.filled + nbytes
-        self._checksum.update(self.memory[self.filled : stop])
-        self.filled = stop
+    def advance(self, part: memoryview) -> None:
+        """Note that the next bytes of ``memory``, which are ``part``, have been written."""
+        self._checksum.update(part)
+        self.filled += len(part)
 
-    def write(self, part: bytes | memoryview) -> None:
-        """Copy the next part in."""
-        nbytes = len(part)
-        self.memory[self.filled : self.filled + nbytes] = part
-        self.advance(nbytes)
+    def write(self, data: bytes | memoryview) -> None:
+        """Copy the next bytes in."""
+        part = self.memory[self.filled : self.filled + len(data)]
+        part[:] = data
+        self.advance(part)
 
     @property
     def is_full(self) -> bool:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -31,6 +31,7 @@ from typing import Any, NoReturn, Self
 from tokenizers import Tokenizer
 
 from respkv.client import Client
+from respkv.errors import CacheError
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 60.0
@@ -40,7 +41,7 @@ QUESTIONS = (
     "\n\nQuestion: what becomes of a page that nobody asks for?\nAnswer:",
 )
 WAYS = {"socket": "socket", "memory": "shared memory"}
-# Who computes and stores, who reads, and the way of storing.
+# Who computes and stores, who reads what was stored, and the way of storing.
 ROUNDS = (("A", "B", "memory"), ("B", "A", "socket"))
 
 
@@ -136,8 +137,9 @@ class Worker:
     def ask(self, step: Step, prompt: list[int], **job: Any) -> Answer:
         """Let the worker read a prompt. Raises DemoFailed when its process ends."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps({"tokens": prompt, **job}) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # its end is noticed below
+            self.process.stdin.write(json.dumps({"tokens": prompt, **job}) + "\n")
+            self.process.stdin.flush()
         return Answer(**self.wait_for("answer", step))
 
     def wait_for(self, event: str, step: Step) -> dict[str, Any]:
@@ -165,13 +167,18 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     print("\n" + table(comparisons))
-    missed = [each for each in comparisons if not each.cached.pages_hit]
-    changed = [each for each in comparisons if not each.is_identical()]
-    verdict = "FAILED: nothing was found in the cache." if missed else "The cache changed no token."
-    if changed:
-        verdict = "FAILED: tokens differ with the cache."
+    failure = find_failure(comparisons)
+    verdict = f"FAILED: {failure}." if failure else "The cache changed no token."
     print(f"\n{verdict} {time.perf_counter() - start:.0f} s in all.")
-    return 1 if missed or changed else 0
+    return 1 if failure else 0
+
+
+def find_failure(comparisons: list[Comparison]) -> str | None:
+    if not all(each.is_identical() for each in comparisons):
+        return "tokens differ with the cache"
+    if not all(each.cached.pages_hit for each in comparisons):
+        return "nothing was found in the cache"
+    return None
 
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -189,7 +196,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--document-tokens", type=int, default=2500)
     add("--page-tokens", type=int, default=128)
     add("--new-tokens", type=int, default=32)
-    add("--maxmemory", default="512mb", help="what the server may hold")
+    add("--maxmemory", default="256mb", help="what the server may hold")
     add("--threads", type=int, default=1, help="threads of each worker")
     add("--layers", type=int, default=10, help="of the model with random weights")
     add("--hidden", type=int, default=512, help="of the model with random weights")
@@ -203,7 +210,7 @@ def run(options: argparse.Namespace) -> list[Comparison]:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="respkv-demo-")))
         with Step("starting the server"):
             url = cleanup.enter_context(running_server(folder, options.maxmemory))
-        model = options.model or make_model(folder, text, options)
+        model = options.model.resolve() if options.model else make_model(folder, text, options)
         if not (model / "tokenizer.json").exists():
             raise DemoFailed(f"{model} has no tokenizer.json")
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -224,7 +231,7 @@ def run(options: argparse.Namespace) -> list[Comparison]:
             compute(workers[writer], prompts[0], way, options.new_tokens)
             comparisons += compare(workers[reader], prompts[1], options.new_tokens)
     if options.model:
-        for each in comparisons:
+        for each in comparisons[:: len(WAYS)]:
             print(f"\n{each.worker}: {tokenizer.decode(each.cached.new_tokens)}")
     return comparisons
 
@@ -294,19 +301,19 @@ def running_server(folder: Path, maxmemory: str) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise DemoFailed("the server did not start")
             time.sleep(0.05)
-        with Client(f"unix://{socket}") as client:
+        with Client(f"unix://{socket}", connect_timeout_s=START_S) as client:
             client.ping()
         yield f"unix://{socket}"
-    except DemoFailed:
+    except (DemoFailed, CacheError) as error:
         print(f"\nthe server's log:\n{log.read_text()}", file=sys.stderr)
-        raise
+        raise DemoFailed(str(error)) from error
     finally:
         stop(process)
         arena.unlink(missing_ok=True)
 
 
 def arena_path(folder: Path) -> Path:
-    """Return where the server's memory lies: a file that never meets a disk, if there is room."""
+    """Return the file of the server's memory: one that never meets a disk, if there is room."""
     memory = Path("/dev/shm")
     if memory.is_dir() and shutil.disk_usage(memory).free > 2 << 30:
         return memory / f"{folder.name}.arena"

@@ -1,12 +1,14 @@
 """The server's shared memory, mapped into this process.
 
 A mapping is known by path and inode, so a server that was started again, with a new file under the
-same name, is never read through the memory of its predecessor. Views handed out keep their mapping
-alive; dropping the last of them and the client unmaps it.
+same name, is never read through the memory of its predecessor. Nor is another server's: hosts and
+containers give their arenas the same names, so the server says which file of which boot it means.
+Views handed out keep their mapping alive; dropping the last of them and the client unmaps it.
 """
 
 import mmap
 import os
+from pathlib import Path
 
 from respkv.client.replies import Reply
 from respkv.errors import ConfigError, ProtocolError
@@ -32,6 +34,13 @@ class Arena:
         return self._memory[offset : offset + nbytes]
 
 
+def arena_identity(fd: int) -> bytes:
+    """Return what tells this file from all others: its kernel's boot, its device and inode."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    found = os.fstat(fd)
+    return f"{boot}:{found.st_dev}:{found.st_ino}".encode()
+
+
 class Arenas:
     """The arena that one client has mapped: a client has one server, so one at a time."""
 
@@ -45,23 +54,25 @@ class Arenas:
         answer.
         """
         match answer:
-            case [bytes(name), int(nbytes), int(version), bytes(mode), *_]:
-                path = os.fsdecode(name)
+            case [bytes(name), int(nbytes), int(version), bytes(mode), *rest]:
+                path, identity = os.fsdecode(name), rest[0] if rest else None
             case _:
                 raise ProtocolError(f"KV.ATTACH was answered with {answer!r}")
         if version != LAYOUT_VERSION:
             raise ConfigError(f"arena layout {version}; this client reads {LAYOUT_VERSION}")
         try:
-            return self._open(path, nbytes, writable=mode == b"rw")
+            return self._open(path, nbytes, identity, writable=mode == b"rw")
         except OSError as error:
             raise ConfigError(
                 f"arena {path} cannot be mapped: {error}; a lease needs the server's shared memory,"
                 " on the same machine and with rights to the file"
             ) from error
 
-    def _open(self, path: str, nbytes: int, *, writable: bool) -> Arena:
+    def _open(self, path: str, nbytes: int, identity: Reply, *, writable: bool) -> Arena:
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
+            if identity is not None and identity != arena_identity(fd):
+                raise ConfigError(f"arena {path} of this machine or container is another server's")
             return self._map(fd, path, nbytes, writable=writable)
         finally:
             os.close(fd)

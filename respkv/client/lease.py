@@ -184,7 +184,9 @@ def _attach(core: Core[Any], conn: Connection, deadline: float) -> Operation[Are
 
 
 def _ask_within(core: Core[Any], conn: Connection, args: Sequence[Arg]) -> Operation[Reply]:
-    return _ask(conn, args, time.monotonic() + core.settings.timeout_s)
+    if not conn.in_step:
+        raise ConnectionLost("the connection was closed by a failed call or a fork")
+    return (yield from _ask(conn, args, time.monotonic() + core.settings.timeout_s))
 
 
 def _ask(conn: Connection, args: Sequence[Arg], deadline: float) -> Operation[Reply]:

@@ -13,7 +13,7 @@ from respkv.errors import CacheError
 # No step on the event loop hashes or copies more than this.
 WINDOW_BYTES_MAX = 1 << 20
 # A slot is taken once this much has come: a header that only claims a length takes nothing.
-LAND_MIN = 16 * 1024
+LAND_MIN = 4 * 1024
 
 
 class Refused:
@@ -55,7 +55,7 @@ class ArenaSink:
 
     def advance(self, window: memoryview) -> None:
         """Hash what has landed."""
-        self.landing.advance(len(window))
+        self.landing.advance(window)
         self.missing -= len(window)
 
     def value(self) -> Landing:
@@ -64,11 +64,15 @@ class ArenaSink:
 
 
 class HeapSink:
-    """An argument that is no value, or the start of one that has no slot yet."""
+    """An argument that is no value, or the start of one that has no slot yet.
 
-    def __init__(self, nbytes: int) -> None:
-        self.missing = nbytes
-        self._data = bytearray()
+    early: the first of its bytes. They are not copied unless more have to be collected here.
+    """
+
+    def __init__(self, nbytes: int, early: memoryview) -> None:
+        self.missing = nbytes - len(early)
+        self._early = early
+        self._more = bytearray()
 
     def window(self, scratch: memoryview) -> memoryview:
         """Return scratch memory."""
@@ -76,21 +80,21 @@ class HeapSink:
 
     def advance(self, window: memoryview) -> None:
         """Append what came."""
-        self._data += window
+        self._more += window
         self.missing -= len(window)
 
     @property
     def arrived(self) -> int:
         """Bytes collected so far."""
-        return len(self._data)
+        return len(self._early) + len(self._more)
 
-    def data(self) -> memoryview:
+    def parts(self) -> tuple[memoryview, memoryview]:
         """Return what was collected so far."""
-        return memoryview(self._data)
+        return self._early, memoryview(self._more)
 
     def value(self) -> bytes:
         """Return the argument."""
-        return bytes(self._data)
+        return b"".join(self.parts())
 
 
 class DropSink:

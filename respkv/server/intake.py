@@ -34,6 +34,8 @@ class Intake:
         self._sink: Sink | None = None
         self._window = memoryview(b"")
         self._is_lost = False
+        self._expects_value = False
+        self._staged = 0  # of the value that lands now, the bytes that were copied into its slot
 
     def use_limits(self, limits: Limits) -> None:
         """Change what may be sent from the next command on."""
@@ -50,6 +52,11 @@ class Intake:
         return self._parser.body is not None and self._sink is None
 
     @property
+    def is_filling(self) -> bool:
+        """Whether bytes go straight into a slot, and nothing else has to be done now."""
+        return isinstance(self._sink, ArenaSink) and self._sink.missing > 0
+
+    @property
     def holds_slot(self) -> bool:
         """Whether a slot waits for this connection's bytes."""
         return isinstance(self._sink, ArenaSink)
@@ -63,19 +70,24 @@ class Intake:
     def window(self) -> memoryview:
         """Return memory for the next bytes."""
         if self._sink is None:
-            return self._server.scratch
+            # Where one large value came another may follow: a short read then leaves most of it to
+            # be written straight into its slot.
+            return self._server.scratch[:LAND_MIN] if self._expects_value else self._server.scratch
         self._window = self._sink.window(self._server.scratch)
         return self._window
 
     def received(self, nbytes: int) -> Sequence[Args]:
         """Take what was written to the start of the last window; return the whole commands."""
         if self._sink is None:
-            return self._parser.feed(self._server.read_buffer, nbytes)
-        self._sink.advance(self._window[:nbytes])
-        if self.holds_slot:
-            self._cache.stats.bytes_landed += nbytes
-        self._land_if_due()
-        return self.finished()
+            commands = self._parser.feed(self._server.read_buffer, nbytes)
+            if self._expects_value and commands and not self.has_landed:
+                self._expects_value = self._parser.body is not None
+            return commands
+        sink = self._sink
+        sink.advance(self._window[:nbytes])
+        if isinstance(sink, HeapSink):
+            self._land_if_due()
+        return () if sink.missing else self.finished()
 
     def go_on(self) -> Sequence[Args]:
         """Find a place for the argument that the parser stopped at; return the whole commands."""
@@ -87,13 +99,12 @@ class Intake:
             self._parser.error = ProtocolError("Protocol error: too big request")
             self._parser.body = None
             return ()
+        early, body.early = body.early, memoryview(b"")
         if is_value and self._is_there(body):
-            self._sink = DropSink(body.nbytes)
+            self._sink = DropSink(body.nbytes, arrived=len(early))
         else:
-            self._sink = HeapSink(body.nbytes)
-        self._sink.advance(memoryview(body.early))
-        body.early = b""
-        self._land_if_due()
+            self._sink = HeapSink(body.nbytes, early)
+            self._land_if_due()
         return self.finished()
 
     def lost(self) -> None:
@@ -112,7 +123,9 @@ class Intake:
         if sink is None or sink.missing or self.is_waiting:
             return ()
         self._sink = None
-        self.has_landed |= isinstance(sink, ArenaSink)
+        if isinstance(sink, ArenaSink):
+            self._cache.stats.bytes_landed += sink.landing.nbytes - self._staged
+            self.has_landed = self._expects_value = True
         return self._parser.end_body(sink.value())
 
     def _land_if_due(self) -> None:
@@ -132,7 +145,9 @@ class Intake:
                 self._drop(sink, body, error)
 
     def _land(self, sink: HeapSink, landing: Landing) -> None:
-        landing.write(sink.data())
+        for part in sink.parts():
+            landing.write(part)
+        self._staged = sink.arrived
         self._cache.stats.bytes_staged += sink.arrived
         self._sink = ArenaSink(landing)
 

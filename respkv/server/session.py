@@ -129,13 +129,22 @@ class Session:
         """Return memory for the next bytes."""
         return self._intake.window()
 
-    def received(self, nbytes: int) -> None:
-        """Take the ``nbytes`` that were written to the start of the last window."""
+    def received(self, nbytes: int) -> bool:
+        """Take the ``nbytes`` that were written to the start of the last window.
+
+        Returns whether that did anything: most reads of a large value only fill its slot.
+        """
         server = self.server
-        server.clock.refresh()
         server.input_bytes += nbytes
+        intake = self._intake
+        commands = intake.received(nbytes)
+        if not commands and intake.is_filling:
+            self.last_active = server.clock.now
+            return False
+        server.clock.refresh()
         self.last_active = server.clock.now
-        self._serve(self._intake.received(nbytes))
+        self._serve(commands)
+        return True
 
     def take_output(self) -> Buffers:
         """Return what is to be sent now, in order."""

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hiredis
 import pytest
 
 from respkv.client import Client
-from respkv.errors import ConfigError, ConnectionLost, ServerError, TimedOut
+from respkv.errors import ConfigError, ConnectionLost, ProtocolError, ServerError, TimedOut
+from tests.client.peer import Peer
 from tests.client.redis_server import RedisServer, free_port
 
 Connect = Callable[..., Any]
@@ -129,41 +129,65 @@ def test_an_idle_connection_that_died_is_replaced_before_anything_is_sent(
     assert client.command("GET", "key") == b"two"
 
 
-def killed_while_waiting(redis: RedisServer) -> threading.Thread:
-    """Hang the server, kill all its clients at the end of that, and only then let it read on."""
-    script = "DEBUG SLEEP 0.4\nCLIENT KILL TYPE normal SKIPME yes\n"
-    line = ["redis-cli", "-s", str(redis.path)]
+class HangsUpOnce:
+    """Reads one command, hangs up, and answers every later one."""
 
-    def run() -> None:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(line[2])
-            sock.sendall(script.encode())
-            sock.recv(100)
+    def __init__(self) -> None:
+        self.commands = 0
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    time.sleep(0.1)
-    return thread
+    def __call__(self, args: list[bytes]) -> bytes | None:
+        self.commands += 1
+        return None if self.commands == 1 else b":7\r\n"
 
 
-def test_a_read_whose_connection_breaks_is_sent_again(connect: Connect, redis: RedisServer) -> None:
-    client = connect(redis.url)
-    client.set("key", "value")
-    killer = killed_while_waiting(redis)
-    assert client.command("GET", "key") == b"value"
-    killer.join()
+def test_a_read_whose_connection_breaks_is_sent_again(connect: Connect, tmp_path: Path) -> None:
+    with Peer(tmp_path / "s", HangsUpOnce()) as peer:
+        client = connect(peer.url)
+        assert client.command("GET", "key") == 7
+        client.close()
+    assert peer.seen == [b"GET", b"GET"]
 
 
 def test_a_write_whose_connection_breaks_is_not_sent_again(
-    connect: Connect, redis: RedisServer
+    connect: Connect, tmp_path: Path
 ) -> None:
-    client = connect(redis.url)
-    client.set("key", "0")
-    killer = killed_while_waiting(redis)
-    with pytest.raises(ConnectionLost, match="may have been carried out"):
-        client.command("INCR", "key")
-    killer.join()
-    assert int(client.command("GET", "key")) <= 1
+    with Peer(tmp_path / "s", HangsUpOnce()) as peer:
+        client = connect(peer.url)
+        with pytest.raises(ConnectionLost, match="may have been carried out"):
+            client.command("INCR", "key")
+        assert client.command("INCR", "key") == 7
+        client.close()
+    assert peer.seen == [b"INCR", b"INCR"]
+
+
+def test_a_pipeline_is_sent_again_only_if_all_of_it_reads(connect: Connect, tmp_path: Path) -> None:
+    with Peer(tmp_path / "s", HangsUpOnce()) as peer:
+        client = connect(peer.url)
+        with pytest.raises(ConnectionLost):
+            client.pipeline().command("GET", "key").command("INCR", "key").execute()
+        client.close()
+    assert peer.seen == [b"GET"]
+
+
+def test_a_reply_that_nobody_asked_for_closes_the_connection(
+    connect: Connect, tmp_path: Path
+) -> None:
+    with Peer(tmp_path / "s", lambda args: b"+one\r\n+two\r\n") as peer:
+        client = connect(peer.url)
+        with pytest.raises(ProtocolError, match="nobody asked for"):
+            client.command("GET", "key")
+        client.close()
+
+
+@pytest.mark.parametrize("reply", [b"what\r\n", b"$x\r\n", b"$3\r\nabcd\r\n"])
+def test_what_is_not_resp_is_a_protocol_error(
+    connect: Connect, tmp_path: Path, reply: bytes
+) -> None:
+    with Peer(tmp_path / "s", lambda args: reply) as peer:
+        client = connect(peer.url)
+        with pytest.raises(ProtocolError):
+            client.command("GET", "key")
+        client.close()
 
 
 def test_why_a_server_hangs_up_is_not_lost(connect: Connect, own_redis: RedisServer) -> None:
@@ -175,45 +199,16 @@ def test_why_a_server_hangs_up_is_not_lost(connect: Connect, own_redis: RedisSer
     assert client.set("key", bytes(MIB))
 
 
-class Echo:
-    """A server that reads nothing while it writes: it answers ECHO before it looks at the next."""
-
-    def __init__(self, path: Path) -> None:
-        self.url = f"unix://{path}"
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        conn, _ = self._listener.accept()
-        reader = hiredis.Reader()
-        with conn:
-            while data := conn.recv(4096):
-                reader.feed(data)
-                while (args := reader.gets()) is not False:
-                    conn.sendall(self._answer(args))
-
-    def _answer(self, args: list[bytes]) -> bytes:
-        if args[0] == b"HELLO":
-            return b"%0\r\n"
-        return b"$%d\r\n%b\r\n" % (len(args[-1]), args[-1])
-
-    def __enter__(self) -> "Echo":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-        self._thread.join()
-
-
 def test_a_pipeline_reads_while_a_server_that_writes_does_not(
     connect: Connect, tmp_path: Path
 ) -> None:
     payload = bytes(range(256)) * 4096
-    with Echo(tmp_path / "s") as echo:
-        client = connect(echo.url, timeout_s=10)
+
+    def echo(args: list[bytes]) -> bytes:
+        return b"$%d\r\n%b\r\n" % (len(args[1]), args[1])
+
+    with Peer(tmp_path / "s", echo) as peer:
+        client = connect(peer.url, timeout_s=10)
         pipeline = client.pipeline()
         for _ in range(16):
             pipeline.command("ECHO", payload)

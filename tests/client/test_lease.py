@@ -1,5 +1,7 @@
 """Leases and reservations of both faces, against a respkv server with shared memory."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -276,3 +278,28 @@ async def test_a_cancelled_reader_lets_go_of_its_lease(
         reply = await client.command("KV.INFO", key)
         assert isinstance(reply, dict)
         assert reply[b"holders"] == 1
+
+
+def test_a_forked_child_holds_no_lease_and_the_parents_stays(
+    server: ServerProcess, namespace: str
+) -> None:
+    script = """
+import os, sys
+from respkv.client import Client
+from respkv.errors import LeaseGone
+client = Client(sys.argv[1])
+key = sys.argv[2]
+client.put(key, b"page" * 100000)
+with client.lease([key]) as lease:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            lease.__exit__(None, None, None)
+        except LeaseGone:
+            os._exit(7 if bytes(client.get(key)[:4]) == b"page" else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+client.close()
+"""
+    line = [sys.executable, "-c", script, server.url, f"{namespace}-forked"]
+    subprocess.run(line, check=True, timeout=30)

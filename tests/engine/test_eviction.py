@@ -80,7 +80,7 @@ class Shelf:
         victim = self.policy.victim(self.verdict, self.now)
         if victim is None:
             return None
-        assert victim.children is None or not victim.children
+        assert not victim.children
         assert victim not in self.held
         self.delete(victim)
         return victim.key.decode()
@@ -540,7 +540,7 @@ class EngineMachine(RuleBasedStateMachine):
 def test_random_engines(name: str) -> None:
     run_state_machine_as_test(
         type(f"{name}_engine", (EngineMachine,), {"name": name}),
-        settings=settings(max_examples=40, stateful_step_count=60, deadline=None),
+        settings=settings(max_examples=120, stateful_step_count=60, deadline=None),
     )
 
 

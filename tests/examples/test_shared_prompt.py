@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.shared_prompt import DemoFailed, cut
+from examples.shared_prompt import Answer, Comparison, DemoFailed, cut, find_failure
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "shared_prompt.py"
@@ -103,3 +103,36 @@ def test_documents_follow_each_other_in_the_text() -> None:
 def test_a_text_too_short_is_refused_with_the_numbers() -> None:
     with pytest.raises(DemoFailed, match="has 7 tokens, 2 documents of 4 need 8"):
         cut(list(range(7)), 4, 2)
+
+
+def answer(pages_hit: int, new_tokens: list[int]) -> Answer:
+    return Answer(
+        prompt_tokens=100,
+        pages_hit=pages_hit,
+        tokens_hit=32 * pages_hit,
+        bytes_read=1024 * pages_hit,
+        load_s=0.1,
+        first_token_s=0.5,
+        new_tokens=new_tokens,
+        logits="",
+        pages_stored=0,
+        bytes_stored=0,
+        store_s=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("pages_hit", "new_tokens", "failure"),
+    [
+        (3, [1, 2, 3], None),
+        (0, [1, 2, 3], "nothing was found in the cache"),
+        (3, [1, 2, 4], "tokens differ with the cache"),
+    ],
+)
+def test_one_miss_and_one_changed_token_are_failures(
+    pages_hit: int, new_tokens: list[int], failure: str | None
+) -> None:
+    plain = answer(0, [1, 2, 3])
+    good = Comparison("B", "socket", plain, answer(3, [1, 2, 3]))
+    other = Comparison("B", "memory", plain, answer(pages_hit, new_tokens))
+    assert find_failure([good, other]) == failure

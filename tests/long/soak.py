@@ -82,7 +82,7 @@ def one_step(client: Client, rng: random.Random, counts: Counts) -> None:
         except ServerError as error:
             # The one refusal that is right here: a page that was there already, so that its bytes
             # were not kept, and was evicted or deleted before they had all come.
-            if error.code != "BUSY":
+            if error.word != "BUSY":
                 raise
             counts.refused += 1
     counts.puts += 1
@@ -100,13 +100,13 @@ def work(url: str, seed: str, seconds: float) -> Counts:
     return counts
 
 
-def watch(server: ServerProcess, seconds: float) -> list[int]:
-    """Read the server's resident memory from the end of the warm-up on."""
-    until = time.monotonic() + seconds
-    time.sleep(seconds * WARM_UP)
+def watch(server: ServerProcess, workers: list[subprocess.Popen[str]], seconds: float) -> list[int]:
+    """Read the server's resident memory from the end of the warm-up on, while all are at work."""
+    began = time.monotonic()
     samples: list[int] = []
-    while time.monotonic() < until:
-        samples.append(server.resident_bytes)
+    while time.monotonic() < began + seconds and not any(worker.poll() for worker in workers):
+        if time.monotonic() > began + seconds * WARM_UP:
+            samples.append(server.resident_bytes)
         time.sleep(SAMPLES_S)
     return samples
 
@@ -123,7 +123,7 @@ def run(seconds: float, clients: int, seed: str) -> None:
     server = ServerProcess(maxmemory=MAXMEMORY, shm="ro")
     try:
         workers = [start_client(server.url, f"{seed}/{i}", seconds) for i in range(clients)]
-        samples = watch(server, seconds)
+        samples = watch(server, workers, seconds)
         printed = [worker.communicate(timeout=60)[0] for worker in workers]
         assert not any(worker.returncode for worker in workers), "a client failed"
         with Client(server.url) as client:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from respkv.errors import CommandError
-from respkv.server.arguments import WALL_MS_MAX, Words, integer
+from respkv.server.arguments import WALL_MS_MAX, Words, integer, shown
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.wire import reply
@@ -57,10 +57,10 @@ def _conditions(args: Args) -> set[bytes]:
     found: set[bytes] = set()
     words = Words(args, 3)
     while words:
-        word = words.word()
-        if word not in (b"NX", b"XX", b"GT", b"LT"):
-            raise CommandError(f"Unsupported option {word.decode(errors='replace')}")
-        found.add(word)
+        word = words.take()
+        if word.upper() not in (b"NX", b"XX", b"GT", b"LT"):
+            raise CommandError(f"Unsupported option {shown(word)}")
+        found.add(word.upper())
     if b"NX" in found and len(found) > 1:
         raise CommandError("NX and XX, GT or LT options at the same time are not compatible")
     if {b"GT", b"LT"} <= found:
