@@ -195,7 +195,8 @@ class Cache:
         if len(key) <= PAGE_ID_DIGITS or not _HEX.issuperset(digits):
             return None
         entry = self.find(key)
-        return entry if entry is not None and entry.nbytes == nbytes else None
+        is_same = entry is not None and entry.kind == "kvpage" and entry.nbytes == nbytes
+        return entry if is_same else None
 
     def describe(self, entry: Entry, how: Put) -> None:
         """Apply put options to a page that is already there."""
@@ -240,10 +241,12 @@ class Cache:
 
     def expire_due(self, count_max: int) -> int:
         """Remove up to ``count_max`` entries whose TTL has ended; return how many there were."""
-        due = list(self.index.due(self.clock.wall_ms, count_max))
-        for entry in due:
+        count = 0
+        # One by one: an entry may have several tickets, and the rest are void once it has gone.
+        for entry in self.index.due(self.clock.wall_ms, count_max):
             self._expire(entry)
-        return len(due)
+            count += 1
+        return count
 
     def lapse(self) -> list[int]:
         """End leases past their deadline; return the owners of overdue writers."""

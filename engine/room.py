@@ -65,8 +65,13 @@ class Room:
     def take_small(self, nbytes: int) -> None:
         """Count ``nbytes`` more on the heap, after evicting small values over the budget.
 
-        Raises OutOfMemory when all of them are pinned.
+        Raises OutOfMemory when all of them are pinned, or when it can never fit.
         """
+        if nbytes > self.small_max:
+            raise OutOfMemory(
+                f"a small value of {nbytes} bytes with its key never fits: "
+                f"small-value-memory is {self.small_max}"
+            )
         policy = self._policies.get(SMALL)
         while self.small_bytes + nbytes > self.small_max:
             victim = policy.victim(self.verdict, self._clock.now) if policy is not None else None
@@ -86,11 +91,15 @@ class Room:
     def shrink(self) -> None:
         """Evict until the budgets hold again after they were lowered; stop at what is pinned."""
         while self.slabs.used_bytes > self.slabs.budget_bytes:
-            coldest = self._coldest_class()
-            slabs = None if coldest is None else self._policies[coldest]
-            victim = None if slabs is None else slabs.victim(self.verdict, self._clock.now)
+            victim = self._coldest_victim()
             if victim is None:
-                return
+                break
+            self._evict(victim)
+        small = self._policies.get(SMALL)
+        while small is not None and self.small_bytes > self.small_max:
+            victim = small.victim(self.verdict, self._clock.now)
+            if victim is None:
+                break
             self._evict(victim)
 
     def verdict(self, entry: Entry) -> Verdict:
@@ -193,6 +202,18 @@ class Room:
             return classes[0] if classes else None
         now = self._clock.now
         return max(classes, key=lambda name: self._policies[name].age(now))
+
+    def _coldest_victim(self) -> Entry | None:
+        """Return who may go from the coldest class of slots that has somebody who may."""
+        now = self._clock.now
+        classes = sorted(
+            filter(None, self._policies), key=lambda name: self._policies[name].age(now)
+        )
+        while classes:
+            victim = self._policies[classes.pop()].victim(self.verdict, now)
+            if victim is not None:
+                return victim
+        return None
 
     def _class_of(self, entry: Entry) -> int:
         return SMALL if entry.slot is None else entry.slot.slab.class_bytes

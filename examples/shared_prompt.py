@@ -193,7 +193,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, help="a local transformers checkpoint with its tokenizer.json")
     add("--text", type=Path, nargs="+", help="files to read instead of this project's docs")
-    add("--document-tokens", type=int, default=2500)
+    add("--document-tokens", type=int, default=2000)
     add("--page-tokens", type=int, default=128)
     add("--new-tokens", type=int, default=32)
     add("--maxmemory", default="256mb", help="what the server may hold")
@@ -208,8 +208,9 @@ def run(options: argparse.Namespace) -> list[Comparison]:
     text = "\n\n".join(path.read_text() for path in options.text or documentation())
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="respkv-demo-")))
-        with Step("starting the server"):
+        with Step("starting the server") as step:
             url = cleanup.enter_context(running_server(folder, options.maxmemory))
+            step.result = url
         model = options.model.resolve() if options.model else make_model(folder, text, options)
         if not (model / "tokenizer.json").exists():
             raise DemoFailed(f"{model} has no tokenizer.json")

@@ -6,9 +6,11 @@ intake waits for one, which stops the reading of the socket.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from respkv.engine.landing import Landing
+from respkv.engine.supervisor import contain
 from respkv.errors import OutOfMemory, ProtocolError
 from respkv.server.body import LAND_MIN, ArenaSink, DropSink, HeapSink, Sink
 from respkv.wire.commands import look_up
@@ -22,14 +24,22 @@ class Intake:
     """The input of one connection.
 
     resume: called when a wait for a slot is over.
+    abort:  called when what follows a wait crashes.
     """
 
-    def __init__(self, server: "Server", limits: Limits, resume: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        server: "Server",
+        limits: Limits,
+        resume: Callable[[], None],
+        abort: Callable[[], None],
+    ) -> None:
         self.is_waiting = False
         self.has_landed = False  # a whole command may have a landing among its arguments
         self._server = server
         self._cache = server.cache
         self._resume = resume
+        self._abort = abort
         self._parser = RequestParser(server.tokenizer, limits)
         self._sink: Sink | None = None
         self._window = memoryview(b"")
@@ -58,8 +68,10 @@ class Intake:
 
     @property
     def holds_slot(self) -> bool:
-        """Whether a slot waits for this connection's bytes."""
-        return isinstance(self._sink, ArenaSink)
+        """Whether a slot waits for this connection's bytes, or for the rest of its command."""
+        return isinstance(self._sink, ArenaSink) or (
+            self.has_landed and any(isinstance(arg, Landing) for arg in self._parser.open_args)
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -140,7 +152,8 @@ class Intake:
         except OutOfMemory as error:
             if self._cache.is_waiting_useful() and self._cache.fits(body.nbytes):
                 self.is_waiting = True
-                self._server.spawn(self._wait_for_room, sink, body, error)
+                waiting = partial(self._wait_for_room, sink, body, error)
+                self._server.spawn(contain, waiting, self._abort)
             else:
                 self._drop(sink, body, error)
 

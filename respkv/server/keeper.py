@@ -48,7 +48,7 @@ def _look_at(server: Server, session: Session, now: float) -> None:
             return
         server.num_slow_readers += 1
         _disconnect(server, session.number, reason)
-    elif session.holds_slot_for_body:
+    elif session.holds_slot_for_body and session.wants_input:
         if now - session.last_active >= config.output_timeout:
             server.num_idle_closed += 1
             _disconnect(server, session.number, "stopped in the middle of a value")

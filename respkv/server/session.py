@@ -77,7 +77,7 @@ class Session:
         self.is_draining = False
         self.is_authenticated = True
         self._handlers = HANDLERS
-        self._intake = Intake(server, server.limits, self._resume)
+        self._intake = Intake(server, server.limits, self._resume, wire.abort)
         self._backlog: deque[Args] = deque()
         self._stream: Iterator[None] | None = None
         self._is_waiting = False
@@ -164,7 +164,8 @@ class Session:
         """Note that all output has left: its slots are given back, and stopped work goes on."""
         if self._sending:
             self._restore_sent()
-        if self._backlog or self._stream is not None or self._intake.has_more:
+        intake = self._intake
+        if self._backlog or self._stream is not None or intake.has_more or intake.error is not None:
             self._serve(())
 
     def drained(self) -> None:
@@ -257,7 +258,11 @@ class Session:
                 commands = [*self._backlog, *commands]
                 self._backlog.clear()
             if commands:
-                self._run(commands)
+                try:
+                    self._run(commands)
+                except BaseException:  # a bug; the values of the commands behind it do not leak
+                    self._drop_unused(commands)
+                    raise
             if self._must_stop():
                 return
             if not self._intake.has_more:
@@ -294,7 +299,7 @@ class Session:
                 later = None
             if later is not None:
                 self._wait_for(later)
-            if self._skips:
+            if self._skips and not self._is_waiting:
                 self._skip()
             may_stop = later is not None or self.out_bytes > OUTPUT_BYTES_SOFT or self.is_closing
             if may_stop and self._must_stop():
@@ -313,7 +318,9 @@ class Session:
         if self._skips:
             self._skip_from = len(self.out)
         else:
-            del self.out[self._skip_from :]
+            self._stream = None
+            # Not nothing: what it would have sent is let go of once the output has left.
+            self.out[self._skip_from :] = [b""]
 
     def _answer_error(self, error: CacheError) -> None:
         self.server.num_errors += 1
@@ -349,11 +356,14 @@ class Session:
             self._answer_error(error)
         finally:
             self._is_waiting = False
+        if self._skips:
+            self._skip()
         self._resume()
 
     def _resume(self) -> None:
         if self.is_lost:
             self.out.clear()
+            self._restore_sent()
             return
         self.server.clock.refresh()
         self._serve(self._intake.finished())

@@ -96,8 +96,22 @@ def test_a_server_that_never_greets_is_given_up(connect: Connect, tmp_path: Path
         assert time.monotonic() - begun < 2
 
 
+def test_a_host_that_swallows_packets_is_given_up(connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        place = full.getsockname()
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:  # the queue of the listener fills up, and from then on it is silent
+            sock.setblocking(False)
+            sock.connect_ex(place)
+        client = connect(f"redis://127.0.0.1:{place[1]}", connect_timeout_s=0.2)
+        with pytest.raises(TimedOut, match="did not accept"):
+            client.ping()
+        for sock in waiting:
+            sock.close()
+
+
 def test_a_client_outlives_its_server(connect: Connect, own_redis: RedisServer) -> None:
-    client = connect(own_redis.url, reconnect_max=1)
+    client = connect(own_redis.url, reconnect_max=1, pool_max=1, timeout_s=5)
     client.set("key", "before")
     own_redis.stop()
     with pytest.raises(ConnectionLost):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from respkv.client import AsyncClient, Client, as_bytes, as_numpy, as_torch
-from respkv.errors import ConfigError, LeaseGone, ServerError, TimedOut
+from respkv.errors import ConfigError, LeaseGone, ProtocolError, ServerError, TimedOut
 from tests.client.pages import NBYTES, SHAPE, chain, declare, payload
+from tests.client.peer import Answer, Peer
 from tests.server_process import ServerProcess
 
 Connect = Callable[..., Any]
@@ -303,3 +304,52 @@ client.close()
 """
     line = [sys.executable, "-c", script, server.url, f"{namespace}-forked"]
     subprocess.run(line, check=True, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("answers", "raised", "named"),
+    [
+        ({b"KV.LEASE": b"*1\r\n:1\r\n"}, ProtocolError, "1 keys, 0 places"),
+        ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n:60\r\n:5\r\n"}, ProtocolError, "not within"),
+        ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n+a\r\n:5\r\n"}, ProtocolError, "not a place"),
+        ({b"KV.LEASE": b"+OK\r\n"}, ProtocolError, "answered with bytes"),
+        ({b"KV.LEASE": b"-OOM no room\r\n"}, ServerError, "no room"),
+        ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n:0\r\n:5\r\n", b"KV.RELEASE": None}, LeaseGone, "broke"),
+    ],
+    ids=["too few", "outside", "no place", "no array", "refused", "broken"],
+)
+def test_a_lease_that_is_answered_wrongly_is_not_held(
+    connect: Connect,
+    tmp_path: Path,
+    answers: dict[bytes, bytes | None],
+    raised: type[Exception],
+    named: str,
+) -> None:
+    with Peer(tmp_path / "s", _arena_peer(tmp_path, answers)) as peer:
+        client = connect(peer.url)
+        with pytest.raises(raised, match=named), client.lease(["key"]):
+            pass
+        client.ping()
+        client.close()
+
+
+def test_a_commit_that_the_server_calls_lapsed_is_lease_gone(
+    connect: Connect, tmp_path: Path
+) -> None:
+    answers = {b"KV.RESERVE": b"*2\r\n:1\r\n:8\r\n", b"KV.COMMIT": b"-KVLEASE it lapsed\r\n"}
+    with Peer(tmp_path / "s", _arena_peer(tmp_path, answers)) as peer:
+        client = connect(peer.url)
+        with client.reserve("key", 16) as slot:
+            slot.view[:] = b"x" * 16
+            with pytest.raises(LeaseGone, match="it lapsed"):
+                slot.commit()
+        client.close()
+    assert peer.seen == [b"KV.ATTACH", b"KV.RESERVE", b"KV.COMMIT"], "nothing left to abort"
+
+
+def _arena_peer(folder: Path, answers: Mapping[bytes, bytes | None]) -> Answer:
+    path = folder / "arena"
+    path.write_bytes(bytes(64))
+    attach = b"*4\r\n$%d\r\n%b\r\n:64\r\n:1\r\n+rw\r\n" % (len(bytes(path)), bytes(path))
+    known = {b"PING": b"+PONG\r\n", b"KV.ATTACH": attach, **answers}
+    return lambda args: known[args[0]]

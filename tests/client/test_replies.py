@@ -240,3 +240,12 @@ def test_pushes_that_nobody_reads_are_bounded() -> None:
     feed(parser, b"".join(b">1\r\n:%d\r\n" % number for number in range(PUSHES_MAX + 5)))
     assert len(parser.pushes) == PUSHES_MAX
     assert parser.pushes[0] == [5]
+
+
+def test_values_too_small_to_land_pass_through_the_buffer_for_ever() -> None:
+    sizes = [19_000] * 20 + [17_001, LARGE_BYTES - 1] * 20 + [3, 30_011] * 20
+    values = [bytes([seed]) * size for seed, size in enumerate(sizes)]
+    wire = b"".join(b"$%d\r\n%b\r\n" % (len(value), value) for value in values)
+    parser = ReplyParser()
+    assert feed(parser, wire) == values
+    assert parser.is_idle

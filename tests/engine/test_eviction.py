@@ -342,6 +342,18 @@ def test_an_overwritten_entry_is_new(name: str) -> None:
     assert shelf.drain() == ["b", "c", "a"]
 
 
+def test_the_ghost_knows_what_was_evicted_not_what_was_deleted() -> None:
+    shelf = filled("s3fifo", "abcd")
+    shelf.delete(shelf.entries["a"])
+    assert shelf.evict() == "b"
+    shelf.put("a")
+    shelf.put("b")
+    # b is in the main queue now, where one use keeps it; a in the small one, where it does not.
+    shelf.use(shelf.entries["a"])
+    shelf.use(shelf.entries["b"])
+    assert shelf.drain() == ["c", "d", "a", "b"]
+
+
 @every_policy
 def test_what_was_held_is_found_when_nothing_else_is_left(name: str) -> None:
     keys = [str(number) for number in range(20 * RECHECKS)]

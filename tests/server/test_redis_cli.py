@@ -84,9 +84,9 @@ def test_pipe_sends_inline_commands_and_counts_the_replies(cli: Cli) -> None:
     assert cli("GET", "key-4999") == "value-4999"
 
 
-def test_pipe_sends_binary_commands_and_counts_the_errors(cli: Cli) -> None:
+def test_pipe_sends_binary_commands_and_counts_the_errors(server: ServerProcess, cli: Cli) -> None:
     stream = b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$70000\r\n" + b"\r" * 70_000 + b"\r\nBOGUS\r\nGET k\r\n"
-    assert "errors: 1, replies: 3" in cli("--pipe", stdin=stream)
+    assert b"errors: 1, replies: 3" in run(server, "--pipe", stdin=stream, check=False)
     assert cli("STRLEN", "k") == "70000"
 
 
@@ -156,7 +156,8 @@ def test_a_person_at_a_terminal_gets_help_from_command_docs(server: ServerProces
         process.kill()
         process.wait()
         os.close(ours)
-    assert b"KV.MATCH numkeys key" in shown
+    assert b"KV.MATCH" in shown
+    assert b"longest run of" in shown, "the summary of the command"
     assert b'"v"' in shown
 
 

@@ -106,6 +106,8 @@ async def kv_reserve(session: Session, args: Args) -> None:
 
 async def _reserved(session: Session, key: bytes, nbytes: int, ms: int | None) -> Lease:
     cache = session.cache
+    if session.is_lost:  # before this task began: nobody would ever end the lease
+        raise LeaseGone("the connection has gone")
     try:
         return cache.lease_room(session.number, key, nbytes, _deadline(session, ms))
     except OutOfMemory:
@@ -132,10 +134,6 @@ async def kv_commit(session: Session, args: Args) -> None:
     if lease.mode is not Mode.WRITE:
         raise LeaseGone(f"lease {lease.number} is for reading")
     how, is_new_only = put_options(session, lease.key, Words(args, 2))
-    if is_new_only and cache.find(lease.key) is not None:
-        cache.leases.end(session.number, lease.number)
-        session.send_nil()
-        return
     slot = cache.leases.take_over(lease)
     landing = cache.adopt(slot)
     try:
@@ -143,6 +141,11 @@ async def kv_commit(session: Session, args: Args) -> None:
             checksum = hash64(landing.memory)
         else:
             checksum = await anyio.to_thread.run_sync(hash64, landing.memory)
+        # Not before: both may have changed since the reservation, and while the bytes were hashed.
+        check_fits(session, lease.key, slot.payload_bytes)
+        if is_new_only and cache.find(lease.key) is not None:
+            session.send_nil()
+            return
         cache.seal(lease.key, landing, checksum, how)
     finally:
         cache.abandon(landing)

@@ -270,6 +270,8 @@ def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple
     schema = session.cache.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
     if schema is None:
         raise CommandError("LAYERS needs a page whose namespace has a schema (KV.SCHEMA SET)")
+    if entry.nbytes != schema.geometry.page_bytes:  # put before its namespace had this schema
+        raise CommandError("LAYERS needs a page that fits the schema of its namespace")
     try:
         return schema.geometry.layer_range(first, count)
     except ValueError as error:
