@@ -59,7 +59,7 @@ class Intake:
     @property
     def has_more(self) -> bool:
         """Whether ``go_on`` has something to do."""
-        return self._parser.body is not None and self._sink is None
+        return self._parser.has_rest or (self._parser.body is not None and self._sink is None)
 
     @property
     def is_filling(self) -> bool:
@@ -102,9 +102,12 @@ class Intake:
         return () if sink.missing else self.finished()
 
     def go_on(self) -> Sequence[Args]:
-        """Find a place for the argument that the parser stopped at; return the whole commands."""
+        """Go on where the parser stopped: at a large argument, for which a place is found, or after
+        a command that may have changed the limits. Returns the commands that are whole then.
+        """
         body = self._parser.body
-        assert body is not None
+        if body is None:
+            return self._parser.go_on()
         is_value = _is_value(body)
         if not is_value and body.nbytes > self._parser.limits.held_max:
             # It could only be collected on the heap, and dropping it would leave a hole in a command.

@@ -1,4 +1,6 @@
-"""The sockets that a server listens on, bound before anything else is started."""
+"""The sockets of a server: bound before anything else is started, so that an address in use is told
+at once, and listening only when it can answer, so that no client waits in a queue meanwhile.
+"""
 
 import errno
 import os
@@ -65,7 +67,6 @@ def _tcp(host: str, port: int) -> Listener:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()
     except OSError as error:
         listener.close()
         raise CacheError(_why(f"{host}:{port}", error, "port")) from error
@@ -73,7 +74,7 @@ def _tcp(host: str, port: int) -> Listener:
 
 
 def _unix(path: str, mode: int) -> Listener:
-    """Listen on a path that nobody else may use, not even for an instant (CVE-2023-45145)."""
+    """Bind a path that nobody else may use, not even for an instant (CVE-2023-45145)."""
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
@@ -85,7 +86,6 @@ def _unix(path: str, mode: int) -> Listener:
     finally:
         os.umask(before)
     os.chmod(path, mode)
-    listener.listen()
     return Listener(listener, path, _inode(path))
 
 

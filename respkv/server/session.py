@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from respkv.server.state import Server
 
 OUTPUT_BYTES_SOFT = 1 << 20
+UNAUTHENTICATED_OUTPUT_MAX = 64 * 1024  # of answers in one turn (CVE-2025-21605)
 COPY_BYTES_MAX = 16 * 1024  # up to here a copy into the reply is cheaper than a gathered write
 
 Buffers: TypeAlias = list[bytes | memoryview]
@@ -263,6 +264,8 @@ class Session:
                 except BaseException:  # a bug; the values of the commands behind it do not leak
                     self._drop_unused(commands)
                     raise
+            if not self.is_authenticated:
+                self._limit_output()
             if self._must_stop():
                 return
             if not self._intake.has_more:
@@ -270,6 +273,12 @@ class Session:
             commands = self._intake.go_on()
         if self._intake.error is not None:
             self._fail(self._intake.error)
+
+    def _limit_output(self) -> None:
+        """Close on a stranger who collects answers: a NOAUTH for each of many commands, or an echo."""
+        if sum(map(len, self.out)) > UNAUTHENTICATED_OUTPUT_MAX:
+            self.server.num_slow_readers += 1
+            self.is_closing = True
 
     def _must_stop(self) -> bool:
         return (

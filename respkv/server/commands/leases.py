@@ -5,6 +5,8 @@ write in place, and KV.COMMIT makes it a page once the server has checksummed it
 their connection, at their deadline, or when their owner says so.
 """
 
+import os
+from pathlib import Path
 from typing import Final
 
 import anyio.to_thread
@@ -28,7 +30,15 @@ def kv_attach(session: Session, args: Args) -> None:
     """Answer with the arena's path, size, layout version and what clients may do with it."""
     check_shared(session)
     arena = session.server.arena
-    session.send([arena.path, arena.nbytes, LAYOUT_VERSION, session.server.config.shm])
+    mode = session.server.config.shm
+    session.send([arena.path, arena.nbytes, LAYOUT_VERSION, mode, _identity(arena.fd)])
+
+
+def _identity(fd: int) -> str:
+    """Name the arena's file beyond its path, which the arena of another host or container shares."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    found = os.fstat(fd)
+    return f"{boot}:{found.st_dev}:{found.st_ino}"
 
 
 def check_shared(session: Session, *, writing: bool = False) -> None:
