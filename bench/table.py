@@ -1,6 +1,7 @@
 """The results as a table for people and as JSON for programs."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,12 +31,15 @@ def write(path: Path, results: list[Result], machine: dict[str, str]) -> None:
 
 def _cells(result: Result) -> tuple[str, ...]:
     digits = 1 if result.target >= 10 else 2
+    # Rounded against us, so that a target that was missed never looks reached.
+    rounding = math.floor if result.at_least else math.ceil
+    ratio = rounding(result.ratio * 10**digits) / 10**digits
     return (
         str(result.row),
         result.work,
         result.peer,
         result.ours,
-        f"{result.ratio:.{digits}f}",
+        f"{ratio:.{digits}f}",
         f"{min(result.ratios):.{digits}f}..{max(result.ratios):.{digits}f}",
         f"{'>=' if result.at_least else '<='} {result.target:.{digits}f}",
         "met" if result.is_met else "MISSED",

@@ -4,6 +4,7 @@
 found in one dict lookup: upper and lower case are both in it, anything else is folded once.
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -14,6 +15,8 @@ from respkv.wire.parser import Args
 
 if TYPE_CHECKING:
     from respkv.server.session import Session
+
+logger = logging.getLogger(__name__)
 
 # What a handler returns when it has not answered yet: an iterator that appends to the output step
 # by step, or an awaitable that ends with the answer appended.
@@ -57,12 +60,24 @@ def command(name: str) -> Callable[[Handle], Handle]:
     return register
 
 
+def _refuse_browser(session: "Session", args: Args) -> None:
+    """Close at once: a web page made its reader's browser send what follows as commands."""
+    logger.warning("possible cross-protocol attack from %s; closing", session.address)
+    session.is_closing = True
+
+
+_HTTP = frozenset({b"post", b"host:"})
+_INTRUDER = Handler(_refuse_browser, 0, 1 << 62, COMMANDS["quit"])
+
+
 def resolve(handlers: Mapping[bytes, Handler], args: Args) -> Handler:
     """Find the handler that the quick look-up or its arity check did not settle.
 
     Raises CommandError in Redis's words: unknown command or subcommand, wrong number of arguments,
     and before authentication NOAUTH for all that is not needed to authenticate.
     """
+    if args[0].lower() in _HTTP:
+        return _INTRUDER
     row = look_up(args[0])
     if handlers is UNAUTHENTICATED_HANDLERS and (row is None or row.name not in _UNAUTHENTICATED):
         raise CommandError("Authentication required.", "NOAUTH")

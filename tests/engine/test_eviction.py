@@ -383,10 +383,12 @@ def test_the_end_of_a_hold_is_noticed_while_others_can_go(name: str) -> None:
 def test_after_a_long_time_without_evictions_the_first_looks_at_a_part(name: str) -> None:
     shelf = filled(name, (str(number) for number in range(4 * LOOKS_MAX)))
     entries = list(shelf.entries.values())
-    for entry in [*entries[LOOKS_MAX:], entries[100], *entries[:LOOKS_MAX]]:
+    first = entries[:LOOKS_MAX]
+    for entry in [*entries[LOOKS_MAX:], first.pop(100), *first]:
         shelf.use(entry)
-        if entry is not entries[100] or not entry.hits:
-            shelf.use(entry)
+        shelf.use(entry)
+    # It looks in the order in which they came, and takes the one used longest ago of those.
+    assert shelf.evict() == "100"
     shelf.check()
     assert len(shelf.drain()) == 4 * LOOKS_MAX - 1
 

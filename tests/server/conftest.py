@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.client.redis_server import RedisServer
+from tests.conftest import StartServer
 from tests.server.raw import Raw
 from tests.server_process import ServerProcess
 
@@ -19,6 +20,37 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def no_crash_in_the_shared_server(server: ServerProcess) -> Iterator[None]:
+    """Fail the test that made the shared server log an exception."""
+    before = len(server.log)
+    yield
+    check_log(server.log[before:])
+
+
+@pytest.fixture
+def start_server() -> Iterator[StartServer]:
+    """Start servers with settings of one's own; each is stopped afterwards, and its log read."""
+    started: list[ServerProcess] = []
+
+    def start(**settings: object) -> ServerProcess:
+        started.append(ServerProcess(**settings))
+        return started[-1]
+
+    yield start
+    logs = [each.log for each in started if each.process.poll() is None]
+    statuses = [each.stop() for each in started]
+    for log in logs:
+        check_log(log)
+    assert not any(statuses), statuses
+
+
+def check_log(log: str) -> None:
+    """Assert that no exception has got into a server's log."""
+    assert "Traceback" not in log, log
+    assert " ERROR " not in log, log
 
 
 @pytest.fixture

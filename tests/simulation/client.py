@@ -282,7 +282,7 @@ class Client:
                 ["KV.EXPLAIN", key.name],
                 ["RANDOMKEY"],
                 ["TTL", key.name],
-                ["INFO"],
+                ["KV.STATS"],
                 ["CLIENT", "LIST"],
             )
         )
@@ -293,7 +293,7 @@ class Client:
             policy = self.rng.choice(("lru", "lfu", "fifo", "sieve", "s3fifo"))
             self._send(["CONFIG", "SET", "maxmemory-policy", policy], _ok)
         else:
-            nbytes = int(self.keys.maxmemory * self.rng.choice((0.6, 0.8, 1, 1)))
+            nbytes = max(1 << 20, int(self.keys.maxmemory * self.rng.choice((0.6, 0.8, 1, 1))))
             self._send(["CONFIG", "SET", "maxmemory", nbytes], _ok)
 
     def _skip(self) -> None:
@@ -444,7 +444,9 @@ class Client:
         _expect(isinstance(answer, list) and len(answer) == len(reads) + 1, answer)
         number, *places = answer
         if self.moment.now >= deadline:
-            return  # what is there now may be anything
+            for read in reads:  # what is there now may be anything
+                read.state = State.FAILED
+            return
         reading = Reading(number, deadline, [])
         for read, place in zip(reads, places, strict=True):
             if place is None:

@@ -56,7 +56,7 @@ def config_set(session: Session, args: Args) -> None:
         config = server.config.with_values(changes)
     except ConfigError as error:
         raise CommandError(f"CONFIG SET failed - {error}") from None
-    if config.maxmemory - config.small_value_bytes() > server.cache.slabs.capacity_bytes:
+    if config.maxmemory - config.small_value_bytes() > server.arena.nbytes:
         raise CommandError(
             f"CONFIG SET failed - maxmemory {config.maxmemory} is more than the arena was made "
             f"for; restart the server with it, or stay at {server.maxmemory_at_start} or less"
