@@ -125,6 +125,7 @@ class Intake:
     def lost(self) -> None:
         """Give back the slot that was being filled, and what the open command had landed before."""
         self._is_lost = True
+        self._resume = _nothing  # or the session and its intake would wait for the collector
         if isinstance(self._sink, ArenaSink):
             self._cache.abandon(self._sink.landing)
         self._sink = None
@@ -189,6 +190,10 @@ class Intake:
         """Whether this is the payload of a page that is already stored."""
         is_put = len(body.head) == 2 and body.head[0].upper() == b"KV.PUT"
         return is_put and self._cache.has_page(body.head[1], body.nbytes) is not None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_value(body: Body) -> bool:

@@ -1,5 +1,6 @@
 """Start a server, serve until told to stop, and stop without breaking an answer in two."""
 
+import gc
 import logging
 import signal
 import sys
@@ -95,6 +96,9 @@ async def running(config: Config) -> AsyncIterator[Server]:
         stack.callback(close_listeners, listeners)
         server = await _make_server(config, max((each.port for each in listeners), default=0))
         stack.callback(server.arena.close)
+        gc.freeze()  # what is here now stays
+        gc.disable()  # the keeper collects
+        stack.callback(gc.enable)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         server.run_in(tasks)
         janitor = make_janitor(server.cache)

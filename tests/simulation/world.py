@@ -126,8 +126,10 @@ class World:
         else:
             await anyio.lowlevel.checkpoint()
         self._run_deferred()
+        self.moment.now = anyio.current_time()
         client.read_answers()
-        client.check_leases()
+        if not client.socket.is_lost:
+            client.check_leases()
         self._replace_lost()
 
     def _deliver(self, client: Client) -> None:
