@@ -18,7 +18,7 @@ class Schema:
 
     fingerprint: of the model's weights; hash_algorithm, seed: of the page-id chain. Opaque here.
     codecs:      (tier, codec) pairs.
-    bytes_max:   of all its pages, 0: no limit of its own. ttl_ms: of new pages, 0: none.
+    ttl_ms:      of new pages, 0: none.
     """
 
     namespace: bytes
@@ -27,7 +27,6 @@ class Schema:
     hash_algorithm: bytes = b"sha256"
     seed: bytes = b""
     codecs: tuple[tuple[bytes, bytes], ...] = ()
-    bytes_max: int = 0
     ttl_ms: int = 0
 
     @property

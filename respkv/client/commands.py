@@ -90,7 +90,6 @@ def schema_set(
     dtype: str,
     fingerprint: bytes | str | None = None,
     ttl_ms: int | None = None,
-    max_bytes: int | None = None,
 ) -> Command[None]:
     """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
 
@@ -99,7 +98,6 @@ def schema_set(
     args: list[Arg] = ["KV.SCHEMA", "SET", namespace, "LAYERS", layers, "HEADS", heads]
     args += ["DIM", dim, "TOKENS", tokens, "DTYPE", dtype]
     _option(args, "FINGERPRINT", fingerprint)
-    _option(args, "MAXBYTES", max_bytes)
     _option(args, "TTL", ttl_ms)
     return Command(args, lambda reply: None)
 

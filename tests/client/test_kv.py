@@ -25,12 +25,11 @@ def test_a_schema_comes_back_as_it_was_set(client: Any, namespace: str) -> None:
         dtype="bfloat16",
         fingerprint=b"\x00\xff",
         ttl_ms=60_000,
-        max_bytes=1 << 20,
     )
     got = client.schema_get(namespace)
     expected = {"layers": 2, "heads": 3, "dim": 4, "tokens": 5, "dtype": "bfloat16"}
     assert {name: got[name] for name in expected} == expected
-    assert (got["fingerprint"], got["ttl_ms"], got["max_bytes"]) == (b"\x00\xff", 60_000, 1 << 20)
+    assert (got["fingerprint"], got["ttl_ms"]) == (b"\x00\xff", 60_000)
     assert namespace in client.schema_list()
     with pytest.raises(ServerError) as caught:
         client.schema_set(namespace, layers=9, heads=3, dim=4, tokens=5, dtype="bfloat16")

@@ -37,7 +37,7 @@ def _parse(args: Args) -> Schema:
     fingerprint = seed = b""
     algorithm = b"sha256"
     codecs: list[tuple[bytes, bytes]] = []
-    bytes_max = ttl_ms = 0
+    ttl_ms = 0
     words = Words(args, 3)
     while words:
         word = words.word()
@@ -54,7 +54,7 @@ def _parse(args: Args) -> Schema:
         elif word == b"CODEC":
             codecs.append(_codec(words))
         elif word == b"MAXBYTES":
-            bytes_max = words.count("MAXBYTES", 1)
+            raise CommandError("MAXBYTES: this server has no quotas for a namespace")
         elif word == b"TTL":
             ttl_ms = words.count("TTL", 1)
         else:
@@ -67,9 +67,7 @@ def _parse(args: Args) -> Schema:
         geometry = Geometry(**counts, dtype=dtype.decode(errors="replace"))
     except ValueError as error:
         raise CommandError(str(error)) from None
-    return Schema(
-        namespace, geometry, fingerprint, algorithm, seed, tuple(codecs), bytes_max, ttl_ms
-    )
+    return Schema(namespace, geometry, fingerprint, algorithm, seed, tuple(codecs), ttl_ms)
 
 
 def _codec(words: Words) -> tuple[bytes, bytes]:
@@ -102,7 +100,6 @@ def kv_schema_get(session: Session, args: Args) -> None:
             "hash": schema.hash_algorithm,
             "seed": schema.seed,
             "codecs": [list(pair) for pair in schema.codecs],
-            "max_bytes": schema.bytes_max,
             "ttl_ms": schema.ttl_ms,
         }
     )

@@ -3,7 +3,7 @@
 from respkv.wire.commands.command import Command, KeySpec, subcommands
 
 _COUNTED = KeySpec(("RO", "access"), counted=True)
-_PUT_OPTIONS = "[PARENT key] [TOKENS n] [PX milliseconds] [PRIORITY n] [NX] [DURABLE]"
+_PUT_OPTIONS = "[PARENT key] [TOKENS n] [PX milliseconds] [PRIORITY n] [NX]"
 
 _SCHEMA = subcommands(
     Command(
@@ -18,7 +18,7 @@ _SCHEMA = subcommands(
         syntax=(
             "KV.SCHEMA SET namespace LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
             "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] "
-            "[CODEC tier codec [CODEC tier codec ...]] [MAXBYTES n] [TTL milliseconds]"
+            "[CODEC tier codec [CODEC tier codec ...]] [TTL milliseconds]"
         ),
         notes="Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema.",
     ),

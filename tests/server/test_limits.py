@@ -1,0 +1,276 @@
+"""Limits hold before memory is taken: claimed lengths, counts, clients, descriptors, idle time."""
+
+import resource
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import StartServer
+from tests.server.conftest import Connect
+from tests.server.raw import Closed, Raw, error_of, pipeline, request
+from tests.server_process import ServerProcess
+
+MIB = 1 << 20
+
+
+def worst_ping_s(raw: Raw, seconds: float) -> float:
+    """PING for some time; return the longest wait for an answer."""
+    worst = 0.0
+    end = time.monotonic() + seconds
+    while (before := time.monotonic()) < end:
+        assert raw.ask("PING") == b"PONG"
+        worst = max(worst, time.monotonic() - before)
+    return worst
+
+
+def wait_for_clients(server: ServerProcess, count: int) -> None:
+    """Wait until so many are connected, the one that asks included."""
+    deadline = time.monotonic() + 10
+    while int(server.info()["connected_clients"]) != count:
+        assert time.monotonic() < deadline, server.info()["connected_clients"]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$536870911\r\n",
+        b"*3\r\n$6\r\nKV.PUT\r\n$1\r\nk\r\n$536870911\r\n",
+        b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$536870911\r\n" + b"x" * 10_000,
+        b"*2\r\n$4\r\nECHO\r\n$536870911\r\n" + b"x" * 10_000,
+        b"*1048576\r\n$4\r\nMGET\r\n$65535\r\n",
+        b"*1048576\r\n" + b"$1\r\nk\r\n" * 1000,
+    ],
+    ids=["SET", "KV.PUT", "SET and 10 KB", "ECHO and 10 KB", "a million arguments", "a thousand of them"],
+)
+def test_claimed_lengths_take_no_memory_and_evict_nothing(
+    head: bytes, server: ServerProcess, raw: Raw
+) -> None:
+    """Goal B4: 200 connections announce 512 MB each."""
+    raw.ask("SET", "kept", b"v" * MIB)
+    before, fields = server.resident_bytes, server.info()
+    with ExitStack() as stack:
+        for _ in range(200):
+            each = stack.enter_context(Raw(server.connect()))
+            each.socket.sendall(head)
+        worst = worst_ping_s(raw, 0.2)
+        grown = server.resident_bytes - before
+        assert server.info()["evicted_keys"] == fields["evicted_keys"]
+        assert server.info()["kv_arena_used_bytes"] == fields["kv_arena_used_bytes"]
+    assert grown < 32 * MIB
+    assert worst < 2
+    wait_for_clients(server, 2)
+
+
+def test_a_slow_value_takes_a_slot_only_once_16_kib_have_come(raw: Raw, server: ServerProcess) -> None:
+    with Raw(server.connect()) as slow:
+        slow.socket.sendall(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$%d\r\n" % MIB + b"x" * 16_000)
+        time.sleep(0.05)
+        assert server.info()["kv_landings"] == "0"
+        slow.socket.sendall(b"x" * 1000)
+        deadline = time.monotonic() + 5
+        while server.info()["kv_landings"] != "1":
+            assert time.monotonic() < deadline
+        slow.socket.sendall(b"x" * (MIB - 17_000) + b"\r\n")
+        assert slow.next() == b"OK"
+    assert raw.ask("GET", "k") == b"x" * MIB
+
+
+def test_a_million_tiny_arguments(server: ServerProcess, raw: Raw) -> None:
+    """Goal B5: served or refused, memory given back, others hardly wait."""
+    before = server.resident_bytes
+    with Raw(server.connect()) as greedy:
+        greedy.socket.sendall(b"*1000000\r\n$6\r\nEXISTS\r\n" + b"$1\r\nk\r\n" * 999_999)
+        worst = worst_ping_s(raw, 1.5)
+        reply = greedy.next()
+    assert reply == 0 or "Protocol error" in error_of(reply)
+    assert worst < 2
+    assert server.resident_bytes - before < 128 * MIB
+    with Raw(server.connect()) as greedy:
+        greedy.socket.sendall(b"*1048577\r\n" + b"$1\r\nk\r\n" * 10)
+        assert error_of(greedy.next()) == "ERR Protocol error: invalid multibulk length"
+
+
+@pytest.mark.parametrize("head", [b"*2147483648\r\n", b"*1000000000\r\n$1\r\n", b"*1\r\n*2000000000\r\n"])
+def test_a_claimed_count_stops_nobody(head: bytes, server: ServerProcess, raw: Raw) -> None:
+    with Raw(server.connect()) as rude:
+        rude.socket.sendall(head)
+        assert worst_ping_s(raw, 0.2) < 1
+
+
+def test_large_arguments_that_are_no_values_get_an_error(start_server: StartServer) -> None:
+    """Over query-buffer-limit they are read and dropped; the connection stays in step."""
+    server = start_server(query_buffer_limit="1mb")
+    before = server.resident_bytes
+    big = b"x" * (4 * MIB)
+    with Raw(server.connect()) as raw:
+        for words in (
+            ["ECHO", big],
+            ["PING", big],
+            ["GET", big],
+            ["SET", big, "v"],
+            ["SET", "k", "v", big],
+            ["SET", "k", big, "EX", big],
+            ["EXISTS", "k", big],
+            ["DEL", big, "k"],
+            ["MGET", big],
+            ["CLIENT", "SETNAME", big],
+            ["HELLO", big],
+            ["AUTH", big],
+            ["CONFIG", "SET", "maxmemory", big],
+            ["KV.PUT", big, "x"],
+            ["KV.GET", big],
+            ["KV.MATCH", "1", big],
+            ["KV.SCHEMA", "SET", big, *["x"] * 10],
+            [big],
+            [big, big],
+            ["bogus", big],
+        ):
+            assert "too long" in error_of(raw.ask(*words)), words[0][:20]
+            assert raw.ask("PING") == b"PONG"
+        assert raw.ask("DBSIZE") == 0
+        assert raw.ask("SET", "k", big) == b"OK", "a value lands in its slot"
+        many = [b"y" * 60_000] * 40
+        with pytest.raises(Closed):
+            assert "too big request" in error_of(raw.ask("EXISTS", *many))
+            raw.next()
+    assert server.resident_bytes - before < 32 * MIB
+
+
+def test_the_length_limit_follows_config_set(start_server: StartServer) -> None:
+    server = start_server(proto_max_bulk_len="1mb")
+    with Raw(server.connect()) as raw:
+        assert raw.ask("SET", "k", b"x" * MIB) == b"OK"
+        assert raw.ask("CONFIG", "SET", "proto-max-bulk-len", 2 * MIB) == b"OK"
+        assert raw.ask("SET", "k", b"x" * (2 * MIB)) == b"OK"
+        raw.send("SET", "k", b"x" * (2 * MIB + 1))
+        assert error_of(raw.next()) == "ERR Protocol error: invalid bulk length"
+
+
+def test_too_many_clients_are_told_and_let_in_later(start_server: StartServer) -> None:
+    """Goal B9."""
+    server = start_server(maxclients=10)
+    with ExitStack() as stack:
+        inside = [stack.enter_context(Raw(server.connect())) for _ in range(10)]
+        assert [each.ask("PING") for each in inside] == [b"PONG"] * 10
+        for _ in range(5):
+            with Raw(server.connect()) as outside:
+                assert outside.wait_closed() == b"-ERR max number of clients reached\r\n"
+        inside[0].close()
+        deadline = time.monotonic() + 5
+        while True:
+            late = stack.enter_context(Raw(server.connect()))
+            late.send("INFO", "stats")
+            if not isinstance(reply := late.next(), Exception):
+                break
+            assert time.monotonic() < deadline
+    assert b"rejected_connections:" in reply
+    assert int(reply.split(b"rejected_connections:")[1].split()[0]) >= 5
+
+
+def test_without_descriptors_it_neither_ends_nor_spins(start_server: StartServer) -> None:
+    """Goal B9: EMFILE."""
+    server = start_server()
+    pid = server.process.pid
+    with Raw(server.connect()) as inside:
+        assert inside.ask("PING") == b"PONG"
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 5, limits[1]))
+        outside = [Raw(server.connect()) for _ in range(40)]
+        time.sleep(0.2)
+        before = cpu_s(pid)
+        time.sleep(1)
+        assert cpu_s(pid) - before < 0.5, "it spins"
+        assert inside.ask("PING") == b"PONG"
+        for each in outside:
+            each.close()
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                with Raw(server.connect()) as late:
+                    assert late.ask("PING") == b"PONG"
+                break
+            except Closed:
+                assert time.monotonic() < deadline
+
+
+def cpu_s(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(parts[11]) + int(parts[12])) / 100
+
+
+def test_idle_connections_are_closed_and_busy_ones_not(start_server: StartServer) -> None:
+    server = start_server(timeout=1)
+    with ExitStack() as stack:
+        idle, half, busy = (stack.enter_context(Raw(server.connect())) for _ in range(3))
+        half.socket.sendall(b"*2\r\n$3\r\nGET\r\n")
+        start = time.monotonic()
+        while time.monotonic() < start + 2:
+            assert busy.ask("PING") == b"PONG"
+            time.sleep(0.05)
+        assert idle.wait_closed(0.5) == b""
+        assert half.wait_closed(0.5) == b""
+        assert int(busy.ask("INFO", "stats").split(b"idle_timeout_disconnections:")[1].split()[0]) == 2
+        assert busy.ask("CONFIG", "SET", "timeout", 0) == b"OK"
+
+
+def test_a_thousand_connections_held_half_in_a_command(server: ServerProcess, raw: Raw) -> None:
+    """Goal B8, scaled: at most 64 KiB each, others are served, all come back."""
+    parts = [
+        b"",
+        b"*",
+        b"*3\r\n$3\r\nSET\r\n",
+        b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$100\r\nxxx",
+        b"*2\r\n$4\r\nECHO\r\n$100000\r\n" + b"x" * 5000,
+        b"SET k " + b"v" * 3000,
+    ]
+    before, descriptors = server.resident_bytes, descriptors_of(server)
+    with ExitStack() as stack:
+        for each in range(1000):
+            held = stack.enter_context(Raw(server.connect()))
+            held.socket.sendall(parts[each % len(parts)])
+        worst = worst_ping_s(raw, 0.5)
+        per_connection = (server.resident_bytes - before) / 1000
+        assert int(server.info()["connected_clients"]) == 1002
+    assert per_connection < 64 * 1024
+    assert worst < 2
+    wait_for_clients(server, 2)
+    assert descriptors_of(server) <= descriptors + 1
+
+
+def descriptors_of(server: ServerProcess) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [b"*" * 10_000 + b"x", b"a*" * 5_000, b"[" * 60_000, b"?" * 60_000, b"\\" * 60_000, b"*?" * 20_000],
+    ids=["stars", "a*", "[", "?", "backslashes", "*?"],
+)
+def test_a_costly_pattern_costs_little(pattern: bytes, raw: Raw, connect: Connect) -> None:
+    """Goal B6: linear, and others are served in between."""
+    names = [b"a" * 50 + b"%d" % each for each in range(5000)]
+    raw.ask("MSET", *[word for name in names for word in (name, b"v")])
+    asking = connect()
+    for words in (["KEYS", pattern], ["SCAN", "0", "COUNT", "100000", "MATCH", pattern]):
+        asking.socket.sendall(request(*words))
+        worst = worst_ping_s(raw, 0.05)
+        before = time.monotonic()
+        reply: Any = asking.next()
+        assert time.monotonic() - before < 2
+        assert worst < 2
+        if isinstance(reply, list):
+            found = reply if words[0] == "KEYS" else reply[1]
+            assert found == [] or set(found) <= set(names)
+
+
+def test_long_pipelines_of_unknown_commands_stay_in_step(raw: Raw) -> None:
+    raw.socket.sendall(pipeline([["bogus", "x" * 200]] * 20_000 + [["PING"]]))
+    for _ in range(20_000):
+        assert raw.next_raw().startswith(b"-ERR unknown command 'bogus'")
+    assert raw.next() == b"PONG"
