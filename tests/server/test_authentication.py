@@ -37,7 +37,9 @@ def spellings(name: str) -> list[str]:
 
 def all_rows() -> list[tuple[list[str], int]]:
     """Return every command and subcommand, as words, with its least number of words."""
-    rows = [row for command in COMMANDS.values() for row in (command, *command.subcommands.values())]
+    rows = [
+        row for command in COMMANDS.values() for row in (command, *command.subcommands.values())
+    ]
     return [(row.name.split("|"), abs(row.arity)) for row in rows]
 
 
@@ -49,14 +51,24 @@ def test_every_command_is_refused_before_auth(stranger: Raw) -> None:
         for name in spellings(words[0]):
             padding = ["1"] * (min(least, 10) - len(words))
             requests += [[name], [name, *words[1:]], [name, *words[1:], *padding]]
-    requests += [["bogus"], ["CLIENT", "bogus"], [""], ["GET\0"], ["auth "], ["MULTI"], ["SUBSCRIBE", "c"]]
+    requests += [
+        ["bogus"],
+        ["CLIENT", "bogus"],
+        [""],
+        ["GET\0"],
+        ["auth "],
+        ["MULTI"],
+        ["SUBSCRIBE", "c"],
+    ]
     assert len(requests) > 900
     stranger.socket.sendall(pipeline(requests))
     for words in requests:
         assert stranger.next_raw() == NOAUTH, words
 
 
-def test_only_auth_hello_quit_and_reset_are_carried_out(locked: ServerProcess, connect: Connect) -> None:
+def test_only_auth_hello_quit_and_reset_are_carried_out(
+    locked: ServerProcess, connect: Connect
+) -> None:
     for name in ("auth", "hello", "quit", "reset"):
         for spelling in spellings(name):
             raw = connect(locked)
@@ -221,5 +233,7 @@ def test_protocol_errors_of_strangers_do_not_starve_others(
             stranger.socket.sendall(b"*x\r\n" * 1000)
             with pytest.raises(Closed):
                 while True:
-                    assert stranger.next_raw() == b"-ERR Protocol error: invalid multibulk length\r\n"
+                    assert (
+                        stranger.next_raw() == b"-ERR Protocol error: invalid multibulk length\r\n"
+                    )
         assert friend.ask("PING") == b"PONG"

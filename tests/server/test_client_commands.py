@@ -38,7 +38,9 @@ def test_a_connection_is_described_in_redis_columns(raw: Raw, connect: Connect) 
     assert fields(other.ask("CLIENT", "INFO"))["id"] == line["id"]
 
 
-def test_the_last_command_is_shown_by_name_without_its_arguments(raw: Raw, connect: Connect) -> None:
+def test_the_last_command_is_shown_by_name_without_its_arguments(
+    raw: Raw, connect: Connect
+) -> None:
     other = connect()
     other.ask("SET", "secret-key", "secret-value")
     number = other.ask("CLIENT", "ID")
@@ -216,7 +218,11 @@ def test_ten_thousand_commands_in_one_write(raw: Raw) -> None:
 def test_a_client_that_ends_in_the_middle_of_a_command_is_forgotten(
     server: ServerProcess, raw: Raw, connect: Connect
 ) -> None:
-    for part in (b"*", b"*3\r\n$3\r\nSET", b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$100000\r\n" + b"x" * 50_000):
+    for part in (
+        b"*",
+        b"*3\r\n$3\r\nSET",
+        b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$100000\r\n" + b"x" * 50_000,
+    ):
         leaving = connect()
         leaving.socket.sendall(part)
         number = max(listed(raw))

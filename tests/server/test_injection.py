@@ -51,7 +51,17 @@ NASTY = st.one_of(
     st.binary(max_size=12),
     st.sampled_from(
         [b"LAYERS", b"MS", b"PX", b"EX", b"NX", b"GET", b"PARENT", b"TOKENS", b"PRIORITY", b"MATCH"]
-        + [b"COUNT", b"TYPE", b"HEADS", b"DIM", b"DTYPE", b"float16", b"SAMPLES", b"FILTERBY", b"ID"]
+        + [
+            b"COUNT",
+            b"TYPE",
+            b"HEADS",
+            b"DIM",
+            b"DTYPE",
+            b"float16",
+            b"SAMPLES",
+            b"FILTERBY",
+            b"ID",
+        ]
     ),
 )
 LEAF = st.sampled_from(leaves())
@@ -93,7 +103,21 @@ def test_no_word_breaks_out_of_an_error(words: list[bytes], server: ServerProces
 
 def test_every_command_of_the_table_is_answered(server: ServerProcess) -> None:
     """With the least and with more arguments, in any spelling: no row without a handler."""
-    padding = ["1", "1", "1", "LAYERS", "1", "HEADS", "1", "DIM", "1", "TOKENS", "1", "DTYPE", "int8"]
+    padding = [
+        "1",
+        "1",
+        "1",
+        "LAYERS",
+        "1",
+        "HEADS",
+        "1",
+        "DIM",
+        "1",
+        "TOKENS",
+        "1",
+        "DTYPE",
+        "int8",
+    ]
     with Raw(server.connect()) as raw:
         for row in leaves():
             for name in spellings(row.name):
@@ -107,7 +131,11 @@ def test_names_that_a_client_gives_itself_stay_in_their_column(
     server: ServerProcess, connect: Connect
 ) -> None:
     raw, watcher = connect(), connect()
-    for command in (["CLIENT", "SETNAME"], ["CLIENT", "SETINFO", "LIB-NAME"], ["CLIENT", "SETINFO", "LIB-VER"]):
+    for command in (
+        ["CLIENT", "SETNAME"],
+        ["CLIENT", "SETINFO", "LIB-NAME"],
+        ["CLIENT", "SETINFO", "LIB-VER"],
+    ):
         for name in (b"a b", b"a\nid=1", b"a\r\n", b"\xff", b"\x7f", b"tab\t"):
             assert raw.raw(*command, name).startswith(b"-ERR"), (command, name)
     assert raw.raw("HELLO", 3, "SETNAME", b"a\nid=1").startswith(b"-ERR")

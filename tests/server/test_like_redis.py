@@ -42,7 +42,9 @@ def is_longer_error(theirs: bytes, ours: bytes) -> bool:
 
 
 @pytest.fixture(params=[2, 3], ids=["RESP2", "RESP3"])
-def pair(request: pytest.FixtureRequest, redis: RedisServer, server: ServerProcess) -> Iterator[Pair]:
+def pair(
+    request: pytest.FixtureRequest, redis: RedisServer, server: ServerProcess
+) -> Iterator[Pair]:
     with ExitStack() as stack:
         theirs = stack.enter_context(Raw(create_connection(("127.0.0.1", redis.port))))
         ours = stack.enter_context(Raw(server.connect()))
@@ -93,7 +95,9 @@ def test_a_wrong_number_of_arguments_is_told_in_redis_words(pair: Pair) -> None:
     pair.check(wrong)
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 44, 447, 448, 449, 4095, 16384, 16385, 65535, 65536, 65537, 1 << 20])
+@pytest.mark.parametrize(
+    "nbytes", [0, 1, 44, 447, 448, 449, 4095, 16384, 16385, 65535, 65536, 65537, 1 << 20]
+)
 def test_values_of_every_path_come_back_whole(nbytes: int, pair: Pair) -> None:
     value = bytes(range(256)) * (nbytes // 256 + 1)
     value = value[:nbytes]

@@ -26,7 +26,22 @@ VALUE = st.one_of(
 )
 NUMBER = st.sampled_from([100, 1000, 0, -1, "abc", "", "1.5", 1 << 62, 1 << 63, -(1 << 63)])
 WORD = st.sampled_from(
-    ["NX", "XX", "GT", "LT", "GET", "KEEPTTL", "PERSIST", "EX", "PX", "EXAT", "PXAT", "bogus", "", "nx"]
+    [
+        "NX",
+        "XX",
+        "GT",
+        "LT",
+        "GET",
+        "KEEPTTL",
+        "PERSIST",
+        "EX",
+        "PX",
+        "EXAT",
+        "PXAT",
+        "bogus",
+        "",
+        "nx",
+    ]
 )
 EXPIRY = st.one_of(
     st.tuples(st.sampled_from(["EX", "ex"]), st.sampled_from([100, 1000])),
@@ -36,7 +51,9 @@ EXPIRY = st.one_of(
     st.tuples(st.sampled_from(["EX", "PX", "EXAT", "PXAT", "Bogus"]), NUMBER),
     st.just(()),
 )
-CONDITION = st.sampled_from([(), (), ("NX",), ("XX",), ("GET",), ("KEEPTTL",), ("nx", "get"), ("XX", "GET")])
+CONDITION = st.sampled_from(
+    [(), (), ("NX",), ("XX",), ("GET",), ("KEEPTTL",), ("nx", "get"), ("XX", "GET")]
+)
 NOISE = st.lists(st.one_of(WORD, NUMBER), max_size=3).map(tuple)
 
 
@@ -100,9 +117,7 @@ def test_any_sequence_is_answered_as_redis_does(
         assert is_same or is_near(words, theirs_said, ours_said), words
 
 
-def replies(
-    connection: Raw, protocol: int, requests: list[Words], cuts: list[int]
-) -> list[bytes]:
+def replies(connection: Raw, protocol: int, requests: list[Words], cuts: list[int]) -> list[bytes]:
     """Empty the server, send everything in pieces, read one reply per command."""
     connection.ask("HELLO", protocol)
     stream = pipeline([("FLUSHALL",), *requests, ("PING",)])

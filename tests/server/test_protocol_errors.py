@@ -71,7 +71,9 @@ def answers(connection: Raw, stream: bytes) -> bytes:
         return connection.wait_closed()
 
 
-@pytest.mark.parametrize("stream", STREAMS + HARMLESS + ENDLESS, ids=lambda stream: repr(stream[:40]))
+@pytest.mark.parametrize(
+    "stream", STREAMS + HARMLESS + ENDLESS, ids=lambda stream: repr(stream[:40])
+)
 def test_odd_bytes_are_answered_as_redis_answers_them(
     stream: bytes, redis: RedisServer, server: ServerProcess
 ) -> None:

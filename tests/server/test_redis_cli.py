@@ -15,7 +15,8 @@ from tests.server_process import ServerProcess
 Cli = Callable[..., str]
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("redis-cli") is None, reason="redis-cli is not installed (apt-get install redis-tools)"
+    shutil.which("redis-cli") is None,
+    reason="redis-cli is not installed (apt-get install redis-tools)",
 )
 
 
@@ -85,7 +86,9 @@ def test_pipe_sends_inline_commands_and_counts_the_replies(cli: Cli) -> None:
 
 
 def test_pipe_sends_binary_commands_and_counts_the_errors(server: ServerProcess, cli: Cli) -> None:
-    stream = b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$70000\r\n" + b"\r" * 70_000 + b"\r\nBOGUS\r\nGET k\r\n"
+    stream = (
+        b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$70000\r\n" + b"\r" * 70_000 + b"\r\nBOGUS\r\nGET k\r\n"
+    )
     assert b"errors: 1, replies: 3" in run(server, "--pipe", stdin=stream, check=False)
     assert cli("STRLEN", "k") == "70000"
 
@@ -134,7 +137,9 @@ def test_latency_is_sampled(cli: Cli) -> None:
     assert int(samples) > 5
 
 
-def test_a_person_at_a_terminal_gets_help_from_command_docs(server: ServerProcess, cli: Cli) -> None:
+def test_a_person_at_a_terminal_gets_help_from_command_docs(
+    server: ServerProcess, cli: Cli
+) -> None:
     """In a terminal redis-cli asks for COMMAND DOCS first, to complete and explain commands."""
     ours, theirs = pty.openpty()
     line = ["redis-cli", "-p", str(server.port)]
