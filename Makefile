@@ -98,7 +98,7 @@ soak: $(ALL) ## 10 minutes of put and get: every byte checked, memory flat
 
 .PHONY: docs
 docs: $(CORE) ## Write docs/commands.md and docs/config.md from the code
-	@$(BIN)/python -m respkv.wire.commands docs/commands.md
+	@$(BIN)/python -m respkv.wire.commands >docs/commands.md
 	@$(BIN)/python -m respkv.cli.reference >docs/config.md
 
 # The lower bounds of pyproject.toml, each taken as the exact version.

@@ -12,6 +12,7 @@ where it is until its last reader is done.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 from respkv.engine.clock import Clock
 from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Kind, Put
@@ -77,6 +78,31 @@ class Cache:
         entry.hits += 1
         self.stats.hits += 1
         return entry
+
+    def match(self, keys: list[bytes], until: float) -> tuple[int, int]:
+        """Use the longest run of present pages from the start; keep it until then.
+
+        The last page is marked first, so that a chain stays evictable leaf by leaf.
+        Returns: how many pages, and their bytes.
+        """
+        found: list[Entry | None] = [*map(self.entries.get, keys), None]
+        del found[found.index(None) :]
+        run = cast("list[Entry]", found)
+        if self.index.num_volatile:
+            wall_ms = self.clock.wall_ms
+            alive = (0 < entry.expires_ms <= wall_ms for entry in run)
+            run = run[: next((n for n, has_ended in enumerate(alive) if has_ended), len(run))]
+        now, nbytes = self.clock.now, 0
+        for entry in reversed(run):
+            entry.touched = now
+            entry.hits += 1
+            nbytes += entry.nbytes
+            if entry.held_until < until:
+                entry.held_until = until
+        self._promised_until = max(self._promised_until, until)
+        self.stats.matches += 1
+        self.stats.matched_pages += len(run)
+        return len(run), nbytes
 
     def payload(self, slot: Slot) -> memoryview:
         """Return the memory of a slot's value. It stays the value's while the slot is held."""

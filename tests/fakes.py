@@ -59,9 +59,7 @@ def make_cache(
 
 
 @contextmanager
-def make_server(
-    config: Config, clock: Clock, make: type[Cache] = Cache
-) -> Iterator[Server]:
+def make_server(config: Config, clock: Clock, make: type[Cache] = Cache) -> Iterator[Server]:
     """Yield a server with a real arena and no sockets."""
     arena = Arena.create(config.maxmemory - config.small_value_bytes(), path=None, hugepages=False)
     try:

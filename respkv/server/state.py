@@ -15,7 +15,8 @@ from respkv.engine.landing import Landing
 from respkv.errors import OutOfMemory
 from respkv.server.session import Session
 from respkv.tiers.arena import Arena
-from respkv.wire.parser import Limits, Tokenizer
+from respkv.wire.parser import Limits
+from respkv.wire.tokenizer import Tokenizer
 
 READ_BYTES = 64 * 1024
 

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from respkv.client import Client
-from respkv.wire.parser import Limits, RequestParser, Tokenizer
+from respkv.wire.parser import Limits, RequestParser
+from respkv.wire.tokenizer import Tokenizer
 from tests.server_process import ServerProcess
 
 PROCESSES = 2

@@ -151,7 +151,7 @@ class Raw:
 
     def _whole_reply(self) -> int:
         # A large bulk is not scanned again and again while it arrives.
-        if self._data[:1] in (b"$", b"="):
+        if bytes(self._data[:1]) in (b"$", b"="):
             line = _LINE.match(self._data)
             if line is not None and len(self._data) < int(line[0][1:-2]):
                 return -1

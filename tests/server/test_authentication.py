@@ -9,7 +9,7 @@ from respkv.wire.commands import COMMANDS
 from tests.client.redis_server import RedisServer
 from tests.conftest import StartServer
 from tests.server.conftest import Connect
-from tests.server.raw import Closed, Raw, error_of, pipeline, request
+from tests.server.raw import Raw, error_of, pipeline, request
 from tests.server_process import ServerProcess
 
 PASSWORD = "correct horse"
@@ -139,11 +139,12 @@ def test_what_is_pipelined_behind_auth_is_served_with_the_full_limits(
     locked: ServerProcess, connect: Connect
 ) -> None:
     for first in (["AUTH", PASSWORD], ["HELLO", "2", "AUTH", "default", PASSWORD]):
-        for second in (
+        behind: list[list[str | bytes]] = [
             ["SET", "k", b"x" * 17_000],
             ["SET", "k", b"x" * 70_000],
             ["MSET", *["k", "v"] * 20],
-        ):
+        ]
+        for second in behind:
             raw = connect(locked)
             raw.socket.sendall(pipeline([first, second, ["PING"]]))
             assert not raw.next_raw().startswith(b"-")
@@ -231,9 +232,6 @@ def test_protocol_errors_of_strangers_do_not_starve_others(
     for _ in range(300):
         with Raw(locked.connect()) as stranger:
             stranger.socket.sendall(b"*x\r\n" * 1000)
-            with pytest.raises(Closed):
-                while True:
-                    assert (
-                        stranger.next_raw() == b"-ERR Protocol error: invalid multibulk length\r\n"
-                    )
+            expected = b"-ERR Protocol error: invalid multibulk length\r\n"
+            assert stranger.wait_closed() in (expected, b"")  # closing may overtake it
         assert friend.ask("PING") == b"PONG"

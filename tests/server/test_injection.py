@@ -50,18 +50,8 @@ NASTY = st.one_of(
     ),
     st.binary(max_size=12),
     st.sampled_from(
-        [b"LAYERS", b"MS", b"PX", b"EX", b"NX", b"GET", b"PARENT", b"TOKENS", b"PRIORITY", b"MATCH"]
-        + [
-            b"COUNT",
-            b"TYPE",
-            b"HEADS",
-            b"DIM",
-            b"DTYPE",
-            b"float16",
-            b"SAMPLES",
-            b"FILTERBY",
-            b"ID",
-        ]
+        b"LAYERS MS PX EX NX GET PARENT TOKENS PRIORITY MATCH COUNT TYPE HEADS DIM DTYPE float16 "
+        b"SAMPLES FILTERBY ID".split()
     ),
 )
 LEAF = st.sampled_from(leaves())

@@ -140,10 +140,10 @@ def replies(connection: Raw, protocol: int, requests: list[Words], cuts: list[in
 def is_near(words: Words, theirs: bytes, ours: bytes) -> bool:
     """Whether both name about the same end of a TTL that was given as a time from now."""
     tolerance = {"TTL": 2, "EXPIRETIME": 2, "PEXPIRETIME": 2000}.get(str(words[0]), 0)
-    times = parsed(theirs), parsed(ours)
-    if not tolerance or not all(isinstance(time, int) and time > 0 for time in times):
+    their_time, our_time = parsed(theirs), parsed(ours)
+    if not tolerance or not isinstance(their_time, int) or not isinstance(our_time, int):
         return False
-    return abs(times[0] - times[1]) <= tolerance
+    return their_time > 0 < our_time and abs(their_time - our_time) <= tolerance
 
 
 def without_order(reply: bytes) -> bytes:

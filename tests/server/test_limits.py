@@ -295,7 +295,11 @@ def test_a_costly_pattern_costs_little(pattern: bytes, raw: Raw, connect: Connec
     names = [b"a" * 50 + b"%d" % each for each in range(5000)]
     raw.ask("MSET", *[word for name in names for word in (name, b"v")])
     asking = connect()
-    for words in (["KEYS", pattern], ["SCAN", "0", "COUNT", "100000", "MATCH", pattern]):
+    calls: list[list[str | bytes]] = [
+        ["KEYS", pattern],
+        ["SCAN", "0", "COUNT", "100000", "MATCH", pattern],
+    ]
+    for words in calls:
         asking.socket.sendall(request(*words))
         worst = worst_ping_s(raw, 0.05)
         before = time.monotonic()

@@ -21,7 +21,7 @@ def protocol(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def client(server: ServerProcess, protocol: int) -> Iterator["redis.Redis[bytes]"]:
+def client(server: ServerProcess, protocol: int) -> Iterator[redis.Redis]:
     with redis.Redis(port=server.port, protocol=protocol) as opened:
         opened.flushall()
         yield opened
@@ -34,9 +34,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-async def async_client(
-    server: ServerProcess, protocol: int
-) -> AsyncIterator["redis.asyncio.Redis[bytes]"]:
+async def async_client(server: ServerProcess, protocol: int) -> AsyncIterator[redis.asyncio.Redis]:
     async with redis.asyncio.Redis(
         port=server.port, protocol=protocol, max_connections=150
     ) as opened:

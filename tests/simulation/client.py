@@ -95,7 +95,7 @@ class Client:
         """Send a command, or a few of them."""
         if self.is_over or len(self.calls) > OPEN_MAX or len(self.socket.inbox) > INBOX_MAX:
             return
-        for _ in range(self.rng.choice((1, 1, 1, 2, 5))):
+        for _ in range(self.rng.choice((1, 1, 2, 3, 6))):
             compose = self.rng.choices(_COMPOSE, _WEIGHTS)[0]
             compose(self)
             if self.is_over:
@@ -272,24 +272,22 @@ class Client:
 
     def _look(self) -> None:
         key = self.keys.any(self.rng)
-        words: list[Word] = self.rng.choice(
-            (
-                ["PING"],
-                ["DBSIZE"],
-                ["KEYS", "*"],
-                ["SCAN", "0", "COUNT", "7"],
-                ["KV.INFO", key.name],
-                ["KV.EXPLAIN", key.name],
-                ["RANDOMKEY"],
-                ["TTL", key.name],
-                ["KV.STATS"],
-                ["CLIENT", "LIST"],
-            )
-        )
-        self._send(words, _anything)
+        commands: list[list[Word]] = [
+            ["PING"],
+            ["DBSIZE"],
+            ["KEYS", "*"],
+            ["SCAN", "0", "COUNT", "7"],
+            ["KV.INFO", key.name],
+            ["KV.EXPLAIN", key.name],
+            ["RANDOMKEY"],
+            ["TTL", key.name],
+            ["KV.STATS"],
+            ["CLIENT", "LIST"],
+        ]
+        self._send(self.rng.choice(commands), _anything)
 
     def _configure(self) -> None:
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.5 or self.keys.maxmemory < 1 << 20:
             policy = self.rng.choice(("lru", "lfu", "fifo", "sieve", "s3fifo"))
             self._send(["CONFIG", "SET", "maxmemory-policy", policy], _ok)
         else:
@@ -320,7 +318,7 @@ class Client:
             reading = self.readings.pop(self.rng.randrange(len(self.readings)))
             self._send(["KV.RELEASE", reading.number], _integer)
         else:
-            self._send(["KV.RELEASE", self.rng.randrange(50)], _integer)
+            self._send(["KV.RELEASE", 1_000_000], _integer)
 
     def _reserve(self) -> None:
         key = self.rng.choice(self.keys.kv)

@@ -51,13 +51,13 @@ def make_keys(rng: random.Random, maxmemory: int) -> Keys:
     """Choose the keys of a history."""
     tokens = rng.choice((4, 16, 32))
     layer_bytes = 2 * tokens * 2 * 64 * 2
-    plain = [Key(b"k%d" % number) for number in range(rng.randint(3, 14))]
+    plain = [Key(b"k%d" % number) for number in range(rng.choice((3, 10, 40)))]
     pages: list[Key] = []
-    for number in range(rng.randint(3, 16)):
+    for number in range(rng.choice((3, 10, 24))):
         name = b"m:" + b"%064x" % number
         parent = pages[-1].name if pages else b""
         pages.append(Key(name, parent, LAYERS * layer_bytes))
-    free = [Key(b"n:%d" % number) for number in range(rng.randint(2, 6))]
+    free = [Key(b"n:%d" % number) for number in range(rng.choice((2, 10)))]
     return Keys(plain, pages, free, LAYERS, layer_bytes, maxmemory)
 
 

@@ -32,7 +32,9 @@ class SimulatedSocket(asyncio.Transport):
     room:     bytes that the kernel still takes before the client reads.
     """
 
-    def __init__(self, server: Server, number: int, defer: Callable[[Callable[[], None]], None]):
+    def __init__(
+        self, server: Server, number: int, defer: Callable[[Callable[[], None]], None]
+    ) -> None:
         super().__init__()
         self.inbox = bytearray()
         self.arrived = bytearray()

@@ -5,6 +5,7 @@ janitor and its supervisor. Simulated are time, sockets and clients. After most 
 checks itself, and every resident page is held against the checksum in its header.
 """
 
+import gc
 import hashlib
 import random
 from collections.abc import Callable
@@ -28,11 +29,11 @@ from tests.simulation.client import Client, Moment
 from tests.simulation.keys import Keys, make_keys, schema_words
 from tests.simulation.record import Record
 from tests.simulation.socket import SimulatedSocket
-from tests.simulation.virtual import run
+from tests.simulation.virtual import Jump, run
 
 QUARANTINE_S = 2.0
 FINISH_S = 60.0  # every answer has come by then, in virtual time
-STEPS = 240
+STEPS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class WatchedCache(Cache):
 class World:
     """A server and its clients."""
 
-    def __init__(self, server: Server, rng: random.Random, keys: Keys) -> None:
+    def __init__(self, server: Server, rng: random.Random, keys: Keys, jump: Jump) -> None:
         self.server = server
         self.cache = server.cache
         self.rng = rng
@@ -72,6 +73,7 @@ class World:
         self.moment = Moment(0, server.clock.now)
         self.clients: list[Client] = []
         self.answers = 0
+        self._jump = jump
         self._writes = [0]
         self._number = 0
         self._deferred: list[Callable[[], None]] = []
@@ -139,6 +141,7 @@ class World:
                 client.socket.deliver(rng.choice((1, 7, 300, 20_000, 1 << 20, 1 << 20)))
 
     def _tick(self) -> None:
+        self._jump(self.rng.uniform(1e-6, 2e-6))
         self.moment.step += 1
         self.moment.now = anyio.current_time()
 
@@ -225,9 +228,10 @@ class World:
 def play_history(seed: int, *, backend: str = "asyncio", steps: int = STEPS) -> Result:
     """Play one history. Raises AssertionError, with the seed in it, when something is wrong."""
 
-    async def play() -> Result:
-        return await _play(random.Random(seed), steps)
+    async def play(jump: Jump) -> Result:
+        return await _play(random.Random(seed), steps, jump)
 
+    gc.freeze()  # the keeper collects garbage often, and only a history's own is worth a look
     try:
         result = run(play, backend=backend, seed=seed)
     except BaseException as error:
@@ -236,15 +240,17 @@ def play_history(seed: int, *, backend: str = "asyncio", steps: int = STEPS) -> 
             f"--backend {backend} --steps {steps}"
         )
         raise
+    finally:
+        gc.unfreeze()
     assert isinstance(result, Result)
     return result
 
 
-async def _play(rng: random.Random, steps: int) -> Result:
-    maxmemory = rng.choice((1200, 1536, 2560)) << 10
+async def _play(rng: random.Random, steps: int, jump: Jump) -> Result:
+    maxmemory = rng.choice((700, 1024, 1536, 2560)) << 10
     config = Config(
         maxmemory=maxmemory,
-        small_value_memory=rng.choice((8, 32, 128)) << 10,
+        small_value_memory=rng.choice((4, 16, 100)) << 10,
         maxmemory_policy=rng.choice(("lru", "lfu", "fifo", "sieve", "s3fifo")),
         shm="rw",
         answer_lease=rng.choice((0, 50, 5000)),
@@ -257,7 +263,7 @@ async def _play(rng: random.Random, steps: int) -> Result:
     clock = ManualClock(anyio.current_time)
     with make_server(config, clock, WatchedCache) as server:
         server.cache.leases.quarantine_s = QUARANTINE_S
-        world = World(server, rng, make_keys(rng, maxmemory))
+        world = World(server, rng, make_keys(rng, maxmemory), jump)
         async with anyio.create_task_group() as tasks:
             server.run_in(tasks)
             janitor = make_janitor(server.cache)

@@ -159,32 +159,16 @@ def counted_keys(args: Args) -> tuple[list[bytes], int]:
 def kv_match(session: Session, args: Args) -> None:
     """Answer with the longest run of present pages, their tiers, and how long loading takes.
 
-    What was found is used, last page first, so that a chain stays evictable leaf by leaf, and is
-    promised to stay for ``answer-lease``.
+    What was found is used, and promised to stay for ``answer-lease``.
     """
     keys, rest = counted_keys(args)
     if rest != len(args):
         raise CommandError("syntax error")
     cache = session.cache
-    entries, wall_ms = cache.entries, session.server.clock.wall_ms
-    found = []
-    for key in keys:
-        entry = entries.get(key)
-        if entry is None or 0 < entry.expires_ms <= wall_ms:
-            break
-        found.append(entry)
-    now = cache.clock.now
-    until = now + session.server.config.answer_lease / 1000
-    nbytes = 0
-    for entry in reversed(found):
-        entry.touched = now
-        entry.hits += 1
-        cache.promise(entry, until)
-        nbytes += entry.nbytes
-    cache.stats.matches += 1
-    cache.stats.matched_pages += len(found)
-    load_us = LOAD_US_FIXED + nbytes // LOAD_BYTES_PER_US if found else 0
-    session.send([len(found), CPU_LETTER * len(found), load_us])
+    until = cache.clock.now + session.server.config.answer_lease / 1000
+    pages, nbytes = cache.match(keys, until)
+    load_us = LOAD_US_FIXED + nbytes // LOAD_BYTES_PER_US if pages else 0
+    session.send([pages, CPU_LETTER * pages, load_us])
 
 
 @command("kv.touch")
