@@ -12,7 +12,6 @@ where it is until its last reader is done.
 """
 
 from collections.abc import Callable
-from typing import cast
 
 from respkv.engine.clock import Clock
 from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Kind, Put
@@ -21,6 +20,7 @@ from respkv.engine.index import Index
 from respkv.engine.landing import Landing
 from respkv.engine.leases import Lease, LeaseTable, Mode
 from respkv.engine.namespaces import Namespaces, Schema
+from respkv.engine.prefix import longest_run
 from respkv.engine.room import Room, small_cost
 from respkv.engine.stats import Stats
 from respkv.errors import OutOfMemory
@@ -85,13 +85,8 @@ class Cache:
         The last page is marked first, so that a chain stays evictable leaf by leaf.
         Returns: how many pages, and their bytes.
         """
-        found: list[Entry | None] = [*map(self.entries.get, keys), None]
-        del found[found.index(None) :]
-        run = cast("list[Entry]", found)
-        if self.index.num_volatile:
-            wall_ms = self.clock.wall_ms
-            alive = (0 < entry.expires_ms <= wall_ms for entry in run)
-            run = run[: next((n for n, has_ended in enumerate(alive) if has_ended), len(run))]
+        ended_by_ms = self.clock.wall_ms if self.index.num_volatile else 0
+        run = longest_run(self.entries, keys, ended_by_ms)
         now, nbytes = self.clock.now, 0
         for entry in reversed(run):
             entry.touched = now
@@ -137,10 +132,6 @@ class Cache:
         landing = Landing(self._take(nbytes), self.arena, nbytes)
         self._landings.add(landing)
         return landing
-
-    def fits(self, nbytes: int) -> bool:
-        """Whether a value of ``nbytes`` could be stored if nothing else were."""
-        return nbytes <= self.slabs.payload_bytes_max
 
     def abandon(self, landing: Landing) -> None:
         """Give a landing's slot back unless it was committed; harmless when repeated."""
@@ -294,8 +285,10 @@ class Cache:
         self.room.small_bytes = 0
         self.room.clear()
 
-    def is_waiting_useful(self) -> bool:
-        """Whether bytes are in use by somebody who will let go of them soon."""
+    def is_waiting_useful(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` could fit, and bytes are in use by somebody who will let go soon."""
+        if nbytes > self.slabs.payload_bytes_max:
+            return False
         in_use = self._landings or self._borrowed or len(self.leases)
         return bool(in_use) or self._promised_until > self.clock.now
 

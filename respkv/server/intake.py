@@ -154,7 +154,7 @@ class Intake:
         try:
             self._land(sink, self._cache.reserve(body.nbytes))
         except OutOfMemory as error:
-            if self._cache.is_waiting_useful() and self._cache.fits(body.nbytes):
+            if self._cache.is_waiting_useful(body.nbytes):
                 self.is_waiting = True
                 waiting = partial(self._wait_for_room, sink, body, error)
                 self._server.spawn(contain, waiting, self._abort)

@@ -121,7 +121,7 @@ async def _reserved(session: Session, key: bytes, nbytes: int, ms: int | None) -
     try:
         return cache.lease_room(session.number, key, nbytes, _deadline(session, ms))
     except OutOfMemory:
-        if not cache.is_waiting_useful() or nbytes > cache.slabs.payload_bytes_max:
+        if not cache.is_waiting_useful(nbytes):
             raise
     landing = await session.server.wait_for_room(nbytes, lambda: session.is_lost)
     if landing is not None:
