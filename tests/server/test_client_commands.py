@@ -7,6 +7,7 @@ import pytest
 
 from tests.server.conftest import Connect
 from tests.server.raw import Raw, error_of, pipeline, request
+from tests.server.watching import wait_for
 from tests.server_process import ServerProcess
 
 
@@ -109,13 +110,6 @@ def test_a_killed_reader_gives_back_what_it_was_being_sent(
     wait_for(server, "kv_sending", 1)
     assert raw.ask("CLIENT", "KILL", "ID", number) == 1
     wait_for(server, "kv_sending", 0)
-
-
-def wait_for(server: ServerProcess, field: str, value: int) -> None:
-    deadline = time.monotonic() + 10
-    while int(server.info()[field]) != value:
-        assert time.monotonic() < deadline, f"{field} is {server.info()[field]}, not {value}"
-        time.sleep(0.01)
 
 
 def test_reply_off_silences_until_on(raw: Raw) -> None:
@@ -224,8 +218,8 @@ def test_a_client_that_ends_in_the_middle_of_a_command_is_forgotten(
         b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$100000\r\n" + b"x" * 50_000,
     ):
         leaving = connect()
+        number = leaving.ask("CLIENT", "ID")
         leaving.socket.sendall(part)
-        number = max(listed(raw))
         leaving.close()
         deadline = time.monotonic() + 5
         while number in listed(raw):

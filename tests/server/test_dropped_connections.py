@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.conftest import check_log
 from tests.server.raw import Raw, pipeline, request
-from tests.server.test_client_commands import wait_for
+from tests.server.watching import wait_for
 from tests.server_process import ServerProcess
 
 MIB = 1 << 20
@@ -56,7 +56,12 @@ def long_pipeline() -> bytes:
         ("HELLO", 3),
         ("SET", "k", "v", "EX", 100),
         ("MSET", "a", 1, "b", b"x" * 500),
-        ("KV.SCHEMA", "SET", "ns", *["LAYERS", "2", "HEADS", "2", "DIM", "4", "TOKENS", "8", "DTYPE", "int8"]),
+        (
+            "KV.SCHEMA",
+            "SET",
+            "ns",
+            *["LAYERS", "2", "HEADS", "2", "DIM", "4", "TOKENS", "8", "DTYPE", "int8"],
+        ),
         ("KV.PUT", "page", page, "PARENT", "above", "PX", 50_000),
         ("KV.RESERVE", "other", 4096),
         ("KV.LEASE", 2, "page", "absent", "MS", 5000),
@@ -111,7 +116,9 @@ def test_dropped_while_replies_are_on_their_way(server: ServerProcess) -> None:
     for _ in range(60):
         with Raw(server.connect()) as raw:
             raw.socket.sendall(
-                pipeline(choice.choices([("GET", "k1"), ("MGET", *keys), ("KV.MGET", 8, *keys)], k=4))
+                pipeline(
+                    choice.choices([("GET", "k1"), ("MGET", *keys), ("KV.MGET", 8, *keys)], k=4)
+                )
             )
             for _ in range(choice.randrange(6)):
                 raw.socket.recv(choice.randrange(1, 300_000))

@@ -4,7 +4,6 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,27 +12,10 @@ from respkv.server.body import LAND_MIN
 from tests.conftest import StartServer
 from tests.server.conftest import Connect, check_log
 from tests.server.raw import Closed, Raw, error_of, pipeline, request
+from tests.server.watching import cpu_s, descriptors_of, wait_for, worst_ping_s
 from tests.server_process import ServerProcess
 
 MIB = 1 << 20
-
-
-def worst_ping_s(raw: Raw, seconds: float) -> float:
-    """PING for some time; return the longest wait for an answer."""
-    worst = 0.0
-    end = time.monotonic() + seconds
-    while (before := time.monotonic()) < end:
-        assert raw.ask("PING") == b"PONG"
-        worst = max(worst, time.monotonic() - before)
-    return worst
-
-
-def wait_for_clients(server: ServerProcess, count: int) -> None:
-    """Wait until so many are connected, the one that asks included."""
-    deadline = time.monotonic() + 10
-    while int(server.info()["connected_clients"]) != count:
-        assert time.monotonic() < deadline, server.info()["connected_clients"]
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +53,7 @@ def test_claimed_lengths_take_no_memory_and_evict_nothing(
         assert server.info()["kv_arena_used_bytes"] == fields["kv_arena_used_bytes"]
     assert grown < 32 * MIB
     assert worst < 2
-    wait_for_clients(server, 2)
+    wait_for(server, "connected_clients", 2)
 
 
 def test_a_slow_value_takes_a_slot_only_once_some_of_it_has_come(
@@ -207,13 +189,12 @@ def test_without_descriptors_it_neither_ends_nor_spins(start_server: StartServer
     with Raw(server.connect()) as inside:
         assert inside.ask("PING") == b"PONG"
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 5, limits[1]))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors_of(server) + 5, limits[1]))
         outside = [Raw(server.connect()) for _ in range(40)]
         time.sleep(0.2)
-        before = cpu_s(pid)
+        before = cpu_s(server)
         time.sleep(1)
-        assert cpu_s(pid) - before < 0.5, "it spins"
+        assert cpu_s(server) - before < 0.5, "it spins"
         assert inside.ask("PING") == b"PONG"
         for each in outside:
             each.close()
@@ -225,12 +206,6 @@ def test_without_descriptors_it_neither_ends_nor_spins(start_server: StartServer
                 break
             except Closed:
                 assert time.monotonic() < deadline
-
-
-def cpu_s(pid: int) -> float:
-    """Return the processor time that a process has used."""
-    parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(parts[11]) + int(parts[12])) / 100
 
 
 def test_idle_connections_are_closed_and_busy_ones_not(start_server: StartServer) -> None:
@@ -270,12 +245,8 @@ def test_a_thousand_connections_held_half_in_a_command(server: ServerProcess, ra
         assert int(server.info()["connected_clients"]) == 1002
     assert per_connection < 64 * 1024
     assert worst < 2
-    wait_for_clients(server, 2)
+    wait_for(server, "connected_clients", 2)
     assert descriptors_of(server) <= descriptors + 1
-
-
-def descriptors_of(server: ServerProcess) -> int:
-    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,13 @@ class Client:
         name = self.rng.choice(("GET", "GET", "KV.GET"))
         self._send([name, key.name], partial(self._saw, [read]), [read])
 
+    def _burst(self) -> None:
+        """Ask for more than a session answers at once."""
+        for _ in range(self.rng.randint(5, 15)):
+            key = self.rng.choice(self.keys.pages)
+            read = self._operation(Kind.READ, key)
+            self._send(["GET", key.name], partial(self._saw, [read]), [read])
+
     def _getdel(self) -> None:
         key = self.keys.any(self.rng)
         read = self._operation(Kind.READ, key)
@@ -203,6 +210,8 @@ class Client:
 
     def _mget(self) -> None:
         keys = [self.keys.any(self.rng) for _ in range(self.rng.randint(1, 12))]
+        if self.rng.random() < 0.3:
+            keys = self.rng.choices(self.keys.pages, k=30)
         reads = [self._operation(Kind.READ, key) for key in keys]
         names = [key.name for key in keys]
         head: list[Word] = ["KV.MGET", len(keys)] if self.rng.random() < 0.5 else ["MGET"]
@@ -493,6 +502,7 @@ _TABLE: list[tuple[float, Callable[[Client], None]]] = [
     (10, Client._set),
     (2, Client._mset),
     (10, Client._get),
+    (0.7, Client._burst),
     (1, Client._getdel),
     (2, Client._get_layers),
     (4, Client._mget),

@@ -48,7 +48,20 @@ class Result:
 
 
 class WatchedCache(Cache):
-    """A cache that may never evict what somebody was promised."""
+    """A cache that may never evict what somebody was promised.
+
+    overdue: where writers that overstayed and lost their connection may still be writing.
+    """
+
+    overdue: list[tuple[float, memoryview]]
+
+    def drop_owner(self, owner: int) -> None:
+        for lease in self.leases._leases.values():
+            if lease.owner == owner and lease.is_overdue:
+                # The client learns of it late, but not as late as the end of the quarantine.
+                until = self.clock.now + 0.9 * QUARANTINE_S
+                self.overdue.append((until, self.payload(lease.slots[0])))
+        super().drop_owner(owner)
 
     def _evict(self, entry: Entry) -> None:
         now = self.clock.now
@@ -65,8 +78,10 @@ class World:
     """A server and its clients."""
 
     def __init__(self, server: Server, rng: random.Random, keys: Keys, jump: Jump) -> None:
+        assert isinstance(server.cache, WatchedCache)
         self.server = server
         self.cache = server.cache
+        self.cache.overdue = []
         self.rng = rng
         self.keys = keys
         self.record = Record()
@@ -121,6 +136,7 @@ class World:
             client.socket.drain(rng.choice((1, 60_000, 1 << 20, 1 << 22)))
         elif what < 0.88:
             client.write_in_place()
+            self._overwrite()
         elif what < 0.89:
             client.socket.lose()
         elif what < 0.95:
@@ -139,6 +155,13 @@ class World:
         for _ in range(rng.choice((1, 1, 10, 30))):
             if client.socket.can_read:
                 client.socket.deliver(rng.choice((1, 7, 300, 20_000, 1 << 20, 1 << 20)))
+
+    def _overwrite(self) -> None:
+        """Let writers that have lost their connection, and do not know yet, go on writing."""
+        overdue = self.cache.overdue
+        self.cache.overdue = [each for each in overdue if each[0] > self.moment.now]
+        for _, memory in self.cache.overdue:
+            memory[:1000] = b"!" * len(memory[:1000])
 
     def _tick(self) -> None:
         self._jump(self.rng.uniform(1e-6, 2e-6))
