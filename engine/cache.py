@@ -82,22 +82,19 @@ class Cache:
     def match(self, keys: list[bytes], until: float) -> tuple[int, int]:
         """Use the longest run of present pages from the start; keep it until then.
 
-        The last page is marked first, so that a chain stays evictable leaf by leaf.
-        Returns: how many pages, and their bytes.
+        Returns: how many pages, and their bytes, taking all to be as long as the first.
         """
         ended_by_ms = self.clock.wall_ms if self.index.num_volatile else 0
         run = longest_run(self.entries, keys, ended_by_ms)
-        now, nbytes = self.clock.now, 0
-        for entry in reversed(run):
+        now = self.clock.now
+        for entry in run:
             entry.touched = now
             entry.hits += 1
-            nbytes += entry.nbytes
-            if entry.held_until < until:
-                entry.held_until = until
+            entry.held_until = until
         self._promised_until = max(self._promised_until, until)
         self.stats.matches += 1
         self.stats.matched_pages += len(run)
-        return len(run), nbytes
+        return len(run), len(run) * run[0].nbytes if run else 0
 
     def payload(self, slot: Slot) -> memoryview:
         """Return the memory of a slot's value. It stays the value's while the slot is held."""
