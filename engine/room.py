@@ -10,6 +10,7 @@ the room does it, so that a new page size never starves behind an old one.)
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import inf
 
 from respkv.engine.clock import Clock
@@ -19,6 +20,7 @@ from respkv.errors import OutOfMemory
 from respkv.tiers.slab import Slab, SlabAllocator, Slot
 
 SMALL = 0  # the class of values on the heap
+MUCH_COLDER = 2.0  # a class whose next victim waited so many times longer has to give
 
 
 class Room:
@@ -146,7 +148,7 @@ class Room:
                 f"{self.slabs.payload_bytes_max}; raise maxmemory"
             )
         own = self.slabs.class_of(nbytes)
-        if self._coldest_class() == own and (slot := self._evict_one(own, nbytes)) is not None:
+        if self._is_cold_enough(own) and (slot := self._evict_one(own, nbytes)) is not None:
             return slot
         if (slot := self._clear_slabs(nbytes)) is not None:
             return slot
@@ -168,7 +170,7 @@ class Room:
         return self.slabs.take(nbytes)
 
     def _clear_slabs(self, nbytes: int) -> Slot | None:
-        slabs = self.slabs.slabs_to_clear(nbytes, self._cost)
+        slabs = self.slabs.slabs_to_clear(nbytes, partial(self._cost, {}))
         if slabs is None:
             return None
         self.slabs_cleared += len(slabs)
@@ -178,30 +180,53 @@ class Room:
                     self._evict_with_descendants(slot.owner)
         return self.slabs.take(nbytes)
 
-    def _cost(self, slab: Slab) -> float:
-        """What clearing a slab would lose: the sum of how recently each of its pages was used."""
+    def _cost(self, stuck: dict[Entry, bool], slab: Slab) -> float:
+        """What clearing a slab would lose: the sum of how recently each of its pages was used.
+
+        stuck: what ``_is_stuck`` said so far, so that a chain is walked once and not for each page.
+        """
         cost = 0.0
         for slot in slab.used:
             entry: Entry | None = slot.owner
-            if entry is None:
+            if entry is None or self._is_stuck(entry, stuck):
                 return inf
-            for doomed in with_descendants(entry):
-                if self.is_held(doomed):
-                    return inf
             cost += 1.0 / (1.0 + self._clock.now - entry.touched)
         return cost
+
+    def _is_stuck(self, entry: Entry, stuck: dict[Entry, bool]) -> bool:
+        """Whether an entry or one behind it is held."""
+        if not entry.children:
+            return self.is_held(entry)
+        path = [entry]
+        while path:
+            last = path[-1]
+            unknown = [child for child in last.children or () if child not in stuck]
+            if unknown:
+                path += unknown
+            else:
+                stuck[last] = self.is_held(last) or any(map(stuck.get, last.children or ()))
+                path.pop()
+        return stuck[entry]
 
     def _evict_with_descendants(self, entry: Entry) -> None:
         for doomed in reversed(with_descendants(entry)):
             self._evict(doomed)
 
-    def _coldest_class(self) -> int | None:
-        """Return the size class whose next victim was used longest ago."""
-        classes = [name for name, policy in self._policies.items() if name and len(policy)]
-        if len(classes) < 2:
-            return classes[0] if classes else None
+    def _is_cold_enough(self, own: int) -> bool:
+        """Whether a class should evict of its own: no other one is colder by far.
+
+        Clearing slabs looks at every page, so what is a little colder is left alone.
+        """
+        policy = self._policies.get(own)
+        if policy is None:
+            return False
         now = self._clock.now
-        return max(classes, key=lambda name: self._policies[name].age(now))
+        priority, age = policy.age(now)
+        colder = (priority, age * MUCH_COLDER)
+        others = (
+            each.age(now) for name, each in self._policies.items() if name not in (SMALL, own)
+        )
+        return all(other <= colder for other in others)
 
     def _coldest_victim(self) -> Entry | None:
         """Return who may go from the coldest class of slots that has somebody who may."""

@@ -187,9 +187,12 @@ class Intake:
             self._resume()
 
     def _is_there(self, body: Body) -> bool:
-        """Whether this is the payload of a page that is already stored."""
+        """Whether this is the payload of a page that is stored; it stays while its copy is read."""
         is_put = len(body.head) == 2 and body.head[0].upper() == b"KV.PUT"
-        return is_put and self._cache.has_page(body.head[1], body.nbytes) is not None
+        page = self._cache.has_page(body.head[1], body.nbytes) if is_put else None
+        if page is not None:
+            self._cache.promise(page, self._cache.clock.now + self._server.config.output_timeout)
+        return page is not None
 
 
 def _nothing() -> None:

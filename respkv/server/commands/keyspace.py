@@ -45,9 +45,14 @@ def exists(session: Session, args: Args) -> None:
 @command("touch")
 def touch(session: Session, args: Args) -> None:
     """Count the keys that are there and mark them as used."""
+    mark_used(session, args[1:])
+
+
+def mark_used(session: Session, keys: Iterable[bytes]) -> None:
+    """Mark keys as used; answer with how many are there."""
     cache = session.cache
     found = 0
-    for key in args[1:]:
+    for key in keys:
         entry = cache.find(key)
         if entry is not None:
             entry.touched = cache.clock.now

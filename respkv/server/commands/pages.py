@@ -14,6 +14,7 @@ from respkv.errors import CommandError, SchemaMismatch
 from respkv.page import KEY_BYTES_MAX
 from respkv.server.arguments import Words, count, value_of
 from respkv.server.body import Refused
+from respkv.server.commands.keyspace import mark_used
 from respkv.server.commands.strings import layer_bytes, send_entry, stream_values
 from respkv.server.registry import command
 from respkv.server.session import Session
@@ -177,15 +178,7 @@ def kv_touch(session: Session, args: Args) -> None:
     keys, rest = counted_keys(args)
     if rest != len(args):
         raise CommandError("syntax error")
-    cache = session.cache
-    touched = 0
-    for key in reversed(keys):
-        entry = cache.find(key)
-        if entry is not None:
-            entry.touched = cache.clock.now
-            entry.hits += 1
-            touched += 1
-    session.out.append(reply.integer(touched))
+    mark_used(session, keys)
 
 
 @command("kv.pin")

@@ -1,0 +1,175 @@
+"""KV.SCHEMA: what a namespace's pages look like, and what does not fit is told with both sizes."""
+
+from typing import Any
+
+import pytest
+
+from tests.server.raw import Raw, error_of
+
+GEOMETRY = "LAYERS 4 HEADS 2 DIM 8 TOKENS 16 DTYPE float16"
+PAGE_BYTES = 4 * 2 * 16 * 2 * 8 * 2
+ITEM_BYTES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+
+
+def set_schema(raw: Raw, namespace: str, text: str = GEOMETRY, *more: str | bytes) -> Any:
+    return raw.ask("KV.SCHEMA", "SET", namespace, *text.split(), *more)
+
+
+def as_map(reply: list[Any]) -> dict[bytes, Any]:
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+@pytest.fixture
+def namespace(raw: Raw, request: pytest.FixtureRequest) -> str:
+    """Return a namespace of the test's own: schemas outlive a flush."""
+    return f"ns-{abs(hash(request.node.nodeid))}"
+
+
+def test_a_schema_is_set_read_listed_and_forgotten(raw: Raw, namespace: str) -> None:
+    assert raw.ask("KV.SCHEMA", "GET", namespace) is None
+    more = ["FINGERPRINT", b"\x00\xff", "HASH", "sha256", "SEED", b"s", "CODEC", "cpu", "raw", "TTL", "60000"]
+    assert set_schema(raw, namespace, GEOMETRY, *more) == b"OK"
+    found = as_map(raw.ask("KV.SCHEMA", "GET", namespace))
+    assert found[b"namespace"] == namespace.encode()
+    assert [found[name] for name in (b"layers", b"heads", b"dim", b"tokens")] == [4, 2, 8, 16]
+    assert found[b"dtype"] == b"float16"
+    assert found[b"page_bytes"] == PAGE_BYTES
+    assert found[b"fingerprint"] == b"\x00\xff"
+    assert found[b"ttl_ms"] == 60_000
+    assert namespace.encode() in raw.ask("KV.SCHEMA", "LIST")
+    assert raw.ask("KV.SCHEMA", "DEL", namespace) == 1
+    assert raw.ask("KV.SCHEMA", "DEL", namespace) == 0
+    assert raw.ask("KV.SCHEMA", "GET", namespace) is None
+    assert namespace.encode() not in raw.ask("KV.SCHEMA", "LIST")
+
+
+def test_resp3_gets_a_map_and_null(raw: Raw, namespace: str) -> None:
+    set_schema(raw, namespace)
+    raw.ask("HELLO", 3)
+    assert raw.raw("KV.SCHEMA", "GET", namespace).startswith(b"%")
+    assert raw.raw("KV.SCHEMA", "GET", "absent") == b"_\r\n"
+
+
+def test_setting_the_same_again_is_fine_and_another_is_refused(raw: Raw, namespace: str) -> None:
+    assert set_schema(raw, namespace) == b"OK"
+    assert set_schema(raw, namespace) == b"OK"
+    assert set_schema(raw, namespace, GEOMETRY, "TTL", "5") == b"OK", "a policy may change"
+    for other in (
+        GEOMETRY.replace("LAYERS 4", "LAYERS 5"),
+        GEOMETRY.replace("HEADS 2", "HEADS 4"),
+        GEOMETRY.replace("DIM 8", "DIM 16"),
+        GEOMETRY.replace("TOKENS 16", "TOKENS 32"),
+        GEOMETRY.replace("float16", "bfloat16"),
+        GEOMETRY + " FINGERPRINT other",
+        GEOMETRY + " SEED other",
+    ):
+        text = error_of(set_schema(raw, namespace, other))
+        assert text.startswith(f"KVSCHEMA namespace '{namespace}' has layers 4")
+    assert as_map(raw.ask("KV.SCHEMA", "GET", namespace))[b"layers"] == 4
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_every_dtype_has_its_page_size(dtype: str, raw: Raw, namespace: str) -> None:
+    assert set_schema(raw, namespace, GEOMETRY.replace("float16", dtype)) == b"OK"
+    nbytes = 4 * 2 * 16 * 2 * 8 * ITEM_BYTES[dtype]
+    assert as_map(raw.ask("KV.SCHEMA", "GET", namespace))[b"page_bytes"] == nbytes
+    assert raw.ask("KV.PUT", f"{namespace}:p", b"x" * nbytes) == b"OK"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GEOMETRY.replace("LAYERS 4", "LAYERS 0"), "LAYERS must be at least 1, not 0"),
+        (GEOMETRY.replace("LAYERS 4", "LAYERS -1"), "LAYERS must be at least 1, not -1"),
+        (GEOMETRY.replace("LAYERS 4", "LAYERS x"), "value is not an integer or out of range"),
+        (GEOMETRY.replace("float16", "float17"), "dtype must be one of"),
+        (GEOMETRY.replace("float16", "FLOAT16"), "dtype must be one of"),
+        (GEOMETRY + " BOGUS 1", "syntax error, unexpected option 'BOGUS'"),
+        (GEOMETRY + " TTL", "syntax error, a value is missing"),
+        (GEOMETRY + " TTL 0", "TTL must be at least 1"),
+        (GEOMETRY + " CODEC nvme int8", "CODEC nvme int8"),
+        (GEOMETRY + " CODEC cpu", "syntax error, a value is missing"),
+        (GEOMETRY.replace("DIM 8", "DIM 8 DIM 8").replace("DTYPE float16", ""), "a schema needs DTYPE"),
+        (GEOMETRY.replace("HEADS 2 ", "LAYERS 4 "), "a schema needs HEADS"),
+        (GEOMETRY.replace("LAYERS 4", "LAYERS 4000000"), "never fits the arena"),
+        (GEOMETRY.replace("LAYERS 4", "LAYERS 9223372036854775807"), "never fits the arena"),
+    ],
+)
+def test_a_wrong_schema_is_refused_and_says_what_is_wrong(
+    text: str, said: str, raw: Raw, namespace: str
+) -> None:
+    assert said in error_of(set_schema(raw, namespace, text))
+    assert raw.ask("KV.SCHEMA", "GET", namespace) is None
+
+
+def test_a_namespace_has_a_name_of_a_sensible_length(raw: Raw) -> None:
+    assert "a namespace has 1 to" in error_of(set_schema(raw, ""))
+    assert "a namespace has 1 to" in error_of(set_schema(raw, "n" * 257))
+
+
+def test_a_page_of_another_size_is_refused_with_both_sizes(raw: Raw, namespace: str) -> None:
+    set_schema(raw, namespace)
+    key = f"{namespace}:page"
+    for nbytes in (PAGE_BYTES - 1, PAGE_BYTES + 1, 1, 100_000):
+        text = error_of(raw.ask("KV.PUT", key, b"x" * nbytes))
+        assert text.startswith("KVSCHEMA ")
+        assert str(PAGE_BYTES) in text
+        assert str(nbytes) in text
+        text = error_of(raw.ask("KV.RESERVE", key, nbytes))
+        assert text.startswith("KVSCHEMA ")
+        assert str(PAGE_BYTES) in text
+        assert str(nbytes) in text
+    assert raw.ask("EXISTS", key) == 0
+    assert raw.ask("KV.EXPLAIN", key)[0] == b"schema"
+    assert raw.ask("KV.PUT", key, b"x" * PAGE_BYTES) == b"OK"
+    assert raw.ask("KV.PUT", "elsewhere:page", b"x") == b"OK", "no schema, any size"
+
+
+def test_an_empty_page_is_refused(raw: Raw) -> None:
+    assert "at least 1 byte" in error_of(raw.ask("KV.PUT", "p", b""))
+
+
+def test_the_ttl_of_the_schema_is_that_of_its_pages(raw: Raw, namespace: str) -> None:
+    set_schema(raw, namespace, GEOMETRY, "TTL", "50000")
+    page = b"x" * PAGE_BYTES
+    raw.ask("KV.PUT", f"{namespace}:a", page)
+    raw.ask("KV.PUT", f"{namespace}:b", page, "PX", 90_000)
+    raw.ask("KV.PUT", "other:a", page)
+    assert 49_000 < raw.ask("PTTL", f"{namespace}:a") <= 50_000
+    assert 89_000 < raw.ask("PTTL", f"{namespace}:b") <= 90_000
+    assert raw.ask("PTTL", "other:a") == -1
+
+
+def test_layers_are_ranges_of_bytes(raw: Raw, namespace: str) -> None:
+    set_schema(raw, namespace)
+    page = bytes(range(256)) * (PAGE_BYTES // 256)
+    layer = PAGE_BYTES // 4
+    keys = [f"{namespace}:{each}" for each in range(3)]
+    for key in keys:
+        raw.ask("KV.PUT", key, page)
+    for first in range(4):
+        for count in range(1, 5 - first):
+            part = page[first * layer : (first + count) * layer]
+            assert raw.ask("KV.GET", keys[0], "LAYERS", first, count) == part
+            found = raw.ask("KV.MGET", 3, keys[0], "absent", keys[2], "layers", first, count)
+            assert found == [part, None, part]
+    for first, count in ((0, 5), (4, 1), (3, 2), (1 << 40, 1)):
+        assert "are not within 0 to 3" in error_of(raw.ask("KV.GET", keys[0], "LAYERS", first, count))
+        assert "are not within 0 to 3" in error_of(
+            raw.ask("KV.MGET", 1, keys[0], "LAYERS", first, count)
+        )
+    for words in (["LAYERS", 0, 0], ["LAYERS", -1, 1], ["LAYERS", 0], ["LAYERS"], ["LAYERS", "a", 1]):
+        error_of(raw.ask("KV.GET", keys[0], *words))
+    raw.ask("KV.PUT", "no-schema", page)
+    raw.ask("SET", "plain", "value")
+    for key in ("no-schema", "plain"):
+        assert "LAYERS needs a page" in error_of(raw.ask("KV.GET", key, "LAYERS", 0, 1))
+    assert raw.ask("KV.GET", "absent", "LAYERS", 0, 1) is None
