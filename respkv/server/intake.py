@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from respkv.server.state import Server
 
 
+READ_BYTES = 64 * 1024  # of the shared buffer
+SHORT_READ = LAND_MIN + 1024  # a head and just enough of a value to take a slot for it
+
+
 class Intake:
     """The input of one connection.
 
@@ -84,7 +88,8 @@ class Intake:
         if self._sink is None:
             # Where one large value came another may follow: a short read then leaves most of it to
             # be written straight into its slot.
-            return self._server.scratch[:LAND_MIN] if self._expects_value else self._server.scratch
+            size = SHORT_READ if self._expects_value else READ_BYTES
+            return self._server.scratch[:size]
         self._window = self._sink.window(self._server.scratch)
         return self._window
 

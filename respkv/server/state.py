@@ -13,12 +13,11 @@ from respkv.engine.cache import Cache
 from respkv.engine.clock import Clock
 from respkv.engine.landing import Landing
 from respkv.errors import OutOfMemory
+from respkv.server.intake import READ_BYTES
 from respkv.server.session import Session
 from respkv.tiers.arena import Arena
 from respkv.wire.parser import Limits
 from respkv.wire.tokenizer import Tokenizer
-
-READ_BYTES = 64 * 1024
 
 
 class Server:
