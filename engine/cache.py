@@ -17,14 +17,15 @@ from respkv.engine.clock import Clock
 from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Kind, Put
 from respkv.engine.history import History, Reason
 from respkv.engine.index import Index
+from respkv.engine.integrity import check_holders
 from respkv.engine.landing import Landing
 from respkv.engine.leases import Lease, LeaseTable, Mode
 from respkv.engine.namespaces import Namespaces, Schema
 from respkv.engine.prefix import longest_run
 from respkv.engine.room import Room, small_cost
 from respkv.engine.stats import Stats
-from respkv.errors import OutOfMemory
-from respkv.page import PAGE_ID_BYTES
+from respkv.errors import CommandError, OutOfMemory
+from respkv.page import KEY_BYTES_MAX, PAGE_ID_BYTES
 from respkv.tiers.format import HEADER_BYTES, Header, hash64, write_header
 from respkv.tiers.slab import SlabAllocator, Slot
 
@@ -146,8 +147,21 @@ class Cache:
         self._landings.add(landing)
         return landing
 
+    @staticmethod
+    def check_key(key: bytes, nbytes: int) -> None:
+        """Raise CommandError for a key that is too long for a value in a slot.
+
+        The key is on the heap; beside a small value it is part of that budget, beside a slot not.
+        """
+        if len(key) > KEY_BYTES_MAX and nbytes > SMALL_BYTES_MAX:
+            raise CommandError(
+                f"a value of more than {SMALL_BYTES_MAX} bytes takes a key of at most "
+                f"{KEY_BYTES_MAX}, not {len(key)}"
+            )
+
     def seal(self, key: bytes, landing: Landing, checksum: int, how: Put) -> Entry:
         """Commit a landing whose bytes were checksummed elsewhere."""
+        self.check_key(key, landing.nbytes)
         self._close(landing)
         return self.publish(key, landing.slot, landing.nbytes, checksum, how)
 
@@ -155,6 +169,7 @@ class Cache:
         """Store a value that is already in memory. Raises OutOfMemory; the old value stays then."""
         if len(value) <= SMALL_BYTES_MAX and how.kind == "string":
             return self.put_small(key, value, how)
+        self.check_key(key, len(value))
         landing = self.reserve(len(value))
         landing.write(value)
         return self.commit(key, landing, how)
@@ -237,9 +252,9 @@ class Cache:
             entry.held_until = until
             self._promised_until = max(self._promised_until, until)
 
-    def drop_owner(self, owner: int) -> None:
-        """Give back all that a connection held."""
-        self.leases.drop_owner(owner, self.clock.now)
+    def drop_owner(self, owner: int, *, may_write: bool = False) -> None:
+        """Give back all that a connection held; ``may_write`` as in ``LeaseTable``."""
+        self.leases.drop_owner(owner, self.clock.now, may_write=may_write)
 
     # -- keeping and forgetting ---------------------------------------------------------------
 
@@ -298,23 +313,8 @@ class Cache:
         self.index.check()
         self.leases.check()
         self.room.check(list(self.entries.values()))
-        holders = self.leases.holders()
-        for slot, count in self._borrowed.items():
-            holders[slot] = holders.get(slot, 0) + count
-        for landing in self._landings:
-            assert landing.is_open
-            holders[landing.slot] = holders.get(landing.slot, 0) + 1
-        for entry in self.entries.values():
-            if entry.slot is None:
-                assert entry.value is not None
-                assert len(entry.value) == entry.nbytes
-            else:
-                assert entry.slot.owner is entry
-                assert entry.slot.payload_bytes == entry.nbytes
-                holders[entry.slot] = holders.get(entry.slot, 0) + 1
-        for slot in self.slabs.used():
-            assert slot.holders == holders.pop(slot, 0), f"slot at {slot.offset} is not accounted"
-        assert not holders, "a slot in use is not one of the arena's"
+        entries = self.entries.values()
+        check_holders(self.slabs, entries, self.leases, self._landings, self._borrowed)
         self.stats.checks += 1
 
     # -- inside -------------------------------------------------------------------------------

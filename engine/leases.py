@@ -92,15 +92,20 @@ class LeaseTable:
         self._forget(lease)
         return lease.slots[0]
 
-    def drop_owner(self, owner: int, now: float) -> None:
-        """End all that a connection held; the slot of an overdue writer goes into quarantine."""
+    def drop_owner(self, owner: int, now: float, *, may_write: bool = False) -> None:
+        """End all that a connection held.
+
+        may_write: its process lives and was not asked, because the connection was closed on it: it
+            may still be writing, so what it had reserved goes into quarantine, as for one overdue.
+        """
         for number in list(self._owned.get(owner, ())):
             lease = self._leases[number]
             self._forget(lease)
+            is_risky = lease.is_overdue or (may_write and lease.mode is Mode.WRITE)
+            until = max(now, lease.deadline) + self.quarantine_s
             for slot in lease.slots:
-                if lease.is_overdue:
-                    ticket = (now + self.quarantine_s, number, slot)
-                    heapq.heappush(self._quarantine, ticket)
+                if is_risky:
+                    heapq.heappush(self._quarantine, (until, number, slot))
                 else:
                     self.give_back(slot)
 

@@ -20,6 +20,7 @@ from respkv.errors import OutOfMemory
 from respkv.tiers.slab import Slab, SlabAllocator, Slot
 
 SMALL = 0  # the class of values on the heap
+ASK_AGAIN_S = 0.5
 MUCH_COLDER = 2.0  # a class whose next victim waited so many times longer has to give
 
 
@@ -47,6 +48,7 @@ class Room:
         self._clock = clock
         self._evict = evict
         self._policies: dict[int, Policy] = {}
+        self._asked: dict[int, float] = {}
 
     def insert(self, entry: Entry) -> None:
         """Queue a newly resident entry for eviction, or one that became a leaf again."""
@@ -220,13 +222,21 @@ class Room:
         policy = self._policies.get(own)
         if policy is None:
             return False
-        now = self._clock.now
-        priority, age = policy.age(now)
+        priority, age = policy.age(self._clock.now)
         colder = (priority, age * MUCH_COLDER)
-        others = (
-            each.age(now) for name, each in self._policies.items() if name not in (SMALL, own)
-        )
+        others = (self._age(name) for name in self._policies if name not in (SMALL, own))
         return all(other <= colder for other in others)
+
+    def _age(self, payload_bytes: int) -> tuple[float, float]:
+        """How cold a class is. One whose entries were all held is asked again now and then."""
+        policy, now = self._policies[payload_bytes], self._clock.now
+        age = policy.age(now)
+        is_all_held = len(policy) and age == (-inf, -inf)
+        if is_all_held and now - self._asked.get(payload_bytes, -inf) >= ASK_AGAIN_S:
+            self._asked[payload_bytes] = now
+            policy.victim(self.verdict, now)
+            age = policy.age(now)
+        return age
 
     def _coldest_victim(self) -> Entry | None:
         """Return who may go from the coldest class of slots that has somebody who may."""

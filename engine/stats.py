@@ -26,7 +26,6 @@ class Stats:
         "page_misses",
         "pages_put",
         "pages_skipped",
-        "slabs_cleared",
     )
 
     def __init__(self) -> None:
@@ -55,7 +54,6 @@ class Stats:
         self.page_misses = 0
         self.pages_put = 0
         self.pages_skipped = 0
-        self.slabs_cleared = 0
 
     def snapshot(self) -> dict[str, int]:
         """Return every counter by name."""

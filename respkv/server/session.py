@@ -175,8 +175,11 @@ class Session:
         self.server.clock.refresh()
         self.sent()
 
-    def lost(self) -> None:
-        """Give back everything the connection held. Nothing may be called afterwards."""
+    def lost(self, *, by_server: bool = False) -> None:
+        """Give back everything the connection held. Nothing may be called afterwards.
+
+        by_server: we closed it, so its process may not know yet and still write what it reserved.
+        """
         self.is_lost = self.is_closing = True
         self._restore_sent()
         self._drop_unused(self._backlog)
@@ -184,7 +187,7 @@ class Session:
         self._intake.lost()
         self._stream = None  # closing it gives back what it had not sent
         self.out.clear()
-        self.cache.drop_owner(self.number)
+        self.cache.drop_owner(self.number, may_write=by_server)
 
     # -- called by command handlers -----------------------------------------------------------
 

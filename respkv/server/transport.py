@@ -45,6 +45,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._session: Session | None = None
         self._is_paused = False
+        self._is_closed = False  # by us
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admit the client or tell it why not."""
@@ -122,7 +123,7 @@ class Connection(asyncio.BufferedProtocol):
             self._session = None
             self._server.sessions.pop(session.number, None)
             self._server.clock.refresh()
-            session.lost()
+            session.lost(by_server=self._is_closed)
 
     def wake(self) -> None:
         """Look at the session again: it has output or wants input."""
@@ -131,6 +132,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close at once."""
+        self._is_closed = True
         self._transport.abort()
 
     def unsent_bytes(self) -> int:
@@ -149,6 +151,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._is_paused = False
                 self._transport.resume_reading()
         elif session.is_closing and not session.is_draining:
+            self._is_closed = True
             self._transport.close()
         elif not self._is_paused:
             self._is_paused = True

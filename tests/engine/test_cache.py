@@ -203,7 +203,8 @@ def test_what_is_held_is_not_evicted_and_memory_that_cannot_be_had_changes_nothi
             cache.put(b"new", b"v" * nbytes)
     assert len(cache.entries) == 4
     assert (cache.stats.oom, cache.stats.evicted) == (2, 0)
-    assert cache.is_waiting_useful() == (hold != "pin")
+    assert cache.is_waiting_useful(200_000) == (hold != "pin")
+    assert not cache.is_waiting_useful(2 << 20)
     cache.check()
     clock.advance(6)
     cache.lapse()
@@ -223,7 +224,7 @@ def test_a_promise_is_never_shortened() -> None:
 
 def test_a_value_that_never_fits_is_refused_by_name() -> None:
     cache, _ = make_cache(1 << 20)
-    assert not cache.fits(2 << 20)
+    assert not cache.is_waiting_useful(2 << 20)
     with pytest.raises(OutOfMemory, match="never fits"):
         cache.reserve(2 << 20)
     cache.check()

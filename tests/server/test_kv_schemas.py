@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import StartServer
 from tests.server.raw import Raw, error_of
 
 GEOMETRY = "LAYERS 4 HEADS 2 DIM 8 TOKENS 16 DTYPE float16"
@@ -35,7 +36,19 @@ def namespace(raw: Raw, request: pytest.FixtureRequest) -> str:
 
 def test_a_schema_is_set_read_listed_and_forgotten(raw: Raw, namespace: str) -> None:
     assert raw.ask("KV.SCHEMA", "GET", namespace) is None
-    more = ["FINGERPRINT", b"\x00\xff", "HASH", "sha256", "SEED", b"s", "CODEC", "cpu", "raw", "TTL", "60000"]
+    more: list[str | bytes] = [
+        "FINGERPRINT",
+        b"\x00\xff",
+        "HASH",
+        "sha256",
+        "SEED",
+        b"s",
+        "CODEC",
+        "cpu",
+        "raw",
+        "TTL",
+        "60000",
+    ]
     assert set_schema(raw, namespace, GEOMETRY, *more) == b"OK"
     found = as_map(raw.ask("KV.SCHEMA", "GET", namespace))
     assert found[b"namespace"] == namespace.encode()
@@ -97,7 +110,10 @@ def test_every_dtype_has_its_page_size(dtype: str, raw: Raw, namespace: str) -> 
         (GEOMETRY + " TTL 0", "TTL must be at least 1"),
         (GEOMETRY + " CODEC nvme int8", "CODEC nvme int8"),
         (GEOMETRY + " CODEC cpu", "syntax error, a value is missing"),
-        (GEOMETRY.replace("DIM 8", "DIM 8 DIM 8").replace("DTYPE float16", ""), "a schema needs DTYPE"),
+        (
+            GEOMETRY.replace("DIM 8", "DIM 8 DIM 8").replace("DTYPE float16", ""),
+            "a schema needs DTYPE",
+        ),
         (GEOMETRY.replace("HEADS 2 ", "LAYERS 4 "), "a schema needs HEADS"),
         (GEOMETRY.replace("LAYERS 4", "LAYERS 4000000"), "never fits the arena"),
         (GEOMETRY.replace("LAYERS 4", "LAYERS 9223372036854775807"), "never fits the arena"),
@@ -113,6 +129,26 @@ def test_a_wrong_schema_is_refused_and_says_what_is_wrong(
 def test_a_namespace_has_a_name_of_a_sensible_length(raw: Raw) -> None:
     assert "a namespace has 1 to" in error_of(set_schema(raw, ""))
     assert "a namespace has 1 to" in error_of(set_schema(raw, "n" * 257))
+
+
+def test_what_a_schema_keeps_is_bounded(raw: Raw, namespace: str) -> None:
+    for word in ("FINGERPRINT", "HASH", "SEED"):
+        assert "at most 1024 bytes" in error_of(
+            set_schema(raw, namespace, GEOMETRY, word, "x" * 1025)
+        )
+        assert set_schema(raw, f"{namespace}-{word}", GEOMETRY, word, "x" * 1024) == b"OK"
+
+
+def test_so_many_namespaces_and_no_more(start_server: StartServer) -> None:
+    with Raw(start_server().connect()) as raw:
+        words = ["KV.SCHEMA", "SET", "", *GEOMETRY.split()]
+        calls = [[*words[:2], f"ns-{each}", *words[3:]] for each in range(4097)]
+        replies = raw.ask_all(calls)
+        assert replies[:4096] == [b"OK"] * 4096
+        assert "there are 4096 namespaces" in error_of(replies[4096])
+        assert raw.ask(*calls[7]) == b"OK", "one that is there may be set again"
+        assert raw.ask("KV.SCHEMA", "DEL", "ns-7") == 1
+        assert raw.ask(*calls[4096]) == b"OK"
 
 
 def test_a_page_of_another_size_is_refused_with_both_sizes(raw: Raw, namespace: str) -> None:
@@ -162,11 +198,19 @@ def test_layers_are_ranges_of_bytes(raw: Raw, namespace: str) -> None:
             found = raw.ask("KV.MGET", 3, keys[0], "absent", keys[2], "layers", first, count)
             assert found == [part, None, part]
     for first, count in ((0, 5), (4, 1), (3, 2), (1 << 40, 1)):
-        assert "are not within 0 to 3" in error_of(raw.ask("KV.GET", keys[0], "LAYERS", first, count))
+        assert "are not within 0 to 3" in error_of(
+            raw.ask("KV.GET", keys[0], "LAYERS", first, count)
+        )
         assert "are not within 0 to 3" in error_of(
             raw.ask("KV.MGET", 1, keys[0], "LAYERS", first, count)
         )
-    for words in (["LAYERS", 0, 0], ["LAYERS", -1, 1], ["LAYERS", 0], ["LAYERS"], ["LAYERS", "a", 1]):
+    for words in (
+        ["LAYERS", 0, 0],
+        ["LAYERS", -1, 1],
+        ["LAYERS", 0],
+        ["LAYERS"],
+        ["LAYERS", "a", 1],
+    ):
         error_of(raw.ask("KV.GET", keys[0], *words))
     raw.ask("KV.PUT", "no-schema", page)
     raw.ask("SET", "plain", "value")

@@ -91,7 +91,9 @@ def test_a_lease_lapses_and_its_owner_is_told(raw: Raw, server: ServerProcess) -
     assert raw.ask("PING") == b"PONG", "a reader is not disconnected"
 
 
-def test_leases_belong_to_their_connection(raw: Raw, connect: Connect, server: ServerProcess) -> None:
+def test_leases_belong_to_their_connection(
+    raw: Raw, connect: Connect, server: ServerProcess
+) -> None:
     raw.ask("KV.PUT", "p", b"x" * 1000)
     other = connect()
     lease, _ = raw.ask("KV.LEASE", 1, "p")
@@ -116,7 +118,9 @@ def test_a_reserved_page_is_written_in_place_and_seen_once_committed(
     assert offset % 64 == 0
     arena[offset : offset + nbytes] = page
     assert connect().ask("EXISTS", "p") == 0
-    reply = raw.ask("KV.COMMIT", lease, "TOKENS", 16, "PX", 60_000, "PARENT", "before", "PRIORITY", 2)
+    reply = raw.ask(
+        "KV.COMMIT", lease, "TOKENS", 16, "PX", 60_000, "PARENT", "before", "PRIORITY", 2
+    )
     assert reply == b"OK"
     assert connect().ask("KV.GET", "p") == page
     assert 59_000 < raw.ask("PTTL", "p") <= 60_000
@@ -158,8 +162,7 @@ def test_an_overdue_writer_is_disconnected_and_its_slot_put_aside(
     assert info["kv_leases"] == "0"
     places = set()
     for each in range(10):
-        reserved, place = raw.ask("KV.RESERVE", f"r{each}", MIB)
-        places.add(place)
+        places.add(raw.ask("KV.RESERVE", f"r{each}", MIB)[1])
     assert offset not in places
     assert raw.ask("EXISTS", "p") == 0
     assert error_of(raw.ask("KV.COMMIT", lease)).startswith("KVLEASE ")
@@ -186,7 +189,9 @@ def test_an_overdue_writer_is_disconnected_and_its_slot_put_aside(
         (["KV.ABORT", ""], "value is not an integer"),
     ],
 )
-def test_a_wrong_call_is_told_why(words: list[str], said: str, raw: Raw, server: ServerProcess) -> None:
+def test_a_wrong_call_is_told_why(
+    words: list[str], said: str, raw: Raw, server: ServerProcess
+) -> None:
     assert said in error_of(raw.ask(*words))
     assert number_of(server, "kv_leases") == 0
 

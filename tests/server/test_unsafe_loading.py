@@ -12,7 +12,13 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("respkv", "engine", "tiers", "kernels", "bench", "examples", "deploy")
 UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
-UNSAFE_ATTRIBUTES = {("torch", "load"), ("yaml", "load"), ("os", "system"), ("numpy", "load"), ("np", "load")}
+UNSAFE_ATTRIBUTES = {
+    ("torch", "load"),
+    ("yaml", "load"),
+    ("os", "system"),
+    ("numpy", "load"),
+    ("np", "load"),
+}
 
 # A finder that comes first and refuses, so that even a lazy import by a dependency is seen.
 HOOK = """

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """``nbytes`` bytes in which ``tag`` repeats."""
+    """``nbytes`` bytes in which ``tag`` repeats. Values are equal if their bytes are."""
 
     tag: bytes
     nbytes: int
@@ -17,7 +17,7 @@ class Value:
 
 def value_of_write(key: bytes, number: int, nbytes: int) -> Value:
     """Return the value of the ``number``-th write of a history."""
-    return Value(b"<%d %b>" % (number, key), nbytes)
+    return Value((b"<%d %b>" % (number, key))[: nbytes or 1], nbytes)
 
 
 def value_of_page(key: bytes, nbytes: int) -> Value:

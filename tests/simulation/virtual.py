@@ -1,7 +1,6 @@
 """Event loops on which hours pass in no time and every run of a seed is the same."""
 
 import asyncio
-import random
 import selectors
 from collections.abc import Awaitable, Callable
 from math import inf
@@ -88,6 +87,6 @@ def run(work: Callable[[Jump], Awaitable[Any]], *, backend: str, seed: int) -> A
     if backend == "asyncio":
         loop = VirtualLoop()
         return anyio.run(work, loop.jump, backend_options={"loop_factory": lambda: loop})
-    trio_run._r = random.Random(seed)
+    trio_run._r.seed(seed)
     clock = VirtualClock()
-    return anyio.run(work, clock.jump, backend="trio", backend_options={"clock": clock})
+    return anyio.run(work, clock.jump, backend=backend, backend_options={"clock": clock})

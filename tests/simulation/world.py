@@ -1,8 +1,8 @@
 """One history: a server without sockets, some clients, and a seed that decides everything.
 
 Real are the sessions, the transport above its socket, the cache, the arena's memory, the keeper, the
-janitor and its supervisor. Simulated are time, sockets and clients. After most steps the cache
-checks itself, and every resident page is held against the checksum in its header.
+janitor and its supervisor. Simulated are time, sockets and clients. After every fourth step the
+cache checks itself, and every resident page is held against the checksum in its header.
 """
 
 import gc
@@ -119,7 +119,7 @@ class World:
             self.connect()
         for _ in range(steps):
             await self.step()
-            if self.rng.random() < 0.5:
+            if self.rng.random() < 0.25:
                 self.check()
 
     async def step(self) -> None:
@@ -254,7 +254,7 @@ def play_history(seed: int, *, backend: str = "asyncio", steps: int = STEPS) -> 
     async def play(jump: Jump) -> Result:
         return await _play(random.Random(seed), steps, jump)
 
-    gc.freeze()  # the keeper collects garbage often, and only a history's own is worth a look
+    gc.freeze()  # the keeper collects all the time, and only what a history makes is worth a look
     try:
         result = run(play, backend=backend, seed=seed)
     except BaseException as error:
@@ -264,6 +264,7 @@ def play_history(seed: int, *, backend: str = "asyncio", steps: int = STEPS) -> 
         )
         raise
     finally:
+        gc.collect()
         gc.unfreeze()
     assert isinstance(result, Result)
     return result

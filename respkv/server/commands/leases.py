@@ -14,7 +14,7 @@ import anyio.to_thread
 from respkv.engine.leases import Lease, Mode
 from respkv.errors import CommandError, LeaseGone, OutOfMemory
 from respkv.server.arguments import Words, count, integer
-from respkv.server.commands.pages import check_fits, counted_keys, put_options
+from respkv.server.commands.pages import check_fits, check_key, counted_keys, put_options
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.tiers.format import HEADER_BYTES, hash64
@@ -100,6 +100,7 @@ async def kv_reserve(session: Session, args: Args) -> None:
     """
     check_shared(session, writing=True)
     key, nbytes = args[1], count(args[2], "nbytes", 1)
+    check_key(key)
     words = Words(args, 3)
     ms = None
     while words:

@@ -29,8 +29,7 @@ LOAD_BYTES_PER_US = 3000
 
 def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
     """Read the options of KV.PUT and KV.COMMIT; return them and whether NX was given."""
-    if len(key) > KEY_BYTES_MAX:
-        raise CommandError(f"a page key has at most {KEY_BYTES_MAX} bytes, not {len(key)}")
+    check_key(key)
     schema = session.cache.namespaces.of_key(key)
     ttl_ms = 0 if schema is None else schema.ttl_ms
     parent: bytes | None = None
@@ -43,6 +42,7 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
         seen.add(word)
         if word == b"PARENT":
             parent = words.take()
+            check_key(parent)
         elif word == b"TOKENS":
             tokens = words.count("TOKENS", 1)
         elif word == b"PX":
@@ -59,6 +59,12 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
     expires_ms = session.server.clock.wall_ms + ttl_ms if ttl_ms else 0
     how = Put("kvpage", expires_ms, priority, tokens, parent)
     return how, b"NX" in seen
+
+
+def check_key(key: bytes) -> None:
+    """Raise CommandError when a page key, or a parent's, is too long."""
+    if len(key) > KEY_BYTES_MAX:
+        raise CommandError(f"a page key has at most {KEY_BYTES_MAX} bytes, not {len(key)}")
 
 
 @command("kv.put")

@@ -10,6 +10,8 @@ from respkv.wire import reply
 from respkv.wire.parser import Args
 
 NAMESPACE_BYTES_MAX = 256
+NAMESPACES_MAX = 4096
+IDENTITY_BYTES_MAX = 1024  # of a fingerprint, an algorithm's name and a seed
 _COUNTS = {b"LAYERS": "layers", b"HEADS": "heads", b"DIM": "dim", b"TOKENS": "tokens"}
 
 
@@ -23,6 +25,9 @@ def kv_schema_set(session: Session, args: Args) -> None:
             f"a page of {schema.geometry.page_bytes} bytes never fits the arena, which takes at "
             f"most {cache.slabs.payload_bytes_max}; raise maxmemory"
         )
+    known = cache.namespaces.find(schema.namespace)
+    if known is None and len(cache.namespaces) >= NAMESPACES_MAX:
+        raise CommandError(f"there are {NAMESPACES_MAX} namespaces; KV.SCHEMA DEL one first")
     cache.namespaces.put(schema)
     cache.slabs.add_class(schema.geometry.page_bytes)
     session.out.append(reply.OK)
@@ -46,11 +51,11 @@ def _parse(args: Args) -> Schema:
         elif word == b"DTYPE":
             dtype = words.take()
         elif word == b"FINGERPRINT":
-            fingerprint = words.take()
+            fingerprint = _identity(words)
         elif word == b"HASH":
-            algorithm = words.take()
+            algorithm = _identity(words)
         elif word == b"SEED":
-            seed = words.take()
+            seed = _identity(words)
         elif word == b"CODEC":
             codecs.append(_codec(words))
         elif word == b"MAXBYTES":
@@ -68,6 +73,15 @@ def _parse(args: Args) -> Schema:
     except ValueError as error:
         raise CommandError(str(error)) from None
     return Schema(namespace, geometry, fingerprint, algorithm, seed, tuple(codecs), ttl_ms)
+
+
+def _identity(words: Words) -> bytes:
+    value = words.take()
+    if len(value) > IDENTITY_BYTES_MAX:
+        raise CommandError(
+            f"FINGERPRINT, HASH and SEED have at most {IDENTITY_BYTES_MAX} bytes each"
+        )
+    return value
 
 
 def _codec(words: Words) -> tuple[bytes, bytes]:
