@@ -10,13 +10,14 @@ and what is the same for all of them:
   at each eviction would make evictions quadratic, so each asks a few again, in turn. The order is
   exact while no more than RECHECKS are set aside; beyond that the end of a hold is noticed late, by
   at most as many evictions as there are entries aside, over RECHECKS. Before a policy says that
-  nothing can go, it asks all of them.
+  nothing can go, it asks all of them; but one call asks no more than ASKS_MAX, so that nobody waits
+  long where all is held. It says then that nothing can go, and the next call goes on behind them.
 
 Alternative left aside: a call from the engine at each use and each end of a hold. It would make
 this file simpler and every hit slower.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -27,6 +28,7 @@ from respkv.engine.entry import Entry
 from respkv.engine.queues import Fifo, Lfu, Lru, Queue, S3Fifo, Shared, Sieve
 
 RECHECKS = 8
+ASKS_MAX = 4096
 
 
 class Verdict(Enum):
@@ -122,6 +124,10 @@ class PriorityPolicy:
         else:
             queue = self._queues[entry.queue]
             place = queue.withdraw(entry)
+            if not queue:
+                # Not only when its turn comes: a client may use a priority once and never again.
+                del self._queues[entry.queue]
+                del self._priorities[bisect_left(self._priorities, entry.queue)]
             if entry is self._chosen:
                 queue.note_evicted(entry, place)
         if entry is self._chosen:
@@ -132,17 +138,20 @@ class PriorityPolicy:
     def victim(self, verdict: Callable[[Entry], Verdict], now: float) -> Entry | None:
         self._chosen = None
         self._recheck(verdict, RECHECKS)
-        while True:
+        num_held = 0
+        while num_held < ASKS_MAX:
             entry = self._candidate()
             if entry is None:
-                if self._recheck(verdict, len(self._held)):
+                if self._recheck(verdict, ASKS_MAX):
                     continue
                 return None
             answer = verdict(entry)
             if answer is Verdict.EVICT:
                 self._chosen = entry
                 return entry
+            num_held += answer is Verdict.HELD
             self._set_aside(entry, self._queues[entry.queue].withdraw(entry), answer)
+        return None
 
     def age(self, now: float) -> tuple[float, float]:
         entry = self._candidate()

@@ -4,6 +4,7 @@ Keys are kept as their 8-byte hash, oldest forgotten first. A collision can name
 can never change what is served.
 """
 
+from collections import OrderedDict
 from typing import Literal
 
 from xxhash import xxh3_64_intdigest
@@ -16,15 +17,16 @@ class History:
 
     def __init__(self, count_max: int = 65536) -> None:
         self._count_max = count_max
-        self._reasons: dict[int, Reason] = {}
+        # Not a dict, which passes all that was deleted before it finds its oldest.
+        self._reasons: OrderedDict[int, Reason] = OrderedDict()
 
     def note(self, key: bytes, reason: Reason) -> None:
         """Remember why a key left, or was refused."""
         digest = xxh3_64_intdigest(key)
-        self._reasons.pop(digest, None)  # so that it moves to the young end
         self._reasons[digest] = reason
+        self._reasons.move_to_end(digest)
         if len(self._reasons) > self._count_max:
-            del self._reasons[next(iter(self._reasons))]
+            self._reasons.popitem(last=False)
 
     def find(self, key: bytes) -> Reason | None:
         """Return why a key left; None when it was never here or too long ago."""

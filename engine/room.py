@@ -21,6 +21,8 @@ from respkv.tiers.slab import Slab, SlabAllocator, Slot
 
 SMALL = 0  # the class of values on the heap
 ASK_AGAIN_S = 0.5
+GUESSES_MAX = 8
+SLOTS_GUESSED = 8
 MUCH_COLDER = 2.0  # a class whose next victim waited so many times longer has to give
 
 
@@ -172,7 +174,7 @@ class Room:
         return self.slabs.take(nbytes)
 
     def _clear_slabs(self, nbytes: int) -> Slot | None:
-        slabs = self.slabs.slabs_to_clear(nbytes, partial(self._cost, {}))
+        slabs = self._slabs_to_clear(nbytes)
         if slabs is None:
             return None
         self.slabs_cleared += len(slabs)
@@ -182,8 +184,41 @@ class Room:
                     self._evict_with_descendants(slot.owner)
         return self.slabs.take(nbytes)
 
+    def _slabs_to_clear(self, nbytes: int) -> list[Slab] | None:
+        """Choose slabs by a look at some of their pages, then make sure of those chosen.
+
+        Looking at every page of a large arena would take seconds, so that is the last resort.
+        """
+        stuck: dict[Entry, bool] = {}
+        spoilt: set[Slab] = set()
+        for _ in range(GUESSES_MAX):
+            slabs = self.slabs.slabs_to_clear(nbytes, partial(self._guess, spoilt))
+            if slabs is None:
+                return None  # what a guess takes for held is held
+            wrong = [slab for slab in slabs if self._cost(stuck, slab) == inf]
+            if not wrong:
+                return slabs
+            spoilt.update(wrong)
+        return self.slabs.slabs_to_clear(nbytes, partial(self._cost, stuck))
+
+    def _guess(self, spoilt: set[Slab], slab: Slab) -> float:
+        """Estimate ``_cost`` from a few pages; inf for a slab that was found to be ``spoilt``."""
+        if slab in spoilt:
+            return inf
+        step = max(1, len(slab.slots) // SLOTS_GUESSED)
+        slots = [slot for slot in slab.slots[::step] if slot.holders] or list(slab.used)
+        cost = 0.0
+        for slot in slots:
+            entry: Entry | None = slot.owner
+            if entry is None or self.is_held(entry):
+                return inf
+            cost += 1.0 / (1.0 + self._clock.now - entry.touched)
+        return cost * slab.num_used / len(slots)
+
     def _cost(self, stuck: dict[Entry, bool], slab: Slab) -> float:
-        """What clearing a slab would lose: the sum of how recently each of its pages was used.
+        """What clearing a slab would lose: the sum of its bytes, each by how recently it was used.
+
+        By bytes, not by pages, or one large page just put would go for many small cold ones.
 
         stuck: what ``_is_stuck`` said so far, so that a chain is walked once and not for each page.
         """
@@ -193,7 +228,7 @@ class Room:
             if entry is None or self._is_stuck(entry, stuck):
                 return inf
             cost += 1.0 / (1.0 + self._clock.now - entry.touched)
-        return cost
+        return cost * slab.slot_bytes
 
     def _is_stuck(self, entry: Entry, stuck: dict[Entry, bool]) -> bool:
         """Whether an entry or one behind it is held."""

@@ -66,17 +66,24 @@ class CommandError(CacheError):
     """A command was refused. ``word`` is the first word of the error reply."""
 
     def __init__(self, message: str, word: str = "ERR") -> None:
-        super().__init__(message)
+        super().__init__(message, word)
+        self.message = message
         self.word = word
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ServerError(CacheError):
     """The server answered with an error: ``word`` is its first word, ``message`` the rest."""
 
     def __init__(self, word: str, message: str) -> None:
-        super().__init__(f"{word} {message}")
+        super().__init__(word, message)
         self.word = word
         self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.message}"
 
 
 class ConnectionLost(CacheError):

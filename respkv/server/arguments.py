@@ -8,6 +8,7 @@ from respkv.wire.commands import parse_integer
 
 NOT_AN_INTEGER: Final = "value is not an integer or out of range"
 WALL_MS_MAX: Final = (1 << 63) - 1
+DURATION_MS_MAX: Final = 1 << 52  # a wall clock and this add up to far less than 64 bits
 SHOWN_BYTES_MAX: Final = 64
 
 
@@ -25,6 +26,14 @@ def count(arg: bytes, what: str, least: int = 0) -> int:
     if number < least:
         raise CommandError(f"{what} must be at least {least}, not {number}")
     return number
+
+
+def count_ms(arg: bytes, what: str) -> int:
+    """Read how many milliseconds from now. Raises CommandError, also when that is past all clocks."""
+    ms = count(arg, what, 1)
+    if ms > DURATION_MS_MAX:
+        raise CommandError(f"{what} must be at most {DURATION_MS_MAX}, not {ms}")
+    return ms
 
 
 def shown(arg: bytes) -> str:

@@ -33,12 +33,14 @@ class Sink(Protocol):
 
     def window(self, scratch: memoryview) -> memoryview:
         """Return memory, not empty, for the next bytes."""
+        ...
 
     def advance(self, window: memoryview) -> None:
         """Take note of bytes that were written to the start of the last window."""
 
     def value(self) -> object:
         """Return the argument, once nothing is missing."""
+        ...
 
 
 class ArenaSink:

@@ -279,6 +279,8 @@ class Session:
 
     def _limit_output(self) -> None:
         """Close on a stranger who collects answers: a NOAUTH for each of many commands, or an echo."""
+        if len(self.out) > 64:  # joined, or measuring them after each command would be quadratic
+            self.out = [b"".join(self.out)]
         if sum(map(len, self.out)) > UNAUTHENTICATED_OUTPUT_MAX:
             self.server.num_slow_readers += 1
             self.is_closing = True
@@ -299,7 +301,7 @@ class Session:
         if self._must_stop():
             self._backlog.extend(todo)
             return
-        handlers = self._handlers
+        handlers, found = self._handlers, None
         for args in todo:
             found = handlers.get(args[0])
             try:

@@ -11,6 +11,7 @@ neither reads nor answers, and the slots that are being sent stay held.
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
@@ -71,7 +72,8 @@ class Connection(asyncio.BufferedProtocol):
         """Let a page leave in few steps: the default buffer of a Unix socket holds 208 KiB."""
         raw = self._transport.get_extra_info("socket")
         if raw.family == socket.AF_UNIX:
-            with socket.socket(fileno=os.dup(raw.fileno())) as wide:
+            # Without a descriptor to spare the client is served all the same, a little slower.
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(raw.fileno())) as wide:
                 wide.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BYTES)
 
     def _refusal(self) -> str | None:

@@ -9,6 +9,7 @@ from itertools import chain
 from struct import Struct
 
 RUN_MIN = 4  # shorter runs are not worth it
+ROWS_FIRST = 32  # looked at before all: a run that ends early must not cost as much as a long one
 
 
 def take_run(buffer: bytearray, position: int, count_max: int) -> tuple[list[bytes], int]:
@@ -23,16 +24,28 @@ def take_run(buffer: bytearray, position: int, count_max: int) -> tuple[list[byt
     head = bytes(buffer[position : end + 2])
     stride = len(head) + int(digits) + 2
     count = min(count_max, (len(buffer) - position) // stride)
-    second = position + stride
-    if count < RUN_MIN or buffer[second : second + len(head)] != head:
+    second, last = position + stride, position + (RUN_MIN - 1) * stride
+    if (
+        count < RUN_MIN
+        or not head == buffer[second : second + len(head)] == buffer[last : last + len(head)]
+    ):
         return [], position
-    for column, byte in chain(enumerate(head), ((stride - 2, 0x0D), (stride - 1, 0x0A))):
-        first = position + column
-        found = buffer[first : first + (count - 1) * stride + 1 : stride]
-        if found.count(byte) != count:
-            count = next(row for row, other in enumerate(found) if other != byte)
+    found = _equal_rows(buffer, position, head, stride, min(count, ROWS_FIRST))
+    if found == ROWS_FIRST:
+        found = _equal_rows(buffer, position, head, stride, count)
+    count = found
     if count < RUN_MIN:
         return [], position
     stop = position + count * stride
     rows = Struct(f"{len(head)}x{int(digits)}s2x").iter_unpack(memoryview(buffer)[position:stop])
     return list(chain.from_iterable(rows)), stop
+
+
+def _equal_rows(buffer: bytearray, position: int, head: bytes, stride: int, count: int) -> int:
+    """Return how many of ``count`` rows, from the first on, have this head and end with CR LF."""
+    for column, byte in chain(enumerate(head), ((stride - 2, 0x0D), (stride - 1, 0x0A))):
+        first = position + column
+        found = buffer[first : first + (count - 1) * stride + 1 : stride]
+        if found.count(byte) != count:
+            count = next(row for row, other in enumerate(found) if other != byte)
+    return count

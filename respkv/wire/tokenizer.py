@@ -12,6 +12,8 @@ from typing import Any, Final, cast
 import hiredis
 
 _MORE: Final = object()
+# A map of an array is a TypeError, a claimed length beyond memory a MemoryError, and so on.
+_REFUSALS: Final = (hiredis.ProtocolError, MemoryError, TypeError, ValueError)
 _NOT_BULK = re.compile(rb"\r\n[+=(~|>%]")
 # hiredis makes a list of a claimed count before any element came, seconds long for the largest.
 _LARGE_COUNT = re.compile(rb"\*[0-9]{6}")
@@ -45,13 +47,13 @@ class Tokenizer:
         try:
             reader.feed(cast(bytes, data), 0, nbytes)  # it takes any buffer
             found = list(iter(reader.gets, _MORE))
-        except (hiredis.ProtocolError, MemoryError, UnicodeError):
+        except _REFUSALS:
             self.reset()
             return None, False
         try:
             reader.feed(self._probe)
             is_whole = reader.gets() == self._probed
-        except hiredis.ProtocolError:
+        except _REFUSALS:
             is_whole = False
         if not is_whole:
             self.reset()

@@ -173,6 +173,7 @@ def test_leaves_are_evicted_before_the_pages_they_stand_behind() -> None:
         cache.put(key, b"v" * 100_000, Put("kvpage", parent=parent))
         parent = key
         clock.advance(1)
+    present: list[bool] = []
     for number in range(8):
         cache.put(b"q%d" % number, b"v" * 100_000, PAGE)
         present = [key in cache.entries for key in (b"p%d" % each for each in range(6))]

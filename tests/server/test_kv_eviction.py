@@ -48,7 +48,9 @@ def test_five_times_the_memory_is_put_and_the_budget_holds(
 ) -> None:
     server = start_server(maxmemory="32mb", maxmemory_policy=policy)
     choice = random.Random(5)
+    value = b""
     with Raw(server.connect()) as raw:
+        value = b""
         for each in range(400):
             nbytes = choice.choice([3, 400, 1000, 50_000, 300_000, MIB])
             value = bytes([each % 256]) * nbytes
@@ -172,6 +174,9 @@ def test_pinned_pages_stay_and_the_writer_is_told(start_server: StartServer) -> 
         assert raw.ask("KV.PUT", "more", b"m" * MIB) == b"OK"
         assert raw.ask("KV.EXPLAIN", pinned[3])[0] == b"evicted"
         assert all(present(raw, pinned[:3] + pinned[4:]))
+        many = ["MSET", "s1", "v", "s2", b"m" * (MIB // 2), "s3", b"m" * MIB, "s4", "v"]
+        assert error_of(raw.ask(*many)).startswith("OOM ")
+        assert raw.ask("EXISTS", "s1", "s2", "s3", "s4") == 0, "all or none"
         assert number_of(server, "kv_oom") >= 5
         assert number_of(server, "kv_landings") == 0
 

@@ -19,7 +19,7 @@ from tests.server_process import ServerProcess
 Words = tuple[str | bytes | int, ...]
 
 FAR_S, FAR_MS = 33177117420, 33177117420123
-KEY = st.sampled_from([b"a", b"b", b"c", b"", b"{x}\r\n", b"K" * 600])
+KEY = st.sampled_from([b"a", b"b", b"c", b"", b"{x}\r\n", b"K" * 500])
 VALUE = st.one_of(
     st.binary(max_size=20),
     st.sampled_from([b"x" * 447, b"y" * 450, b"z" * 20_000, b"\r\n+OK\r\n" * 10_000, b"12345"]),

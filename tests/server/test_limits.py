@@ -157,7 +157,7 @@ def test_the_length_limit_follows_config_set(start_server: StartServer) -> None:
         assert raw.ask("SET", "k", b"x" * MIB) == b"OK"
         assert raw.ask("CONFIG", "SET", "proto-max-bulk-len", 2 * MIB) == b"OK"
         assert raw.ask("SET", "k", b"x" * (2 * MIB)) == b"OK"
-        raw.send("SET", "k", b"x" * (2 * MIB + 1))
+        raw.socket.sendall(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$%d\r\n" % (2 * MIB + 1))
         assert error_of(raw.next()) == "ERR Protocol error: invalid bulk length"
 
 
@@ -287,3 +287,19 @@ def test_long_pipelines_of_unknown_commands_stay_in_step(raw: Raw) -> None:
     for _ in range(20_000):
         assert raw.next_raw().startswith(b"-ERR unknown command 'bogus'")
     assert raw.next() == b"PONG"
+
+
+def test_used_memory_is_what_the_process_uses(start_server: StartServer) -> None:
+    """Goal E2: within 32 MiB of the resident set once the memory is full."""
+    server = start_server(maxmemory="64mb")
+    with Raw(server.connect()) as raw:
+        for size in (20, 300, 700, 5000, 100_000, MIB):
+            count = min(24 * MIB // size, 40_000)
+            requests = [("SET", f"{size}-{each}", b"v" * size) for each in range(count)]
+            for start in range(0, count, 2000):
+                assert set(raw.ask_all(requests[start : start + 2000])) == {b"OK"}
+        info = server.info()
+    used, resident = int(info["used_memory"]), server.resident_bytes
+    assert abs(resident - used) < 32 * MIB, (used, resident)
+    assert resident < (64 + 96) * MIB
+    assert abs(int(info["used_memory_rss"]) - resident) < 8 * MIB

@@ -32,6 +32,7 @@ from tests.simulation.socket import SimulatedSocket
 from tests.simulation.virtual import Jump, run
 
 QUARANTINE_S = 2.0
+LEASE_MAX_S = 10  # the longest that clients ask for
 FINISH_S = 60.0  # every answer has come by then, in virtual time
 STEPS = 300
 
@@ -50,18 +51,19 @@ class Result:
 class WatchedCache(Cache):
     """A cache that may never evict what somebody was promised.
 
-    overdue: where writers that overstayed and lost their connection may still be writing.
+    loose: where writers whose connection was closed on them may still be writing, and until when.
     """
 
-    overdue: list[tuple[float, memoryview]]
+    loose: list[tuple[float, memoryview]]
 
-    def drop_owner(self, owner: int) -> None:
+    def drop_owner(self, owner: int, *, may_write: bool = False) -> None:
         for lease in self.leases._leases.values():
-            if lease.owner == owner and lease.is_overdue:
+            is_writer = lease.mode is Mode.WRITE and lease.owner == owner
+            if is_writer and (may_write or lease.is_overdue):
                 # The client learns of it late, but not as late as the end of the quarantine.
-                until = self.clock.now + 0.9 * QUARANTINE_S
-                self.overdue.append((until, self.payload(lease.slots[0])))
-        super().drop_owner(owner)
+                until = max(self.clock.now, lease.deadline) + 0.9 * QUARANTINE_S
+                self.loose.append((until, self.payload(lease.slots[0])))
+        super().drop_owner(owner, may_write=may_write)
 
     def _evict(self, entry: Entry) -> None:
         now = self.clock.now
@@ -81,7 +83,7 @@ class World:
         assert isinstance(server.cache, WatchedCache)
         self.server = server
         self.cache = server.cache
-        self.cache.overdue = []
+        self.cache.loose = []
         self.rng = rng
         self.keys = keys
         self.record = Record()
@@ -158,9 +160,8 @@ class World:
 
     def _overwrite(self) -> None:
         """Let writers that have lost their connection, and do not know yet, go on writing."""
-        overdue = self.cache.overdue
-        self.cache.overdue = [each for each in overdue if each[0] > self.moment.now]
-        for _, memory in self.cache.overdue:
+        self.cache.loose = [each for each in self.cache.loose if each[0] > self.moment.now]
+        for _, memory in self.cache.loose:
             memory[:1000] = b"!" * len(memory[:1000])
 
     def _tick(self) -> None:
@@ -216,7 +217,7 @@ class World:
             client.end_all()
             client.socket.lose()
         self._run_deferred()
-        await anyio.sleep(QUARANTINE_S + 1)
+        await anyio.sleep(LEASE_MAX_S + QUARANTINE_S + 1)
         self.check()
         cache = self.cache
         assert not self.server.sessions
@@ -279,7 +280,8 @@ async def _play(rng: random.Random, steps: int, jump: Jump) -> Result:
         shm="rw",
         answer_lease=rng.choice((0, 50, 5000)),
         reserve_timeout=rng.choice((0, 100, 5000)),
-        lease_max=60_000,
+        lease_default=1000,
+        lease_max=LEASE_MAX_S * 1000,
         output_timeout=rng.choice((1, 10)),
         client_output_buffer_limit=rng.choice((100_000, 1 << 28)),
         check_interval=1,

@@ -4,7 +4,7 @@ import hmac
 
 import respkv
 from respkv.errors import CommandError
-from respkv.server.arguments import integer
+from respkv.server.arguments import integer, shown
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.wire import reply
@@ -95,8 +95,7 @@ def hello(session: Session, args: Args) -> None:
             check_name(name)
             position += 2
         else:
-            word = args[position].decode(errors="replace")
-            raise CommandError(f"Syntax error in HELLO option '{word}'")
+            raise CommandError(f"Syntax error in HELLO option '{shown(args[position])}'")
     if not session.is_authenticated:
         raise CommandError(
             "HELLO must be called with the client already authenticated, otherwise the HELLO "

@@ -12,7 +12,7 @@ from respkv.engine.landing import Landing
 from respkv.engine.namespaces import check_payload
 from respkv.errors import CommandError, SchemaMismatch
 from respkv.page import KEY_BYTES_MAX
-from respkv.server.arguments import Words, count, value_of
+from respkv.server.arguments import Words, count, count_ms, value_of
 from respkv.server.body import Refused
 from respkv.server.commands.keyspace import mark_used
 from respkv.server.commands.strings import layer_bytes, send_entry, stream_values
@@ -46,7 +46,7 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
         elif word == b"TOKENS":
             tokens = words.count("TOKENS", 1)
         elif word == b"PX":
-            ttl_ms = words.count("PX", 1)
+            ttl_ms = count_ms(words.take(), "PX")
         elif word == b"PRIORITY":
             priority = words.integer()
         elif word == b"DURABLE":
@@ -191,7 +191,7 @@ def kv_touch(session: Session, args: Args) -> None:
 def kv_pin(session: Session, args: Args) -> None:
     """Keep a page from eviction for some milliseconds, whoever asks and whoever leaves."""
     entry = session.cache.find(args[1])
-    ms = count(args[2], "ms", 1)
+    ms = count_ms(args[2], "ms")
     if entry is not None:
         entry.pinned_until = session.cache.clock.now + ms / 1000
     session.out.append(reply.integer(entry is not None))

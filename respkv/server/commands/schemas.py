@@ -3,7 +3,7 @@
 from respkv.engine.namespaces import Schema
 from respkv.errors import CommandError
 from respkv.page import Geometry
-from respkv.server.arguments import Words, shown
+from respkv.server.arguments import Words, count_ms, shown
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.wire import reply
@@ -61,7 +61,7 @@ def _parse(args: Args) -> Schema:
         elif word == b"MAXBYTES":
             raise CommandError("MAXBYTES: this server has no quotas for a namespace")
         elif word == b"TTL":
-            ttl_ms = words.count("TTL", 1)
+            ttl_ms = count_ms(words.take(), "TTL")
         else:
             raise words.unexpected()
     missing = [name.upper() for name in _COUNTS.values() if name not in counts]
@@ -69,7 +69,7 @@ def _parse(args: Args) -> Schema:
         names = ", ".join([*missing, *([] if dtype else ["DTYPE"])])
         raise CommandError(f"a schema needs {names}")
     try:
-        geometry = Geometry(**counts, dtype=dtype.decode(errors="replace"))
+        geometry = Geometry(**counts, dtype=shown(dtype))
     except ValueError as error:
         raise CommandError(str(error)) from None
     return Schema(namespace, geometry, fingerprint, algorithm, seed, tuple(codecs), ttl_ms)

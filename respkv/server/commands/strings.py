@@ -281,8 +281,7 @@ def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple
 @command("mset")
 def mset(session: Session, args: Args) -> None:
     """Store several values at once."""
-    for key, value in _pairs(args, "mset"):
-        store(session, key, value, PLAIN)
+    _store_all(session, _pairs(args, "mset"))
     session.out.append(reply.OK)
 
 
@@ -291,9 +290,30 @@ def msetnx(session: Session, args: Args) -> None:
     """Store several values unless one of the keys is there."""
     pairs = _pairs(args, "msetnx")
     is_free = all(session.cache.find(key) is None for key, _ in pairs)
-    for key, value in pairs if is_free else ():
-        store(session, key, value, PLAIN)
+    if is_free:
+        _store_all(session, pairs)
     session.out.append(reply.integer(is_free))
+
+
+def _store_all(session: Session, pairs: list[tuple[bytes, Any]]) -> None:
+    """Store several values; whatever needs a slot has one before the first of them is stored."""
+    cache = session.cache
+    taken: list[Landing] = []
+    try:
+        for position, (key, value) in enumerate(pairs):
+            if isinstance(value, bytes) and len(value) > SMALL_BYTES_MAX:
+                landing = cache.reserve(len(value))
+                taken.append(landing)
+                landing.write(value)
+                pairs[position] = key, landing
+                cache.check_key(key, landing.nbytes)
+            elif isinstance(value, Landing):
+                cache.check_key(key, value.nbytes)
+        for key, value in pairs:
+            store(session, key, value, PLAIN)
+    finally:
+        for landing in taken:
+            cache.abandon(landing)
 
 
 def _pairs(args: Args, name: str) -> list[tuple[bytes, Any]]:

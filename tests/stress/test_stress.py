@@ -1,0 +1,19 @@
+"""A sample of each run of this folder, as the gate can afford it."""
+
+import subprocess
+import sys
+
+import pytest
+
+RUNS = [
+    ["fuzz", "--inputs", "20000"],
+    ["stall", "--seconds", "0.5", "--max-ms", "2000"],
+]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run[0] for run in RUNS])
+def test_a_short_form_of_the_run_passes(run: list[str]) -> None:
+    name, *options = run
+    line = [sys.executable, "-m", f"tests.stress.{name}", *options]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"  # the seed is in what it printed
