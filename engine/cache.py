@@ -235,6 +235,7 @@ class Cache:
 
     def lease(self, owner: int, entries: list[Entry], deadline: float) -> Lease:
         """Let a connection read entries in place until ``deadline``; all must be in slots."""
+        self.leases.check_may_begin(owner)
         slots = [entry.slot for entry in entries if entry.slot is not None]
         assert len(slots) == len(entries)
         for slot in slots:
@@ -243,8 +244,8 @@ class Cache:
 
     def lease_room(self, owner: int, key: bytes, nbytes: int, deadline: float) -> Lease:
         """Let a connection write a new value in place until ``deadline``. Raises OutOfMemory."""
-        slot = self._take(nbytes)
-        return self.leases.begin(owner, Mode.WRITE, [slot], deadline, key)
+        self.leases.check_may_begin(owner)
+        return self.leases.begin(owner, Mode.WRITE, [self._take(nbytes)], deadline, key)
 
     def promise(self, entry: Entry, until: float) -> None:
         """Keep an entry that a client was told about until it comes to fetch it."""

@@ -13,8 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from respkv.errors import LeaseGone
+from respkv.errors import Busy, LeaseGone
 from respkv.tiers.slab import Slot
+
+LEASES_MAX = 65536  # of one connection: one of nothing takes memory too
+_HEAP_SLACK = 1024
 
 
 class Mode(Enum):
@@ -57,6 +60,11 @@ class LeaseTable:
     def quarantined(self) -> int:
         """Slots of overdue writers that wait before they are used again."""
         return len(self._quarantine)
+
+    def check_may_begin(self, owner: int) -> None:
+        """Raise Busy when a connection has as many leases as one may have."""
+        if len(self._owned.get(owner, ())) >= LEASES_MAX:
+            raise Busy(f"this connection has {LEASES_MAX} leases; release some first")
 
     def begin(
         self, owner: int, mode: Mode, slots: list[Slot], deadline: float, key: bytes = b""
@@ -150,6 +158,9 @@ class LeaseTable:
 
     def _forget(self, lease: Lease) -> None:
         del self._leases[lease.number]
+        if len(self._deadlines) > 2 * len(self._leases) + _HEAP_SLACK:
+            self._deadlines = [each for each in self._deadlines if each[1] in self._leases]
+            heapq.heapify(self._deadlines)
         numbers = self._owned[lease.owner]
         numbers.discard(lease.number)
         if not numbers:

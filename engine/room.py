@@ -213,7 +213,7 @@ class Room:
             if entry is None or self.is_held(entry):
                 return inf
             cost += 1.0 / (1.0 + self._clock.now - entry.touched)
-        return cost * slab.num_used / len(slots)
+        return cost * slab.used_bytes / len(slots)
 
     def _cost(self, stuck: dict[Entry, bool], slab: Slab) -> float:
         """What clearing a slab would lose: the sum of its bytes, each by how recently it was used.

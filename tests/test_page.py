@@ -47,7 +47,7 @@ def test_a_geometry_without_something_is_refused_by_name(name: str) -> None:
 
 
 def test_a_dtype_that_pages_do_not_have_is_refused_with_those_they_have() -> None:
-    with pytest.raises(ValueError, match="bfloat16, .*not 'float64'"):
+    with pytest.raises(ValueError, match=r"bfloat16, .*not 'float64'"):
         Geometry(1, 1, 1, 1, "float64")
 
 

@@ -71,6 +71,8 @@ class Server:
         cache = self.cache
         for session in self.sessions.values():
             session.use_limits(self.limits)
+            if not config.requirepass and not session.is_authenticated:
+                session.demand_password(False)  # or AUTH, its only way on, would be refused
         if config.maxmemory_policy != cache.room.policy:
             cache.room.use_policy(config.maxmemory_policy, iter(cache.entries.values()))
         budget = config.maxmemory - config.small_value_bytes()

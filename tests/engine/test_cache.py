@@ -318,7 +318,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.cache.machine = self
         self.values: dict[bytes, bytes] = {}
-        self.ends: dict[bytes, float] = {}  # when a TTL ends
+        self.ends: dict[bytes, int] = {}  # the wall-clock millisecond when a TTL ends
         self.kept: dict[bytes, float] = {}  # promised or pinned until
         self.landings: list[tuple[bytes, Landing, bytes]] = []
         self.borrowed: list[tuple[Slot, bytes]] = []
@@ -351,10 +351,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.values[key] = data
         self.ends.pop(key, None)
         if ttl:
-            self.ends[key] = self.clock.now + ttl
+            self.ends[key] = self.clock.wall_ms + int(ttl * 1000)
 
     def expire(self) -> None:
-        for key in [key for key, end in self.ends.items() if end <= self.clock.now]:
+        for key in [key for key, end in self.ends.items() if end <= self.clock.wall_ms]:
             self.forget(key)
 
     def how(self, data: Any, key: bytes, ttl: float) -> Put:
@@ -437,7 +437,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.expire_at(entry, self.clock.wall_ms + int(ttl * 1000) if ttl else 0)
             self.ends.pop(key, None)
             if ttl:
-                self.ends[key] = self.clock.now + ttl
+                self.ends[key] = self.clock.wall_ms + int(ttl * 1000)
 
     @rule(key=keys, span=seconds, is_pin=st.booleans())
     def keep(self, key: bytes, span: float, is_pin: bool) -> None:

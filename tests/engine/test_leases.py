@@ -13,8 +13,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from respkv.engine.leases import Lease, LeaseTable, Mode
-from respkv.errors import LeaseGone
+from respkv.engine.leases import LEASES_MAX, Lease, LeaseTable, Mode
+from respkv.errors import Busy, LeaseGone
 from respkv.tiers.slab import SlabAllocator, Slot
 
 _allocator = SlabAllocator(1 << 20)
@@ -218,3 +218,21 @@ def test_the_table_agrees_with_a_plain_list() -> None:
     run_state_machine_as_test(
         LeaseMachine, settings=settings(max_examples=80, stateful_step_count=40, deadline=None)
     )
+
+
+def test_leases_that_come_and_go_leave_no_deadlines_behind() -> None:
+    table, _ = make_table()
+    slot = new_slot()
+    for _ in range(5000):
+        table.end(1, table.begin(1, Mode.READ, [slot], 10.0).number)
+    assert len(table._deadlines) < 1100
+
+
+def test_one_connection_has_a_bounded_number_of_leases() -> None:
+    table, _ = make_table()
+    for _ in range(LEASES_MAX):
+        table.check_may_begin(1)
+        table.begin(1, Mode.READ, [], 10.0)
+    with pytest.raises(Busy, match="release some first"):
+        table.check_may_begin(1)
+    table.check_may_begin(2)

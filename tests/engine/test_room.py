@@ -26,7 +26,7 @@ def fill(cache: Cache, clock: ManualClock, name: bytes, nbytes: int) -> list[Ent
 
 
 def chain(cache: Cache, clock: ManualClock, num: int, nbytes: int) -> list[Entry]:
-    entries = []
+    entries: list[Entry] = []
     for number in range(num):
         parent = entries[-1].key if entries else b""
         how = Put("kvpage", parent=parent)
@@ -50,6 +50,15 @@ def test_a_new_size_takes_slabs_from_one_that_nobody_uses_any_more(policy: str) 
             cache.check()
     assert num_of(cache, b"new") >= 80, "the new size is stuck in a corner"
     assert cache.room.slabs_cleared > 5
+
+
+def test_one_large_value_just_put_does_not_go_for_many_small_cold_ones() -> None:
+    cache, clock = make_cache()
+    fill(cache, clock, b"old", 3000)
+    for number in range(16):
+        cache.put(b"new%d" % number, b"v" * 100_000)
+        clock.advance(1)
+    assert num_of(cache, b"new") >= 8
 
 
 def test_sizes_that_are_used_alike_leave_each_others_slabs_alone() -> None:
