@@ -142,7 +142,7 @@ class Config(
     ] = 512 * MIB
     max_args: Annotated[
         int, Count(about="Most arguments of a command.", least=16, most=1 << 24)
-    ] = 65536 * 16
+    ] = 65536
     inline_max: Annotated[int, Size(about="Longest inline command.", least=KIB, most=MIB)] = (
         64 * KIB
     )

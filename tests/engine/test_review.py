@@ -41,7 +41,7 @@ def test_where_all_is_held_one_call_asks_only_so_many() -> None:
         asked.append(entry)
         return Verdict.EVICT if entry is free else Verdict.HELD
 
-    victims = []
+    victims: list[Entry | None] = []
     while not victims or victims[-1] is None:
         asked.clear()
         victims.append(policy.victim(verdict, 1.0))

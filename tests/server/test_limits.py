@@ -25,8 +25,8 @@ MIB = 1 << 20
         b"*3\r\n$6\r\nKV.PUT\r\n$1\r\nk\r\n$536870911\r\n",
         b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$536870911\r\n" + b"x" * 10_000,
         b"*2\r\n$4\r\nECHO\r\n$536870911\r\n" + b"x" * 10_000,
-        b"*1048576\r\n$4\r\nMGET\r\n$65535\r\n",
-        b"*1048576\r\n" + b"$1\r\nk\r\n" * 1000,
+        b"*65536\r\n$4\r\nMGET\r\n$65535\r\n",
+        b"*65536\r\n" + b"$1\r\nk\r\n" * 1000,
     ],
     ids=[
         "SET",
