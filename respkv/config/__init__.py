@@ -153,7 +153,7 @@ class Config(
     client_output_buffer_limit: Annotated[
         int,
         Size(
-            about="A reader with more unsent bytes than this is disconnected.",
+            about="A reader that has more unsent bytes than this and takes none for 1 s is disconnected.",
             least=KIB,
             runtime=True,
         ),

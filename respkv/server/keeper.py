@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 TICKS_PER_OLDER = 10
+# Over the output limit one large value may wait, as long as it leaves.
+STALL_OVER_LIMIT_S = 1.0
 # What is resident is examined only when nobody waits, and when that takes no more than some 50 ms.
 ENTRIES_EXAMINED_MAX = 50_000
 
@@ -49,10 +51,10 @@ async def keep(server: Server, janitor: Actor) -> None:
 def _look_at(server: Server, session: Session, now: float) -> None:
     config = server.config
     if session.is_draining:
-        unsent = session.wire.unsent_bytes()
-        if unsent > config.client_output_buffer_limit:
+        unsent, stalled_s = session.wire.unsent_bytes(), session.stalled_s(now)
+        if unsent > config.client_output_buffer_limit and stalled_s >= STALL_OVER_LIMIT_S:
             reason = f"{unsent} bytes of output wait, over client-output-buffer-limit"
-        elif session.stalled_s(now) >= config.output_timeout:
+        elif stalled_s >= config.output_timeout:
             reason = f"took no byte for {config.output_timeout} s"
         else:
             return

@@ -363,6 +363,20 @@ async def test_a_reservation_is_held_against_the_schema_of_the_moment_it_is_comm
             assert answers[1:] == [b"OK", b"OK"]
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_commit_that_is_cancelled_at_any_moment_published_its_page_or_gave_it_back(
+    turns: int,
+) -> None:
+    async with running() as server:
+        wire = FakeWire(server)
+        wire.feed(request("KV.RESERVE", "k", 2_000_000))
+        await settle()
+        wire.feed(request("KV.COMMIT", 1))
+        for _ in range(turns):
+            await anyio.lowlevel.checkpoint()
+    assert server.cache.slabs.payload_bytes == 2_000_000 * len(server.cache.entries)
+
+
 async def test_a_page_that_was_put_meanwhile_makes_a_commit_nx_answer_null() -> None:
     async with running() as server:
         wire = FakeWire(server)
@@ -524,3 +538,31 @@ def test_the_answer_to_an_unknown_subcommand_or_arity_is_an_error_and_drops_the_
         assert "wrong number" in str(ask(wire, "SETNX", "k", b"v" * LARGE, "more"))
         assert "unknown" in str(ask(wire, "CLIENT", "NOSUCH")).lower()
         assert server.cache.slabs.used_bytes == 0
+
+
+def test_maxmemory_may_go_down_and_up_again_while_values_are_read() -> None:
+    with serving(maxmemory=8 << 20) as server:
+        wire, reader = FakeWire(server), FakeWire(server, room=0)
+        for number in range(24):
+            ask(wire, "SET", b"k%d" % number, b"v" * LARGE)
+        reader.feed(request("MGET", "k0", "k1"))
+        assert ask(wire, "CONFIG", "SET", "maxmemory", 2 << 20) == b"OK"
+        assert server.cache.slabs.used_bytes <= 2 << 20
+        server.cache.check()
+        assert parsed(reader.drain()) == [[b"v" * LARGE] * 2]
+        assert ask(wire, "SET", "new", b"v" * LARGE) == b"OK"
+        assert server.cache.slabs.used_bytes <= 2 << 20
+        assert ask(wire, "CONFIG", "SET", "maxmemory", 8 << 20) == b"OK"
+        for number in range(24):
+            ask(wire, "SET", b"k%d" % number, b"v" * LARGE)
+        assert server.cache.slabs.used_bytes > 6 << 20
+        error = str(ask(wire, "CONFIG", "SET", "maxmemory", 9 << 20))
+        assert "more than the arena was made for" in error
+
+
+def test_settings_change_whatever_the_arena_is_a_multiple_of() -> None:
+    with serving(maxmemory=4 << 20, small_value_memory=8 << 10) as server:
+        wire = FakeWire(server)
+        assert ask(wire, "CONFIG", "SET", "maxmemory-policy", "sieve") == b"OK"
+        assert ask(wire, "CONFIG", "SET", "maxmemory", 4 << 20) == b"OK"
+        assert server.cache.room.policy == "sieve"
