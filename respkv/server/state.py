@@ -19,6 +19,8 @@ from respkv.tiers.arena import Arena
 from respkv.wire.parser import Limits
 from respkv.wire.tokenizer import Tokenizer
 
+ROOM_PAUSE_S, ROOM_PAUSE_S_MAX = 0.05, 0.4
+
 
 class Server:
     """The cache, the settings, the connections and the counters that are not the cache's.
@@ -100,6 +102,7 @@ class Server:
 
         Cancelled: nothing is held.
         """
+        pause_s = ROOM_PAUSE_S
         with anyio.move_on_after(self.config.reserve_timeout / 1000):
             while not has_gone():
                 self.clock.refresh()
@@ -107,9 +110,11 @@ class Server:
                     return self.cache.reserve(nbytes)
                 except OutOfMemory:
                     self._room = anyio.Event()
-                # Promises lapse without anybody saying so, hence the look now and then.
-                with anyio.move_on_after(0.05):
+                # Promises lapse without anybody saying so, hence the look now and then, and ever
+                # more rarely, because a look in vain is long.
+                with anyio.move_on_after(pause_s):
                     await self._room.wait()
+                pause_s = min(2 * pause_s, ROOM_PAUSE_S_MAX)
         return None
 
 

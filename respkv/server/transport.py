@@ -19,6 +19,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from respkv.engine.supervisor import guard
 from respkv.server.session import Buffers, Session
 from respkv.wire import reply
 
@@ -110,6 +111,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """Go on once all output has left."""
+        # The loop closes a connection whose reading crashes, but not one whose writing does.
+        guard(self._go_on, self.abort)
+
+    def _go_on(self) -> None:
         if self._session is not None:
             self._session.drained()
             self._flush(self._session)

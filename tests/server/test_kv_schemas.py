@@ -217,3 +217,19 @@ def test_layers_are_ranges_of_bytes(raw: Raw, namespace: str) -> None:
     for key in ("no-schema", "plain"):
         assert "LAYERS needs a page" in error_of(raw.ask("KV.GET", key, "LAYERS", 0, 1))
     assert raw.ask("KV.GET", "absent", "LAYERS", 0, 1) is None
+
+
+def test_the_pages_of_a_deleted_schema_are_not_served_under_the_next(raw: Raw) -> None:
+    words = ["LAYERS", 1, "HEADS", 1, "DIM", 8, "TOKENS", 4, "DTYPE", "uint8", "FINGERPRINT"]
+    assert raw.ask("KV.SCHEMA", "SET", "model", *words, "old") == b"OK"
+    for number in range(5000):
+        raw.send("KV.PUT", f"model:{number:064x}", b"o" * 64)
+    assert {raw.next() for _ in range(5000)} == {b"OK"}
+    assert raw.ask("KV.PUT", "other:1", b"x" * 99) == b"OK"
+    assert raw.ask("KV.SCHEMA", "DEL", "model") == 1
+    assert raw.ask("KV.SCHEMA", "SET", "model", *words, "new") == b"OK"
+    assert raw.ask("KV.GET", f"model:{7:064x}") is None
+    assert raw.ask("EXISTS", *(f"model:{number:064x}" for number in range(5000))) == 0
+    assert raw.ask("KV.GET", "other:1") == b"x" * 99
+    assert raw.ask("KV.SCHEMA", "DEL", "model") == 1
+    assert raw.ask("KV.SCHEMA", "DEL", "model") == 0

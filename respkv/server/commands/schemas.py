@@ -1,14 +1,17 @@
 """KV.SCHEMA: what the pages of a namespace look like."""
 
+import anyio.lowlevel
+
 from respkv.engine.namespaces import Schema
 from respkv.errors import CommandError
-from respkv.page import Geometry
+from respkv.page import Geometry, namespace_of
 from respkv.server.arguments import Words, count_ms, shown
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.wire import reply
 from respkv.wire.parser import Args
 
+STEP = 2000  # keys looked at before others are let in
 NAMESPACE_BYTES_MAX = 256
 NAMESPACES_MAX = 4096
 IDENTITY_BYTES_MAX = 1024  # of a fingerprint, an algorithm's name and a seed
@@ -126,6 +129,23 @@ def kv_schema_list(session: Session, args: Args) -> None:
 
 
 @command("kv.schema|del")
-def kv_schema_del(session: Session, args: Args) -> None:
-    """Forget a schema; its pages stay until they are evicted or deleted."""
-    session.out.append(reply.integer(session.cache.namespaces.drop(args[2])))
+async def kv_schema_del(session: Session, args: Args) -> None:
+    """Delete the pages of a namespace, then its schema, so that none is served under another one.
+
+    It looks at every key, and lets others in between.
+    Cancelled: the schema is in force and some pages have gone.
+    """
+    cache, namespace = session.cache, args[2]
+    is_there = cache.namespaces.find(namespace) is not None
+    deleted = is_there
+    while deleted:  # again, until a whole pass meets none: others may put meanwhile
+        deleted, cursor = False, -1
+        while cursor:
+            cursor, found = cache.index.scan(max(cursor, 0), STEP)
+            for entry in found:
+                if entry.kind == "kvpage" and namespace_of(entry.key) == namespace:
+                    cache.delete(entry)
+                    deleted = True
+            if cursor:
+                await anyio.lowlevel.checkpoint()
+    session.out.append(reply.integer(cache.namespaces.drop(namespace) and is_there))
