@@ -132,6 +132,22 @@ def test_ttls_that_change_all_the_time_do_not_pile_up() -> None:
     index.check()
 
 
+def test_ttls_are_still_due_in_order_after_old_tickets_were_swept() -> None:
+    rng = random.Random(1)
+    index = Index()
+    entries = [add(index, b"%d" % number) for number in range(300)]
+    for _ in range(5000):
+        index.expire_at(rng.choice(entries), rng.randrange(1, 1000))
+    for wall_ms in range(0, 1000, 50):
+        expected = {each for each in entries if 0 < each.expires_ms <= wall_ms}
+        found = []
+        for entry in index.due(wall_ms, 1000):
+            found.append(entry)
+            index.remove(entry)
+        assert set(found) == expected
+        assert len(found) == len(expected)
+
+
 def test_a_scan_meets_every_lasting_key_exactly_once_while_others_come_and_go() -> None:
     rng = random.Random(1)
     for _ in range(50):

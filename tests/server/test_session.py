@@ -445,6 +445,13 @@ def test_off_is_silent_for_answers_of_any_size_until_on() -> None:
         assert parsed(wire.drain()) == [b"OK", b"PONG"]
 
 
+def test_reset_ends_the_silence() -> None:
+    with serving() as server:
+        wire = FakeWire(server)
+        wire.feed(pipeline([("CLIENT", "REPLY", "OFF"), ("PING",), ("RESET",), ("PING",)]))
+        assert parsed(wire.drain())[-2:] == [b"RESET", b"PONG"]
+
+
 # -- bugs and limits ----------------------------------------------------------------------------------
 
 
