@@ -220,7 +220,8 @@ def test_layers_are_ranges_of_bytes(raw: Raw, namespace: str) -> None:
 
 
 def test_the_pages_of_a_deleted_schema_are_not_served_under_the_next(raw: Raw) -> None:
-    words = ["LAYERS", 1, "HEADS", 1, "DIM", 8, "TOKENS", 4, "DTYPE", "uint8", "FINGERPRINT"]
+    words: list[str | int] = ["LAYERS", 1, "HEADS", 1, "DIM", 8, "TOKENS", 4, "DTYPE", "uint8"]
+    words.append("FINGERPRINT")
     assert raw.ask("KV.SCHEMA", "SET", "model", *words, "old") == b"OK"
     for number in range(5000):
         raw.send("KV.PUT", f"model:{number:064x}", b"o" * 64)
