@@ -109,7 +109,8 @@ class Server:
                 try:
                     return self.cache.reserve(nbytes)
                 except OutOfMemory:
-                    self._room = anyio.Event()
+                    if self._room.is_set():  # it is shared: all who wait look again
+                        self._room = anyio.Event()
                 # Promises lapse without anybody saying so, hence the look now and then, and ever
                 # more rarely, because a look in vain is long.
                 with anyio.move_on_after(pause_s):

@@ -1,5 +1,6 @@
 """Leases: who holds what until when, and that a late writer never gets a slot back too early."""
 
+import random
 from itertools import count
 
 import pytest
@@ -236,3 +237,16 @@ def test_one_connection_has_a_bounded_number_of_leases() -> None:
     with pytest.raises(Busy, match="release some first"):
         table.check_may_begin(1)
     table.check_may_begin(2)
+
+
+def test_leases_lapse_in_order_after_old_deadlines_were_swept() -> None:
+    rng = random.Random(1)
+    table, _ = make_table()
+    slot = new_slot()
+    begun = [table.begin(1, Mode.READ, [slot], rng.uniform(0, 100)) for _ in range(6000)]
+    for lease in rng.sample(begun, k=5500):
+        table.end(1, lease.number)
+        begun.remove(lease)
+    for now in range(0, 101, 5):
+        table.lapse(now)
+        assert len(table) == sum(lease.deadline > now for lease in begun)
