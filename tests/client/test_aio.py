@@ -112,4 +112,5 @@ async def test_other_tasks_run_while_calls_are_answered_at_once(redis: RedisServ
         for _ in range(50):
             await client.ping()
         tasks.cancel_scope.cancel()
-    assert turns >= 50
+    # A turn a call, less those of the first and last: a client that keeps the loop gives none.
+    assert turns >= 40
