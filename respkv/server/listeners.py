@@ -1,5 +1,6 @@
-"""The sockets of a server: bound before anything else is started, so that an address in use is told
-at once, and listening only when it can answer, so that no client waits in a queue meanwhile.
+"""The sockets of a server. A TCP address is bound before anything else is started, so that one in use
+is told at once, and listens only when the server can answer, so that no client waits meanwhile. A
+Unix socket's file is what others wait for, so it is made last.
 """
 
 import errno
@@ -27,18 +28,17 @@ class Listener:
         return 0 if self.path else int(self.socket.getsockname()[1])
 
 
-def open_listeners(config: Config) -> list[Listener]:
-    """Bind what the settings ask for. Raises CacheError when an address cannot be had."""
-    listeners: list[Listener] = []
-    try:
-        if config.port >= 0:
-            listeners.append(_tcp(config.host, config.port))
-        if config.unixsocket:
-            listeners.append(_unix(config.unixsocket, config.unixsocketperm))
-    except BaseException:
-        close_listeners(listeners)
-        raise
-    return listeners
+def open_tcp(config: Config) -> list[Listener]:
+    """Bind the TCP address, if there is one. Raises CacheError when it cannot be had."""
+    return [_tcp(config.host, config.port)] if config.port >= 0 else []
+
+
+def open_unix(config: Config) -> list[Listener]:
+    """Listen on the Unix socket, if there is one; its file appears when clients may come.
+
+    Raises CacheError when the path cannot be had.
+    """
+    return [_unix(config.unixsocket, config.unixsocketperm)] if config.unixsocket else []
 
 
 def close_listeners(listeners: list[Listener]) -> None:
@@ -85,6 +85,7 @@ def _unix(path: str, mode: int) -> Listener:
         raise CacheError(_why(path, error, "unixsocket")) from error
     finally:
         os.umask(before)
+    listener.listen()
     os.chmod(path, mode)
     return Listener(listener, path, _inode(path))
 

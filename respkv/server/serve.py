@@ -22,7 +22,7 @@ from respkv.engine.supervisor import supervise
 from respkv.errors import CacheError
 from respkv.server.info import resident_bytes
 from respkv.server.keeper import keep
-from respkv.server.listeners import close_listeners, open_listeners
+from respkv.server.listeners import close_listeners, open_tcp, open_unix
 from respkv.server.state import Server
 from respkv.server.transport import accept
 from respkv.tiers.arena import Arena
@@ -92,10 +92,11 @@ async def running(config: Config) -> AsyncIterator[Server]:
     leave, then every connection is closed and the memory is given back.
     """
     async with AsyncExitStack() as stack:
-        listeners = open_listeners(config)
+        listeners = open_tcp(config)
         stack.callback(close_listeners, listeners)
         server = await _make_server(config, max((each.port for each in listeners), default=0))
         stack.callback(server.arena.close)
+        listeners += open_unix(config)
         gc.freeze()  # what is here now stays
         gc.disable()  # the keeper collects
         stack.callback(gc.enable)

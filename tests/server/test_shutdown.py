@@ -175,8 +175,8 @@ def test_nobody_else_can_connect_before_the_permissions_are_set(tmp_path: Path) 
         "socket.socket = Watched\n"
         "os.umask(0)\n"
         "from respkv.config import Config\n"
-        "from respkv.server.listeners import open_listeners\n"
-        f"open_listeners(Config.load(None, {{'port': '-1', 'unixsocket': {str(path)!r},"
+        "from respkv.server.listeners import open_unix\n"
+        f"open_unix(Config.load(None, {{'port': '-1', 'unixsocket': {str(path)!r},"
         " 'unixsocketperm': '777'}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
