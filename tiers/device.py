@@ -26,11 +26,13 @@ class Device(Protocol):
     engine:    what carries out the work, for INFO.
     is_direct: whether the page cache is bypassed.
     alignment: offsets, lengths and addresses must be multiples of it; 1: anything goes.
+    fallback_reason: why this is not the engine that was wanted first, for INFO; empty if it is.
     """
 
     engine: Literal["io_uring", "threads", "aiofiles"]
     is_direct: bool
     alignment: int
+    fallback_reason: str
 
     def register(self, memory: memoryview) -> None:
         """Say that reads and writes will often use parts of this memory. Harmless if impossible."""
