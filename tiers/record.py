@@ -68,6 +68,7 @@ class Record:
     codec:           how the payload is stored, as in the page header.
     sequence:        of the batch that wrote it; grows with every batch of one log.
     touches:         how often this copy was read.
+    tier:            which of the engine's file tiers it is in; written by the engine alone.
     """
 
     segment: int
@@ -81,3 +82,4 @@ class Record:
     level: Level
     owner: Any
     touches: int = 0
+    tier: int = 0

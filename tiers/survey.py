@@ -1,0 +1,139 @@
+"""The first look at a directory: the heads of its segments, and its newest whole checkpoint."""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import anyio
+
+from respkv.errors import PageCorrupt
+from respkv.tiers.checkpoint import (
+    BLOCK_BYTES,
+    CHECKPOINT_NAMES,
+    Checkpoint,
+    CheckpointHead,
+    CheckpointReader,
+)
+from respkv.tiers.device import Device
+from respkv.tiers.segment_head import (
+    SEGMENT_HEAD_BYTES,
+    SegmentHead,
+    decode_segment_head,
+    segment_id_of,
+    segment_name,
+)
+
+UNIT_BYTES = 4096
+HEADS_MAX = 32  # heads of segments that are read at a time
+_READ_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class SegmentFile:
+    """A segment's file. head: None when it is damaged, or was never written (``is_blank``)."""
+
+    id: int
+    nbytes: int = 0
+    head: SegmentHead | None = None
+    is_blank: bool = False
+    is_readable: bool = True
+
+
+class Survey:
+    """Reads what is small. It never raises for what it finds: that is said in ``messages``.
+
+    files:              of the segments, with what their heads say.
+    broken_checkpoints: that are there and are not whole.
+    """
+
+    def __init__(self, device: Device, names: set[str], alignment: int) -> None:
+        self.device = device
+        self.names = names
+        self.alignment = alignment
+        self.files: list[SegmentFile] = []
+        self.broken_checkpoints = 0
+        self.messages: list[str] = []
+
+    async def read_segments(self) -> None:
+        """Open every segment's file and read its head."""
+        ids = sorted(found for name in self.names if (found := segment_id_of(name)) is not None)
+        limiter = anyio.Semaphore(HEADS_MAX)
+        self.files = [SegmentFile(segment_id) for segment_id in ids]
+        memory = memoryview(mmap.mmap(-1, HEADS_MAX * SEGMENT_HEAD_BYTES))
+        places = [
+            memory[at : at + SEGMENT_HEAD_BYTES]
+            for at in range(0, memory.nbytes, SEGMENT_HEAD_BYTES)
+        ]
+
+        async def read(file: SegmentFile) -> None:
+            async with limiter:
+                place = places.pop()
+                await self._read_segment_head(file, place)
+                places.append(place)
+
+        async with anyio.create_task_group() as group:
+            for file in self.files:
+                group.start_soon(read, file)
+
+    async def _read_segment_head(self, file: SegmentFile, place: memoryview) -> None:
+        name = segment_name(file.id)
+        try:
+            file.nbytes = await self.device.open(name)
+            if file.nbytes < SEGMENT_HEAD_BYTES:
+                file.is_blank = True
+                return
+            await self.device.read(name, 0, place)
+        except OSError as error:
+            file.is_readable = False
+            self.messages.append(f"{name} cannot be read: {error}")
+            return
+        try:
+            file.head = decode_segment_head(place, alignment=self.alignment)
+            if file.head.id != file.id:
+                raise PageCorrupt(f"it is segment {file.head.id}")
+        except PageCorrupt as error:
+            file.head = None
+            file.is_blank = not any(place)
+            if not file.is_blank:
+                self.messages.append(f"{name} is damaged: {error}")
+
+    async def read_checkpoints(self) -> tuple[str | None, Checkpoint | None]:
+        """Return the newest checkpoint that is whole, and its name."""
+        readers: list[tuple[int, str]] = []
+        for name in CHECKPOINT_NAMES:
+            if name in self.names:
+                first = await self._read_checkpoint(name, only_head=True)
+                if isinstance(first, CheckpointHead):
+                    readers.append((first.sequence, name))
+        for _, name in sorted(readers, reverse=True):
+            whole = await self._read_checkpoint(name, only_head=False)
+            if isinstance(whole, Checkpoint):
+                return name, whole
+        return None, None
+
+    async def _read_checkpoint(
+        self, name: str, *, only_head: bool
+    ) -> Checkpoint | CheckpointHead | None:
+        reader = CheckpointReader()
+        memory = memoryview(mmap.mmap(-1, BLOCK_BYTES if only_head else _READ_BYTES))
+        try:
+            nbytes = await self.device.open(name) // UNIT_BYTES * UNIT_BYTES
+            for at in range(0, nbytes, memory.nbytes):
+                part = memory[: min(memory.nbytes, nbytes - at)]
+                await self.device.read(name, at, part)
+                for block in _blocks(part):
+                    reader.feed(block)
+                    if only_head:
+                        return reader.head
+                    if reader.is_done:
+                        return reader.checkpoint()
+            raise PageCorrupt("it is cut short")
+        except (OSError, PageCorrupt) as error:
+            self.broken_checkpoints += 1
+            self.messages.append(f"{name} is damaged and not used: {error}")
+        return None
+
+
+def _blocks(part: memoryview) -> Iterator[memoryview]:
+    for at in range(0, part.nbytes, BLOCK_BYTES):
+        yield part[at : at + BLOCK_BYTES]
