@@ -89,6 +89,7 @@ class FaultyDevice:
     def __init__(self, inner: Device, choose: Choose | None = None) -> None:
         self.engine: Literal["io_uring", "threads", "aiofiles"] = inner.engine
         self.is_direct = inner.is_direct
+        self.fallback_reason = inner.fallback_reason
         self.alignment = inner.alignment
         self.inner = inner
         self.faults: list[Fault] = []

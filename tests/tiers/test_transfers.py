@@ -1,6 +1,7 @@
 """What the ring does with transfers that take their time. Pipes stand in for slow disks."""
 
 import errno
+import gc
 import mmap
 import os
 import random
@@ -174,10 +175,12 @@ async def test_close_lets_go_of_a_disk_that_hangs(
 ) -> None:
     monkeypatch.setattr(directory, "CLOSE_S", 0.05)
     errors = list[int | None]()
+    mapping = mmap.mmap(-1, 6 * PAGE)
 
     async def read(name: str) -> None:
+        start = "abcdef".index(name) * PAGE
         try:
-            await device.read(name, 0, aligned(PAGE))
+            await device.read(name, 0, memoryview(mapping)[start : start + PAGE])
         except OSError as error:
             errors.append(error.errno)
 
@@ -188,6 +191,9 @@ async def test_close_lets_go_of_a_disk_that_hangs(
         with anyio.fail_after(5):
             await device.close()
     assert errors == [errno.ETIMEDOUT] * 6
+    gc.collect()
+    with pytest.raises(BufferError):  # the kernel may still write to it
+        mapping.close()
 
 
 async def test_one_call_hands_over_all_that_a_turn_queued(device: RingDevice) -> None:
@@ -225,7 +231,7 @@ async def test_the_first_error_of_a_batch_comes_when_all_have_ended(tmp_path: Pa
 
 async def test_a_kernel_short_of_memory_is_asked_again(device: RingDevice) -> None:
     class Reluctant(Ring):
-        num_refusals = 5
+        num_refusals = 50
 
         def enter(self) -> None:
             if self.num_refusals:
