@@ -192,6 +192,15 @@ class SlabAllocator:
         slot.holders = 1
         return slot
 
+    def next_generation(self) -> int:
+        """Return a generation for a value that has no slot; no slot ever gets the same."""
+        self._generation += 1
+        return self._generation
+
+    def skip_generations(self, below: int) -> None:
+        """Give out no generation below this one any more."""
+        self._generation = max(self._generation, below - 1)
+
     def hold(self, slot: Slot) -> None:
         """Count one more holder of a slot that is in use."""
         assert slot.holders > 0, "a free slot cannot be held"

@@ -1,0 +1,210 @@
+"""What the parts of one file tier share: which records live where, and what was acknowledged.
+
+All of it is plain state, changed by short synchronous functions. The parts (writer, syncer, space,
+reclaim, checkpoints, reader) wait for devices and change it between their waits.
+
+A record is young from its write's end until ``FileTier.write`` has handed it to its asker. Nobody
+but the tier knows a young record, so the engine's hooks are not called for it: it is kept, and
+described as it was written.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from time import monotonic
+
+from respkv.tiers.batch import Bury, Change, Note
+from respkv.tiers.device import Device
+from respkv.tiers.health import Health
+from respkv.tiers.record import Level, Meta, Record
+from respkv.tiers.segments import Segment, SegmentTable
+from respkv.tiers.tier_stats import TierStats
+
+logger = logging.getLogger(__name__)
+
+
+async def _let_go(records: list[Record]) -> None: ...
+
+
+def _undescribed(record: Record) -> Meta:
+    raise AssertionError("the tier was started without its hooks")
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What a tier asks of the engine; see FileTier."""
+
+    describe: Callable[[Record], Meta] = _undescribed
+    keep: Callable[[Record], bool] = lambda record: False
+    leave: Callable[[list[Record]], Awaitable[None]] = _let_go
+    dropped: Callable[[Record, str], None] = lambda record, why: None
+
+
+@dataclass(eq=False, slots=True)
+class Logged:
+    """A note and its place in the log; ``sequence`` is 0 until it is acknowledged."""
+
+    note: Note
+    sequence: int = 0
+    segment: int = -1
+
+
+@dataclass(slots=True)
+class Log:
+    """The state of one log.
+
+    next_sequence: of the next batch.
+    acked:         all batches up to this one are acknowledged, and what they say is applied here.
+    epoch:         counts the times that all was forgotten; what was asked in an earlier one is void.
+    void_below:    records of batches before this sequence are void, and the superblock says so.
+    live:          the live records of each segment, each with the bytes of its keys.
+    notes:         the notes of each segment that a checkpoint may not cover yet.
+    doomed:        segments of whose files a sync failed: nothing in them counts any more.
+    """
+
+    name: str
+    device: Device
+    alignment: int
+    table: SegmentTable
+    health: Health
+    stats: TierStats
+    hooks: Hooks
+    clock: Callable[[], float] = monotonic
+    next_sequence: int = 1
+    acked: int = 0
+    epoch: int = 0
+    void_below: int = 0
+    next_generation: int = 1
+    key_bytes: int = 0
+    live: dict[int, dict[Record, int]] = field(default_factory=dict[int, dict[Record, int]])
+    young: dict[Record, Meta] = field(default_factory=dict[Record, Meta])
+    notes: dict[int, list[Logged]] = field(default_factory=dict[int, list[Logged]])
+    changes: dict[int, Logged] = field(default_factory=dict[int, Logged])
+    doomed: set[int] = field(default_factory=set[int])
+    bury: Callable[[bytes, int], object] = lambda key, generation: None  # set by FileTier
+
+    # Records
+
+    def is_live(self, record: Record) -> bool:
+        return record in self.live.get(record.segment, ())
+
+    def add(self, record: Record, meta: Meta) -> None:
+        """Count a record that is in the log now."""
+        self.adopt(record, meta)
+        self.table.add(record)
+        self.next_generation = max(self.next_generation, meta.generation + 1)
+
+    def adopt(self, record: Record, meta: Meta) -> None:
+        """Take over a record that recovery found and counted."""
+        key_bytes = len(meta.key) + len(meta.parent)
+        self.live.setdefault(record.segment, {})[record] = key_bytes
+        self.key_bytes += key_bytes
+
+    def discard(self, record: Record) -> bool:
+        """Forget a record; return whether it was there."""
+        key_bytes = self.live.get(record.segment, {}).pop(record, None)
+        if key_bytes is None:
+            return False
+        self.key_bytes -= key_bytes
+        self.table.discard(record)
+        return True
+
+    def move(self, record: Record, segment: int, offset: int, sequence: int) -> None:
+        """A live record has been copied: it is at its new place from now on."""
+        key_bytes = self.live[record.segment].pop(record)
+        self.table.move(record, segment=segment, offset=offset, sequence=sequence)
+        self.live.setdefault(segment, {})[record] = key_bytes
+
+    def records(self) -> Iterator[Record]:
+        """Yield all live records."""
+        for records in self.live.values():
+            yield from records
+
+    def describe(self, record: Record) -> Meta:
+        """Return what a live record's value is like now."""
+        meta = self.young.get(record) or self.hooks.describe(record)
+        assert meta.generation == record.generation, "a record is described as another value"
+        assert meta.checksum == record.checksum
+        record.level = meta.level  # a change may have raised it
+        return meta
+
+    def keep(self, record: Record) -> bool:
+        """Say whether a live record is worth copying."""
+        return record in self.young or self.hooks.keep(record)
+
+    def drop(self, record: Record, why: str, *, is_buried: bool = False) -> None:
+        """Give up a live record and tell the engine.
+
+        A value that a crash would bring back is buried, unless it was already: its key may be put
+        again at level MEMORY, of which the log hears nothing.
+        """
+        if not self.is_live(record):
+            return
+        meta = self.describe(record)
+        self.discard(record)
+        self._count(why)
+        if meta.level >= Level.WRITTEN and not is_buried:
+            self.bury(meta.key, record.generation)
+        if self.young.pop(record, None) is None:
+            self.hooks.dropped(record, why)
+
+    def forget(self, *, why: str = "") -> None:
+        """Forget everything that was ever asked; with a reason, tell the engine of each record."""
+        self.epoch += 1
+        self.void_below = self.next_sequence
+        for record in list(self.records()):
+            self.discard(record)
+            if self.young.pop(record, None) is None and why:
+                self._count(why)
+                self.hooks.dropped(record, why)
+        self.notes.clear()
+        self.changes.clear()
+        for segment in list(self.table.segments.values()):
+            if segment.state == "open":
+                self.table.seal(segment)
+
+    # Notes
+
+    def note(self, logged: Logged, segment: int, sequence: int) -> None:
+        """A note has been acknowledged."""
+        logged.segment, logged.sequence = segment, sequence
+        self.notes.setdefault(segment, []).append(logged)
+
+    def is_superseded(self, note: Note) -> bool:
+        """Say whether a later change of the same value makes this note wrong."""
+        if isinstance(note, Bury):
+            return False
+        latest = self.changes.get(note.meta.generation)
+        return latest is not None and latest.note is not note
+
+    def remember_change(self, logged: Logged) -> None:
+        if isinstance(logged.note, Change):
+            self.changes[logged.note.meta.generation] = logged
+
+    def forget_notes(self, floor: int) -> None:
+        """Forget the notes up to a sequence that every checkpoint covers."""
+        for segment, notes in list(self.notes.items()):
+            self.notes[segment] = [each for each in notes if each.sequence > floor]
+            if not self.notes[segment]:
+                del self.notes[segment]
+        self.changes = {
+            generation: each
+            for generation, each in self.changes.items()
+            if each.sequence == 0 or each.sequence > floor
+        }
+
+    # Segments
+
+    def lose(self, segment: Segment) -> None:
+        """The file of a segment cannot be trusted: drop its records. Its notes are kept, so that
+        reclaim logs them elsewhere before it deletes the file."""
+        self.doomed.add(segment.id)
+        self.table.fence(segment)
+        records = list(self.live.get(segment.id, ()))
+        if records:
+            logger.error("tier %s: %d copies in a file are lost", self.name, len(records))
+        for record in records:
+            self.drop(record, "lost")
+
+    def _count(self, why: str) -> None:
+        setattr(self.stats, why, getattr(self.stats, why) + 1)

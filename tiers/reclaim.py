@@ -1,0 +1,267 @@
+"""Making room: one segment at a time is emptied and becomes free.
+
+What is worth keeping is copied to another segment; the rest is shown to the engine, which may move
+it to the next tier, and is then dropped. At most half a segment is copied of each, the most used
+records first, so every segment that is emptied yields at least the other half, even if the engine
+wants to keep all.
+
+A segment is free only when all that was copied from it is as safe as it was there: notes and
+DURABLE values are synced, others written. Until then a crash finds the old copies, after that the
+new ones, which have a greater sequence and are therefore read by every replay that needs them.
+"""
+
+import mmap
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import anyio
+
+from respkv.errors import PageCorrupt, TierError
+from respkv.tiers.batch import Bury, Change
+from respkv.tiers.format import HEADER_BYTES
+from respkv.tiers.health import why
+from respkv.tiers.log import Log, Logged, logger
+from respkv.tiers.pending import Pending
+from respkv.tiers.reader import RAW, check_stored
+from respkv.tiers.record import Level, Record, Value
+from respkv.tiers.segment_head import segment_name
+from respkv.tiers.segments import Segment
+from respkv.tiers.sizes import round_up
+from respkv.tiers.space import Space
+from respkv.tiers.syncer import Syncer
+from respkv.tiers.writer import Writer
+
+SPAN_BYTES_MAX = 4 << 20  # read at once, unless one record is larger
+GAP_BYTES_MAX = 64 << 10  # of dead bytes, read over rather than around
+_LOOK_S = 1.0
+_BUSY_S = 0.005
+
+
+class Span(NamedTuple):
+    """Neighbouring records that are read at once."""
+
+    start: int
+    stop: int
+    records: list[Record]
+
+
+class Reclaimer:
+    """Keep some segments free, and empty one when somebody needs it.
+
+    is_probing: also while the tier is not ok.
+    """
+
+    def __init__(self, log: Log, space: Space, syncer: Syncer, writer: Writer) -> None:
+        self._log = log
+        self._space = space
+        self._syncer = syncer
+        self._writer = writer
+        self.is_probing = False
+
+    async def run(self) -> None:
+        """Reclaim in the background until cancelled."""
+        while True:
+            with anyio.move_on_after(_LOOK_S):
+                await self._space.wanted.wait()
+            self._space.wanted = anyio.Event()
+            while self._has_work():
+                if not await self._advance():
+                    break
+                await anyio.lowlevel.checkpoint()
+            self._space.woke(is_used_up=False)
+
+    def _has_work(self) -> bool:
+        log = self._log
+        if not (log.health.can_write or (self.is_probing and log.health.can_read)):
+            return False
+        # A segment that could not be written may still be read: it waits for its turn. One whose
+        # sync failed has nothing but notes, which belong into a file that can be trusted.
+        return bool(self._space.is_low or log.table.excess_bytes or log.doomed)
+
+    async def _advance(self) -> bool:
+        """Take one step towards room; return False when there is none to take."""
+        table = self._log.table
+        if table.excess_bytes and (free := table.find_free()) is not None:
+            return await self._remove(free)
+        victim = table.choose_victim(self._log.clock())
+        if victim is None:
+            is_busy = any(each.state in ("sealed", "fenced") for each in table.segments.values())
+            self._space.woke(is_used_up=not is_busy)
+            await anyio.sleep(_BUSY_S)
+            return is_busy
+        return await self.clear(victim)
+
+    async def clear(self, segment: Segment) -> bool:
+        """Empty a segment and make it free. Returns False when that did not succeed."""
+        log = self._log
+        kept, leaving = self._choose(segment)
+        await self._copy(segment, kept)
+        leaving += [record for record in kept if self._is_in(record, segment)]
+        if shown := [each for each in leaving if each not in log.young]:
+            await log.hooks.leave(shown)
+        leaving = [record for record in leaving if self._is_in(record, segment)]
+        try:
+            await self._carry(segment, leaving)
+        except TierError as error:
+            logger.error("tier %s: a segment could not be emptied: %s", log.name, error)
+            return False
+        for record in leaving:
+            if self._is_in(record, segment):
+                log.drop(record, "evicted", is_buried=True)
+        while segment.readers or segment.writers or log.live.get(segment.id):
+            for record in list(log.live.get(segment.id, ())):  # what came behind the choice
+                log.drop(record, "evicted")
+            await anyio.sleep(_BUSY_S)
+        return await self._free(segment)
+
+    async def _free(self, segment: Segment) -> bool:
+        log = self._log
+        log.notes.pop(segment.id, None)
+        log.live.pop(segment.id, None)
+        log.stats.reclaimed += 1
+        self._syncer.forget(segment.id)
+        if segment.state == "fenced":
+            return await self._remove(segment)
+        log.table.release(segment)
+        self._space.woke(is_used_up=False)
+        return True
+
+    async def _remove(self, segment: Segment) -> bool:
+        try:
+            await self._space.remove(segment)
+        except OSError as error:
+            self._log.health.write_failed(error)
+            return False
+        self._space.woke(is_used_up=False)
+        return True
+
+    def _is_in(self, record: Record, segment: Segment) -> bool:
+        return record.segment == segment.id and self._log.is_live(record)
+
+    def _choose(self, segment: Segment) -> tuple[list[Record], list[Record]]:
+        """Return what to copy, at most half a segment, and what is to leave."""
+        log = self._log
+        kept: list[Record] = []
+        leaving: list[Record] = []
+        for record in list(log.live.get(segment.id, ())):
+            (kept if log.keep(record) else leaving).append(record)
+        kept.sort(key=lambda record: (record.level, record.touches, record.sequence), reverse=True)
+        room = log.table.segment_bytes // 2
+        fitting = 0
+        for record in kept:
+            room -= round_up(record.stored_bytes, log.alignment)
+            if room < 0:
+                break
+            fitting += 1
+        return kept[:fitting], kept[fitting:] + leaving
+
+    # Copying
+
+    async def _copy(self, segment: Segment, records: list[Record]) -> None:
+        alignment = max(self._log.alignment, self._log.device.alignment)
+        for span in spans(records, alignment):
+            memory = memoryview(mmap.mmap(-1, round_up(span.stop - span.start, mmap.PAGESIZE)))
+            if await self._fetch(segment, span, memory):
+                await self._write(segment, span, memory)
+            elif len(span.records) > 1:
+                for record in span.records:  # one bad place must not cost its neighbours
+                    await self._copy(segment, [record])
+            else:
+                self._log.drop(span.records[0], "lost")
+
+    async def _fetch(self, segment: Segment, span: Span, memory: memoryview) -> bool:
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._log.device.read(
+                    segment_name(segment.id), span.start, memory[: span.stop - span.start]
+                )
+        except OSError as error:
+            self._log.stats.read_errors += 1
+            if len(span.records) == 1:
+                logger.error("tier %s: a copy is lost: %s", self._log.name, why(error))
+            return False
+        return True
+
+    async def _write(self, segment: Segment, span: Span, memory: memoryview) -> None:
+        pendings: list[Pending] = []
+        for record in span.records:
+            if self._is_in(record, segment):
+                pending = await self._pending(record, memory, record.offset - span.start)
+                if pending is not None:
+                    pendings.append(pending)
+                    self._log.stats.relocated_bytes += record.stored_bytes
+        await self._submit(pendings)
+
+    async def _pending(self, record: Record, memory: memoryview, at: int) -> Pending | None:
+        log = self._log
+        stored = memory[at : at + record.stored_bytes]
+        meta = log.describe(record)
+        try:
+            await check_stored(record, meta.key, stored)
+        except PageCorrupt as error:
+            logger.error("tier %s: a copy of %r is dropped: %s", log.name, meta.key[:80], error)
+            log.drop(record, "corrupt")
+            return None
+        image = None
+        if record.codec == RAW and record.offset % 4096 == 0 and log.alignment == 4096:
+            image = memory[at : at + round_up(record.stored_bytes, 4096)]
+        payload = stored[HEADER_BYTES:]
+        return Pending(
+            max(meta.level, Level.WRITTEN),
+            log.epoch,
+            value=Value(meta, payload, image, record.owner),
+            source=record,
+            payload=payload,
+            image=image,
+            codec=record.codec,
+            is_encoded=True,
+        )
+
+    async def _carry(self, segment: Segment, leaving: list[Record]) -> None:
+        """Log again, durably, what the notes of a segment say, and that some records are gone."""
+        pendings = list(self.carried(self._log.notes.get(segment.id, ())))
+        for record in leaving:
+            meta = self._log.describe(record)
+            if meta.level >= Level.WRITTEN:
+                logged = Logged(Bury(meta.key, record.generation))
+                pendings.append(Pending(Level.DURABLE, self._log.epoch, logged=logged))
+        await self._submit(pendings)
+        for pending in pendings:
+            if pending.done.exception is not None:
+                raise pending.done.exception
+
+    def carried(self, notes: Iterable[Logged]) -> Iterator[Pending]:
+        """Make notes anew that are to be written once more."""
+        log = self._log
+        for old in notes:
+            new = Logged(old.note)
+            if isinstance(old.note, Change) and log.changes.get(old.note.meta.generation) is old:
+                log.changes[old.note.meta.generation] = new
+            yield Pending(Level.DURABLE, log.epoch, logged=new)
+
+    async def _submit(self, pendings: list[Pending]) -> None:
+        self._writer.submit(pendings)
+        with anyio.CancelScope(shield=True):  # the memory is theirs until they are answered
+            for pending in pendings:
+                await pending.done.wait()
+
+
+def spans(records: Iterable[Record], alignment: int) -> Iterator[Span]:
+    """Group records so that neighbours are read at once, each span aligned."""
+    span: Span | None = None
+    for record in sorted(records, key=lambda record: record.offset):
+        start = record.offset // alignment * alignment
+        stop = round_up(record.offset + record.stored_bytes, alignment)
+        if (
+            span is not None
+            and start <= span.stop + GAP_BYTES_MAX
+            and stop - span.start <= SPAN_BYTES_MAX
+        ):
+            span.records.append(record)
+            span = span._replace(stop=max(span.stop, stop))
+            continue
+        if span is not None:
+            yield span
+        span = Span(start, stop, [record])
+    if span is not None:
+        yield span
