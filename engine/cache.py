@@ -6,57 +6,41 @@ makes each call atomic, so there is no lock and no half-changed state to see.
 
 A put is two steps with the filling in between: ``reserve`` finds a slot (evicting for it), the
 caller fills ``landing.memory``, ``commit`` writes header and checksum and makes the key visible in
-one step; ``abandon`` gives the slot back, and nobody ever saw the value. Slots are counted: the
-index holds one count, and so does each reader, so an overwritten, deleted or evicted value stays
-where it is until its last reader is done.
+one step; ``abandon`` gives the slot back, and nobody ever saw the value. Who holds slots meanwhile
+is in memory.py; what file tiers keep, in copies.py. Without file tiers ``has_files`` is False and
+nothing of that is looked at.
 """
 
-from collections.abc import Callable
-
 from respkv.engine.clock import Clock
-from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Kind, Put
-from respkv.engine.history import History, Reason
-from respkv.engine.index import Index
-from respkv.engine.integrity import check_holders
+from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Put
+from respkv.engine.history import Reason
+from respkv.engine.integrity import check_copies, check_holders
 from respkv.engine.landing import Landing
 from respkv.engine.leases import Lease, LeaseTable, Mode
-from respkv.engine.namespaces import Namespaces, Schema
+from respkv.engine.namespaces import Schema
 from respkv.engine.prefix import longest_run
-from respkv.engine.room import Room, small_cost
-from respkv.engine.stats import Stats
-from respkv.errors import CommandError, OutOfMemory
+from respkv.engine.residents import Residents
+from respkv.errors import CommandError
 from respkv.page import KEY_BYTES_MAX, PAGE_ID_BYTES
-from respkv.tiers.format import HEADER_BYTES, Header, hash64, write_header
+from respkv.tiers.record import Level
 from respkv.tiers.slab import SlabAllocator, Slot
 
-RAW = 0  # the codec of bytes as they came
 FLUSHED_NOTED_MAX = 10_000  # a flush must not stall the loop with explanations
 PAGE_ID_DIGITS = 2 * PAGE_ID_BYTES
 
 
-class Cache:
-    """Everything that is resident, and who reads or writes it.
+class Cache(Residents):
+    """Every key, and who reads or writes what is behind it.
 
-    arena:      the memory of the CPU tier; ``slabs`` says what is where in it.
-    on_room:    called when bytes that were in use come free, for those who wait for room.
+    default_level: of puts that do not say what they must survive.
     """
 
     def __init__(
         self, arena: memoryview, slabs: SlabAllocator, *, policy: str, small_max: int, clock: Clock
     ) -> None:
-        self.arena = arena
-        self.slabs = slabs
-        self.clock = clock
-        self.index = Index()
-        self.entries = self.index.entries  # the hot path looks a key up without a call
-        self.room = Room(slabs, policy, small_max=small_max, clock=clock, evict=self._evict)
+        super().__init__(arena, slabs, policy=policy, small_max=small_max, clock=clock)
+        self.default_level = Level.MEMORY
         self.leases = LeaseTable(self._give_back)
-        self.namespaces = Namespaces()
-        self.history = History()
-        self.stats = Stats()
-        self.on_room: Callable[[], None] = lambda: None
-        self._landings: set[Landing] = set()
-        self._borrowed: dict[Slot, int] = {}
         self._promised_until = 0.0
 
     # -- reading ------------------------------------------------------------------------------
@@ -80,11 +64,8 @@ class Cache:
         self.stats.hits += 1
         return entry
 
-    def match(self, keys: list[bytes], until: float) -> tuple[int, int]:
-        """Use the longest run of present pages from the start; keep it until then.
-
-        Returns: how many pages, and their bytes, taking all to be as long as the first.
-        """
+    def match(self, keys: list[bytes], until: float) -> list[Entry]:
+        """Use the longest run of present pages from the start, cold ones too; keep it until then."""
         ended_by_ms = self.clock.wall_ms if self.index.num_volatile else 0
         run = longest_run(self.entries, keys, ended_by_ms)
         now = self.clock.now
@@ -95,57 +76,20 @@ class Cache:
         self._promised_until = max(self._promised_until, until)
         self.stats.matches += 1
         self.stats.matched_pages += len(run)
-        return len(run), len(run) * run[0].nbytes if run else 0
-
-    def payload(self, slot: Slot) -> memoryview:
-        """Return the memory of a slot's value. It stays the value's while the slot is held."""
-        start = slot.offset + HEADER_BYTES
-        return self.arena[start : start + slot.payload_bytes]
-
-    def copy(self, entry: Entry) -> bytes:
-        """Return a copy of a value."""
-        if entry.slot is None:
-            assert entry.value is not None
-            return entry.value
-        return bytes(self.payload(entry.slot))
-
-    def borrow(self, slot: Slot) -> None:
-        """Hold a slot while its bytes are read; ``restore`` ends that."""
-        self.slabs.hold(slot)
-        self._borrowed[slot] = self._borrowed.get(slot, 0) + 1
-
-    def restore(self, slot: Slot) -> None:
-        """Let go of a borrowed slot."""
-        count = self._borrowed[slot] - 1
-        if count:
-            self._borrowed[slot] = count
-        else:
-            del self._borrowed[slot]
-        self._give_back(slot)
+        return run
 
     # -- writing ------------------------------------------------------------------------------
 
-    def reserve(self, nbytes: int) -> Landing:
-        """Find a slot for a value of ``nbytes``, evicting for it. Raises OutOfMemory."""
-        landing = Landing(self._take(nbytes), self.arena, nbytes)
-        self._landings.add(landing)
-        return landing
+    def reserve(self, nbytes: int, *, may_lose: bool = True) -> Landing:
+        """Find a slot for a value of ``nbytes``, evicting for it. Raises OutOfMemory.
 
-    def abandon(self, landing: Landing) -> None:
-        """Give a landing's slot back unless it was committed; harmless when repeated."""
-        if landing.is_open:
-            self._close(landing)
-            self._give_back(landing.slot)
+        may_lose: whether a value may go for it that a file tier has still to take.
+        """
+        return self.adopt(self._take(nbytes, may_lose=may_lose))
 
     def commit(self, key: bytes, landing: Landing, how: Put = PLAIN) -> Entry:
         """Make a full landing the value of a key, in one step."""
         return self.seal(key, landing, landing.checksum(), how)
-
-    def adopt(self, slot: Slot) -> Landing:
-        """Take over a slot that a client has filled in place; ``seal`` or ``abandon`` it."""
-        landing = Landing(slot, self.arena, slot.payload_bytes)
-        self._landings.add(landing)
-        return landing
 
     @staticmethod
     def check_key(key: bytes, nbytes: int) -> None:
@@ -178,13 +122,17 @@ class Cache:
         """Store a value of at most SMALL_BYTES_MAX bytes on the heap."""
         nbytes = len(value)
         entry = self.entries.get(key)
-        if entry is None or entry.slot is not None or entry.nbytes != nbytes:
+        if entry is None or entry.value is None or entry.nbytes != nbytes:
             entry = self._make_small(key, nbytes)
+        elif self.has_files and (entry.records or entry.level):
+            self.copies.replaced(entry, by_string=True)
         entry.value = value
         entry.touched = self.clock.now
         self.stats.bytes_in += nbytes
         if how is not PLAIN or entry.expires_ms or entry.priority:
             self._describe(entry, how, None)
+        if self.has_files:
+            self.copies.stored(entry, self._level(how, None))
         return entry
 
     def publish(self, key: bytes, slot: Slot, nbytes: int, checksum: int, how: Put) -> Entry:
@@ -193,16 +141,8 @@ class Cache:
         The slot's one holder passes from the caller to the index.
         """
         schema = self.namespaces.of_key(key) if how.kind == "kvpage" else None
-        header = Header(
-            codec=RAW,
-            flags=0,
-            namespace=0 if schema is None else schema.fingerprint_hash,
-            key_hash=hash64(key),
-            generation=slot.generation,
-            payload_bytes=nbytes,
-            checksum=checksum,
-        )
-        write_header(self.arena[slot.offset : slot.offset + HEADER_BYTES], header)
+        generation = slot.generation
+        self._write_header(slot, key, schema, generation, checksum)
         entry = self.entries.get(key)
         if entry is None:
             entry = Entry(key, how.kind, nbytes, self.clock.now)
@@ -211,8 +151,11 @@ class Cache:
             self.room.insert(entry)
         else:
             self._replace(entry, how.kind, nbytes, slot)
+        entry.generation = generation
         self._describe(entry, how, schema)
         self.stats.bytes_in += nbytes
+        if self.has_files:
+            self.copies.stored(entry, self._level(how, schema))
         return entry
 
     def has_page(self, key: bytes, nbytes: int) -> Entry | None:
@@ -228,8 +171,16 @@ class Cache:
         return entry if is_same else None
 
     def describe(self, entry: Entry, how: Put) -> None:
-        """Apply put options to a page that is already there."""
-        self._describe(entry, how, self.namespaces.of_key(entry.key))
+        """Apply put options to a page that is already there; its level is raised, never lowered."""
+        schema = self.namespaces.of_key(entry.key)
+        before = entry.expires_ms, entry.priority, entry.tokens, entry.parent_key
+        self._describe(entry, how, schema)
+        if self.has_files:
+            level = self._level(how, schema)
+            if level > entry.level:
+                self.copies.want(entry, level)
+            elif before != (entry.expires_ms, entry.priority, entry.tokens, entry.parent_key):
+                self.copies.changed(entry)
 
     # -- leases -------------------------------------------------------------------------------
 
@@ -267,16 +218,14 @@ class Cache:
 
     def expire_at(self, entry: Entry, wall_ms: int) -> None:
         """Set when an entry's TTL ends; 0 for never."""
-        self.index.expire_at(entry, wall_ms)
+        if wall_ms != entry.expires_ms:
+            self.index.expire_at(entry, wall_ms)
+            self.copies.changed(entry)
 
-    def expire_due(self, count_max: int) -> int:
-        """Remove up to ``count_max`` entries whose TTL has ended; return how many there were."""
-        count = 0
-        # One by one: an entry may have several tickets, and the rest are void once it has gone.
-        for entry in self.index.due(self.clock.wall_ms, count_max):
-            self._expire(entry)
-            count += 1
-        return count
+    def pin(self, entry: Entry, until: float) -> None:
+        """Keep an entry from eviction until then; 0 ends that."""
+        entry.pinned_until = until
+        self.copies.changed(entry)
 
     def lapse(self) -> list[int]:
         """End leases past their deadline; return the owners of overdue writers."""
@@ -291,6 +240,8 @@ class Cache:
         for entry in removed[-FLUSHED_NOTED_MAX:]:
             self.history.note(entry.key, "flushed")
         for entry in removed:
+            if self.has_files:
+                self.copies.removed(entry, "flushed")
             slot, entry.slot = entry.slot, None
             if slot is not None:
                 slot.owner = None
@@ -305,48 +256,17 @@ class Cache:
         in_use = self._landings or self._borrowed or len(self.leases)
         return bool(in_use) or self._promised_until > self.clock.now
 
-    def in_flight(self) -> tuple[int, int]:
-        """Count the landings, and the slots that are being sent."""
-        return len(self._landings), len(self._borrowed)
-
     def check(self) -> None:
         """Assert that slots, index and leases agree to the last count."""
         self.index.check()
         self.leases.check()
-        self.room.check(list(self.entries.values()))
         entries = self.entries.values()
+        self.room.check([entry for entry in entries if not entry.is_cold])
+        check_copies(self.copies, entries)
         check_holders(self.slabs, entries, self.leases, self._landings, self._borrowed)
         self.stats.checks += 1
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _take(self, nbytes: int) -> Slot:
-        try:
-            return self.room.take(nbytes)
-        except OutOfMemory:
-            self.stats.oom += 1
-            raise
-
-    def _make_small(self, key: bytes, nbytes: int) -> Entry:
-        """Return the entry of a key with room on the heap for a value of another size."""
-        self.room.take_small(small_cost(key, nbytes))
-        entry = self.entries.get(key)  # not before: making room may have evicted it
-        if entry is not None:
-            self._replace(entry, "string", nbytes, None)
-            return entry
-        entry = Entry(key, "string", nbytes, self.clock.now)
-        self.index.insert(entry)
-        self.room.insert(entry)
-        return entry
-
-    def _replace(self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None) -> None:
-        self.room.remove(entry)
-        self._let_go(entry)
-        entry.kind, entry.nbytes, entry.slot, entry.value = kind, nbytes, slot, None
-        if slot is not None:
-            slot.owner = entry
-        entry.touched = self.clock.now
-        self.room.insert(entry)
 
     def _describe(self, entry: Entry, how: Put, schema: Schema | None) -> None:
         if how.expires_ms is not None and how.expires_ms != entry.expires_ms:
@@ -357,44 +277,15 @@ class Cache:
             entry.namespace = b"" if schema is None else schema.namespace
             if how.parent is not None:
                 leaf = self.index.link(entry, how.parent)
-                if leaf is not None:
+                if leaf is not None and not leaf.is_cold:
                     self.room.insert(leaf)
 
-    def _let_go(self, entry: Entry) -> None:
-        if entry.slot is None:
-            self.room.give_back_small(small_cost(entry.key, entry.nbytes))
-        else:
-            slot, entry.slot = entry.slot, None
-            slot.owner = None
-            self._give_back(slot)
-
-    def _remove(self, entry: Entry, reason: Reason) -> None:
-        self.room.remove(entry)
-        leaf = self.index.remove(entry)
-        self._let_go(entry)
-        if leaf is not None:
-            self.room.insert(leaf)
-        self.history.note(entry.key, reason)
-
-    def _evict(self, entry: Entry) -> None:
-        self.stats.evicted += 1
-        self.stats.evicted_bytes += entry.nbytes
-        self._remove(entry, "evicted")
-
-    def _expire(self, entry: Entry) -> None:
-        self.stats.expired += 1
-        self._remove(entry, "expired")
-
-    def _close(self, landing: Landing) -> None:
-        assert landing.is_open
-        landing.is_open = False
-        landing.memory = landing.memory[:0]
-        self._landings.discard(landing)
-
-    def _give_back(self, slot: Slot) -> None:
-        self.slabs.give_back(slot)
-        if not slot.holders:
-            self.on_room()
+    def _level(self, how: Put, schema: Schema | None) -> Level:
+        if how.level is not None:
+            return how.level
+        if schema is not None and schema.level is not None:
+            return schema.level
+        return self.default_level
 
 
 _HEX = frozenset(b"0123456789abcdef")

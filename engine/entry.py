@@ -1,14 +1,15 @@
-"""One resident value: what the index holds for a key, and how a put asks for it to be kept."""
+"""One value: what the index holds for a key, and how a put asks for it to be kept."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from respkv.tiers.record import Level, Record
 from respkv.tiers.slab import Slot
 
 SMALL_BYTES_MAX = (
     448  # values up to this stay on the heap; with its header it fills a 480-byte block
 )
-ENTRY_BYTES = 480  # what an entry costs beyond key and value: measured with tracemalloc
+ENTRY_BYTES = 504  # what an entry costs beyond key and value: measured with tracemalloc
 
 Kind = Literal["string", "kvpage"]
 
@@ -16,7 +17,9 @@ Kind = Literal["string", "kvpage"]
 class Entry:
     """A key and where its bytes are.
 
-    Exactly one of ``value`` (a small value on the heap) and ``slot`` (a place in the arena) is set.
+    In memory it has either ``value`` (a small one, on the heap) or ``slot`` (a place in the arena);
+    with neither it is cold. ``records`` are its copies in file tiers, fastest first. It is dirty
+    while it has none, clean while it is in memory as well, and never without any copy.
     The hot path writes ``touched`` and ``hits`` and nothing else, so eviction policies read those
     two lazily. Times named ``_ms`` are wall-clock milliseconds (TTLs follow the wall clock); other
     times are seconds of the monotonic clock.
@@ -26,10 +29,12 @@ class Entry:
         "born",
         "children",
         "expires_ms",
+        "generation",
         "held_until",
         "hits",
         "key",
         "kind",
+        "level",
         "mark",
         "namespace",
         "nbytes",
@@ -39,6 +44,7 @@ class Entry:
         "position",
         "priority",
         "queue",
+        "records",
         "slot",
         "tokens",
         "touched",
@@ -51,6 +57,9 @@ class Entry:
         self.nbytes = nbytes
         self.value: bytes | None = None
         self.slot: Slot | None = None
+        self.records: tuple[Record, ...] = ()
+        self.generation = 0  # of its value; a small one gets its own when it is written to a file
+        self.level = Level.MEMORY  # what its value must survive
         self.expires_ms = 0  # 0: never
         self.touched = now
         self.born = now
@@ -67,6 +76,11 @@ class Entry:
         self.mark: float = 0.0  # for the eviction policy
         self.queue: Any = None  # for the eviction policy
 
+    @property
+    def is_cold(self) -> bool:
+        """Whether its bytes are in file tiers alone."""
+        return self.slot is None and self.value is None
+
 
 @dataclass(frozen=True, slots=True)
 class Put:
@@ -74,6 +88,8 @@ class Put:
 
     expires_ms: wall-clock end of its TTL, 0 for none, None to keep the one the key has.
     parent:     key of the page it stands behind; None leaves the link as it is.
+    level:      what it must survive once the put is answered; None: what its namespace says, or
+                the cache.
     """
 
     kind: Kind = "string"
@@ -81,6 +97,7 @@ class Put:
     priority: int = 0
     tokens: int = 0
     parent: bytes | None = None
+    level: Level | None = None
 
 
 PLAIN = Put()

@@ -6,6 +6,8 @@ and what is the same for all of them:
 * Lower priorities go first.
 * Leaves go before the pages they stand behind. A page that is found to have pages behind it is
   parked until the engine inserts it again, which it does when the last of them has gone.
+* What has no copy in a file yet, while a file tier could take it, is set aside until it has one;
+  it goes only when nothing else can.
 * What is pinned, leased or in use is set aside. Nobody says when that ends, and asking all of them
   at each eviction would make evictions quadratic, so each asks a few again, in turn. The order is
   exact while no more than RECHECKS are set aside; beyond that the end of a hold is noticed late, by
@@ -36,6 +38,7 @@ class Verdict(Enum):
 
     EVICT = auto()  # may go
     HELD = auto()  # pinned, leased or in use now; ask again later
+    UNWRITTEN = auto()  # would be lost, and a tier can still take it; it will be inserted again
     PARENT = auto()  # has pages behind it; it will be inserted again when the last has gone
 
 
@@ -67,6 +70,14 @@ class Policy(Protocol):
         """
         ...
 
+    def last_resort(self, verdict: Callable[[Entry], Verdict]) -> Entry | None:
+        """Choose, of those that were set aside as UNWRITTEN, the first that may go after all."""
+        ...
+
+    def release(self) -> None:
+        """Put those set aside as UNWRITTEN back in line: nobody will write them."""
+        ...
+
     def age(self, now: float) -> tuple[float, float]:
         """Say how cold the next candidate is; of two policies the greater should evict first.
 
@@ -83,6 +94,7 @@ class Policy(Protocol):
 class _Aside(Enum):
     PARKED = auto()
     HELD = auto()
+    UNWRITTEN = auto()
 
 
 class PriorityPolicy:
@@ -100,6 +112,7 @@ class PriorityPolicy:
         self._priorities: list[int] = []  # of the queues, lowest first
         self._parked: dict[Entry, float] = {}  # entry: its place in the queue it came from
         self._held: OrderedDict[Entry, float] = OrderedDict()
+        self._unwritten: OrderedDict[Entry, float] = OrderedDict()
         self._chosen: Entry | None = None
 
     def __len__(self) -> int:
@@ -112,6 +125,9 @@ class PriorityPolicy:
         elif entry.queue is _Aside.PARKED:
             place = self._parked.pop(entry)
             self._queue_of(entry).restore(entry, place)
+        elif entry.queue is _Aside.UNWRITTEN:
+            place = self._unwritten.pop(entry)
+            self._queue_of(entry).restore(entry, place)
         elif entry.queue is not _Aside.HELD and entry.queue != entry.priority:
             self._requeue(entry)
 
@@ -121,6 +137,8 @@ class PriorityPolicy:
             del self._parked[entry]
         elif entry.queue is _Aside.HELD:
             del self._held[entry]
+        elif entry.queue is _Aside.UNWRITTEN:
+            del self._unwritten[entry]
         else:
             queue = self._queues[entry.queue]
             place = queue.withdraw(entry)
@@ -153,6 +171,21 @@ class PriorityPolicy:
             self._set_aside(entry, self._queues[entry.queue].withdraw(entry), answer)
         return None
 
+    def last_resort(self, verdict: Callable[[Entry], Verdict]) -> Entry | None:
+        for _ in range(min(ASKS_MAX, len(self._unwritten))):
+            entry, place = next(iter(self._unwritten.items()))
+            answer = verdict(entry)
+            if answer is Verdict.EVICT:
+                return entry
+            del self._unwritten[entry]
+            self._set_aside(entry, place, answer)
+        return None
+
+    def release(self) -> None:
+        while self._unwritten:
+            entry, place = self._unwritten.popitem()
+            self._queue_of(entry).restore(entry, place)
+
     def age(self, now: float) -> tuple[float, float]:
         entry = self._candidate()
         if entry is None:
@@ -171,10 +204,14 @@ class PriorityPolicy:
         for entry in self._parked:
             assert entry.queue is _Aside.PARKED
             assert entry.children, "a parked entry lost its last child and was not inserted again"
+        for entry in (*self._parked, *self._unwritten):
+            assert not entry.records, "an entry that became clean was not inserted again"
+        assert all(entry.queue is _Aside.UNWRITTEN for entry in self._unwritten)
         assert all(entry.queue is _Aside.HELD for entry in self._held)
-        assert waiting + len(self._parked) + len(self._held) == len(entries)
+        num_aside = len(self._parked) + len(self._held) + len(self._unwritten)
+        assert waiting + num_aside == len(entries)
         tracked = {entry for queue in self._queues.values() for entry in queue}
-        assert tracked.union(self._parked, self._held) == set(entries)
+        assert tracked.union(self._parked, self._held, self._unwritten) == set(entries)
         assert self._chosen is None or self._chosen.queue is not None
 
     def _candidate(self) -> Entry | None:
@@ -205,6 +242,9 @@ class PriorityPolicy:
         if answer is Verdict.PARENT:
             entry.queue = _Aside.PARKED
             self._parked[entry] = place
+        elif answer is Verdict.UNWRITTEN:
+            entry.queue = _Aside.UNWRITTEN
+            self._unwritten[entry] = place
         else:
             entry.queue = _Aside.HELD
             self._held[entry] = place

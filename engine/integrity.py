@@ -1,9 +1,10 @@
-"""Whether every slot in use is accounted for: by the index, a lease, a landing or a reader."""
+"""Whether every slot in use and every copy in a file is accounted for."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from respkv.engine.entry import Entry
+from respkv.engine.copies import Copies
+from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.landing import Landing
 from respkv.engine.leases import LeaseTable
 from respkv.tiers.slab import SlabAllocator, Slot
@@ -23,6 +24,8 @@ def check_holders(
         assert landing.is_open
         holders[landing.slot] += 1
     for entry in entries:
+        if entry.is_cold:
+            continue  # the copies answer for those
         if entry.slot is None:
             assert entry.value is not None
             assert len(entry.value) == entry.nbytes
@@ -33,3 +36,33 @@ def check_holders(
     for slot in slabs.used():
         assert slot.holders == holders.pop(slot, 0), f"slot at {slot.offset} is not accounted for"
     assert not holders, "a slot that somebody holds is not one of the arena's"
+
+
+def check_copies(copies: Copies, entries: Iterable[Entry]) -> None:
+    """Assert that each entry has a copy or waits for one, and that the bytes add up."""
+    entries = list(entries)
+    present = set(entries)
+    cold = [entry for entry in entries if entry.is_cold]
+    assert copies.num_cold == len(cold)
+    assert copies.cold_bytes == sum(ENTRY_BYTES + len(entry.key) for entry in cold)
+    assert copies.num_records == sum(len(entry.records) for entry in entries)
+    for entry in entries:
+        assert entry.records or not entry.is_cold
+        tiers = [record.tier for record in entry.records]
+        assert tiers == sorted(set(tiers))
+        assert all(record.owner is entry for record in entry.records)
+        is_queued = entry in copies.dirty or entry in copies.writing
+        if copies.is_on and not entry.records:
+            assert is_queued or entry.nbytes > copies.payload_bytes_max
+        assert not (entry.records and entry in copies.dirty)
+    assert present.issuperset(copies.dirty)
+    assert present.issuperset(copies.urgent)
+    assert present.issuperset(copies.kept)
+    for entry, writing in copies.writing.items():
+        assert entry in present
+        assert not writing.is_void
+    dirt = copies.dirty.values()
+    assert copies.queued_bytes == sum(each.nbytes for each in dirt if not each.is_small)
+    assert copies.queued_small_bytes == sum(each.nbytes for each in dirt if each.is_small)
+    flying = [each.dirt.nbytes for each in copies.writing.values() if each.dirt is not None]
+    assert copies.writing_bytes == sum(flying)

@@ -10,6 +10,7 @@ from xxhash import xxh3_64_intdigest
 
 from respkv.errors import SchemaMismatch
 from respkv.page import Geometry, namespace_of
+from respkv.tiers.record import Level
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Schema:
     fingerprint: of the model's weights; hash_algorithm, seed: of the page-id chain. Opaque here.
     codecs:      (tier, codec) pairs.
     ttl_ms:      of new pages, 0: none.
+    level:       what new pages must survive; None: what the cache says.
     """
 
     namespace: bytes
@@ -28,6 +30,7 @@ class Schema:
     seed: bytes = b""
     codecs: tuple[tuple[bytes, bytes], ...] = ()
     ttl_ms: int = 0
+    level: Level | None = None
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from functools import partial
 from math import inf
 
 from respkv.engine.clock import Clock
+from respkv.engine.copies import Copies
 from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.eviction import Policy, Verdict, make_policy
 from respkv.errors import OutOfMemory
@@ -23,13 +24,15 @@ SMALL = 0  # the class of values on the heap
 ASK_AGAIN_S = 0.5
 GUESSES_MAX = 8
 SLOTS_GUESSED = 8
+CLEAN_WEIGHT, SPARED_WEIGHT = 0.25, 8.0  # of bytes that can be read again, or written first
 MUCH_COLDER = 2.0  # a class whose next victim waited so many times longer has to give
 
 
 class Room:
     """Slots and heap bytes, and the order in which entries leave them.
 
-    evict: removes an entry from the index and calls ``remove`` here; its slot is free afterwards.
+    evict: takes an entry's bytes out of memory and calls ``remove`` here; its slot is free then.
+    lose:  does the same and removes its key as well, whatever copies there are.
     small_max: bytes that keys and values on the heap may take, index entries included.
     """
 
@@ -40,15 +43,17 @@ class Room:
         *,
         small_max: int,
         clock: Clock,
-        evict: Callable[[Entry], None],
+        copies: Copies,
     ) -> None:
         self.slabs = slabs
         self.policy = policy
         self.small_max = small_max
         self.small_bytes = 0
         self.slabs_cleared = 0
+        self.evict: Callable[[Entry], None] = self.remove
+        self.lose: Callable[[Entry], None] = self.remove
         self._clock = clock
-        self._evict = evict
+        self._copies = copies
         self._policies: dict[int, Policy] = {}
         self._asked: dict[int, float] = {}
 
@@ -60,13 +65,14 @@ class Room:
         """Take an entry out of its queue."""
         self._policy_of(entry).remove(entry)
 
-    def take(self, nbytes: int) -> Slot:
+    def take(self, nbytes: int, *, may_lose: bool = True) -> Slot:
         """Return a slot for ``nbytes``, held once, after evicting as much as that takes.
 
+        may_lose: whether, as the last resort, values may go that a file tier has still to take.
         Raises OutOfMemory when it can never fit, or when all that could go is pinned or in use.
         """
         slot = self.slabs.take(nbytes)
-        return slot if slot is not None else self._take_from_others(nbytes)
+        return slot if slot is not None else self._take_from_others(nbytes, may_lose)
 
     def take_small(self, nbytes: int) -> None:
         """Count ``nbytes`` more on the heap, after evicting small values over the budget.
@@ -80,13 +86,13 @@ class Room:
             )
         policy = self._policies.get(SMALL)
         while self.small_bytes + nbytes > self.small_max:
-            victim = policy.victim(self.verdict, self._clock.now) if policy is not None else None
+            victim = self._victim(policy) if policy is not None else None
             if victim is None:
                 raise OutOfMemory(
                     f"small values: {self.small_bytes} of {self.small_max} bytes are pinned or "
                     "held; raise small-value-memory"
                 )
-            self._evict(victim)
+            self.evict(victim)
         self.small_bytes += nbytes
 
     def give_back_small(self, nbytes: int) -> None:
@@ -100,17 +106,27 @@ class Room:
             victim = self._coldest_victim()
             if victim is None:
                 break
-            self._evict(victim)
+            self.evict(victim)
         small = self._policies.get(SMALL)
         while small is not None and self.small_bytes > self.small_max:
-            victim = small.victim(self.verdict, self._clock.now)
+            victim = self._victim(small)
             if victim is None:
                 break
-            self._evict(victim)
+            self.evict(victim)
 
     def verdict(self, entry: Entry) -> Verdict:
-        """Say whether an entry may go now."""
-        if entry.children:
+        """Say whether an entry may leave memory now."""
+        if entry.records:  # it is found again, so who stands behind it does not matter
+            return Verdict.HELD if self.is_held(entry) else Verdict.EVICT
+        answer = self.final_verdict(entry)
+        if answer is Verdict.EVICT and self._copies.is_on and self._copies.spares(entry):
+            self._copies.hurry(entry)
+            return Verdict.UNWRITTEN
+        return answer
+
+    def final_verdict(self, entry: Entry) -> Verdict:
+        """Say whether an entry may go if nothing else can."""
+        if entry.children and not entry.records:
             return Verdict.PARENT
         return Verdict.HELD if self.is_held(entry) else Verdict.EVICT
 
@@ -119,13 +135,17 @@ class Room:
         now = self._clock.now
         if entry.held_until > now or entry.pinned_until > now:
             return True
-        return entry.slot is not None and entry.slot.holders > 1
+        if entry.slot is not None and entry.slot.holders > 1:
+            return True
+        # What is to survive is not lost before it is written; what was loaded is there to be read.
+        return (entry.level > 0 and not entry.records) or entry in self._copies.kept
 
     def use_policy(self, name: str, entries: Iterator[Entry]) -> None:
-        """Change the policy; ``entries`` are all that are resident."""
+        """Change the policy; ``entries`` are all that there are."""
         self.policy = name
         self._policies.clear()
-        for entry in sorted(entries, key=lambda entry: entry.touched):
+        resident = [entry for entry in entries if not entry.is_cold]
+        for entry in sorted(resident, key=lambda entry: entry.touched):
             entry.queue, entry.mark = None, 0.0
             self._policy_of(entry).insert(entry)
 
@@ -145,7 +165,7 @@ class Room:
         small = by_class.get(SMALL, [])
         assert self.small_bytes == sum(small_cost(entry.key, entry.nbytes) for entry in small)
 
-    def _take_from_others(self, nbytes: int) -> Slot:
+    def _take_from_others(self, nbytes: int, may_lose: bool) -> Slot:
         if nbytes > self.slabs.payload_bytes_max:
             raise OutOfMemory(
                 f"a value of {nbytes} bytes never fits: the arena takes at most "
@@ -158,31 +178,66 @@ class Room:
             return slot
         if (slot := self._evict_one(own, nbytes)) is not None:
             return slot
+        if may_lose and self._copies.is_on:
+            slot = self._evict_one(own, nbytes, final=True) or self._clear_slabs(nbytes, final=True)
+            if slot is not None:
+                return slot
         raise OutOfMemory(
             f"no room for {nbytes} bytes: all of the arena's {self.slabs.capacity_bytes} bytes "
             "that could hold them are pinned, leased or in flight"
         )
 
-    def _evict_one(self, payload_bytes: int, nbytes: int) -> Slot | None:
+    def _victim(self, policy: Policy) -> Entry | None:
+        """Return who leaves memory next; what has still to be written only if nobody else can."""
+        now = self._clock.now
+        if self._copies.is_on and not self._copies.can_write:
+            policy.release()  # nothing is gained by waiting
+        return policy.victim(self.verdict, now) or policy.last_resort(self.final_verdict)
+
+    def _evict_one(self, payload_bytes: int, nbytes: int, *, final: bool = False) -> Slot | None:
         policy = self._policies.get(payload_bytes)
         if policy is None:
             return None
-        victim = policy.victim(self.verdict, self._clock.now)
+        if self._copies.is_on and not self._copies.can_write:
+            policy.release()
+        if final:
+            victim = policy.last_resort(self.final_verdict)
+        else:
+            victim = policy.victim(self.verdict, self._clock.now)
         if victim is None:
             return None
-        self._evict(victim)
+        self.evict(victim)
         return self.slabs.take(nbytes)
 
-    def _clear_slabs(self, nbytes: int) -> Slot | None:
+    def _clear_slabs(self, nbytes: int, *, final: bool = False) -> Slot | None:
         slabs = self._slabs_to_clear(nbytes)
         if slabs is None:
+            return None
+        if self._copies.is_on and not final and self._hurry(slabs):
             return None
         self.slabs_cleared += len(slabs)
         for slab in slabs:
             for slot in list(slab.used):
                 if slot.owner is not None:
-                    self._evict_with_descendants(slot.owner)
+                    self._clear(slot.owner)
         return self.slabs.take(nbytes)
+
+    def _hurry(self, slabs: list[Slab]) -> bool:
+        """Have what has still to be written in some slabs written; False if there is nothing."""
+        spared = [
+            slot.owner
+            for slab in slabs
+            for slot in slab.used
+            if slot.owner is not None and self._copies.spares(slot.owner)
+        ]
+        for entry in spared:
+            self._copies.hurry(entry)
+        return bool(spared)
+
+    def _weight(self, entry: Entry) -> float:
+        if entry.records:
+            return CLEAN_WEIGHT
+        return SPARED_WEIGHT if self._copies.is_on and self._copies.spares(entry) else 1.0
 
     def _slabs_to_clear(self, nbytes: int) -> list[Slab] | None:
         """Choose slabs by a look at some of their pages, then make sure of those chosen.
@@ -212,7 +267,7 @@ class Room:
             entry: Entry | None = slot.owner
             if entry is None or self.is_held(entry):
                 return inf
-            cost += 1.0 / (1.0 + self._clock.now - entry.touched)
+            cost += self._weight(entry) / (1.0 + self._clock.now - entry.touched)
         return cost * slab.used_bytes / len(slots)
 
     def _cost(self, stuck: dict[Entry, bool], slab: Slab) -> float:
@@ -227,12 +282,12 @@ class Room:
             entry: Entry | None = slot.owner
             if entry is None or self._is_stuck(entry, stuck):
                 return inf
-            cost += 1.0 / (1.0 + self._clock.now - entry.touched)
+            cost += self._weight(entry) / (1.0 + self._clock.now - entry.touched)
         return cost * slab.slot_bytes
 
     def _is_stuck(self, entry: Entry, stuck: dict[Entry, bool]) -> bool:
-        """Whether an entry or one behind it is held."""
-        if not entry.children:
+        """Whether an entry is held, or one behind it that would go with it."""
+        if entry.records or not entry.children:
             return self.is_held(entry)
         path = [entry]
         while path:
@@ -245,9 +300,12 @@ class Room:
                 path.pop()
         return stuck[entry]
 
-    def _evict_with_descendants(self, entry: Entry) -> None:
+    def _clear(self, entry: Entry) -> None:
+        if entry.records:
+            self.evict(entry)
+            return
         for doomed in reversed(with_descendants(entry)):
-            self._evict(doomed)
+            self.lose(doomed)
 
     def _is_cold_enough(self, own: int) -> bool:
         """Whether a class should evict of its own: no other one is colder by far.
@@ -279,8 +337,12 @@ class Room:
         classes = sorted(
             filter(None, self._policies), key=lambda name: self._policies[name].age(now)
         )
-        while classes:
-            victim = self._policies[classes.pop()].victim(self.verdict, now)
+        for name in reversed(classes):
+            victim = self._policies[name].victim(self.verdict, now)
+            if victim is not None:
+                return victim
+        for name in reversed(classes):
+            victim = self._policies[name].last_resort(self.final_verdict)
             if victim is not None:
                 return victim
         return None

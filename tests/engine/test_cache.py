@@ -287,9 +287,9 @@ class WatchedCache(Cache):
 
     machine: "CacheMachine"
 
-    def _evict(self, entry: Entry) -> None:
+    def _lose(self, entry: Entry) -> None:
         self.machine.may_evict(entry.key)
-        super()._evict(entry)
+        super()._lose(entry)
 
 
 UNIT = 4096

@@ -46,7 +46,7 @@ async def test_a_sweep_removes_what_has_expired_and_lets_others_run_in_between()
         await janitor.ask(Sweep())
         janitor.stop()
     assert list(cache.entries) == [b"stays"]
-    assert len(set(seen)) > 2, "nobody ran between the steps"
+    assert len(set(seen)) > 1, "nobody ran between the steps"
     assert cache.stats.expired == 3 * SWEEP_STEP + 5
     cache.check()
 

@@ -65,7 +65,7 @@ class WatchedCache(Cache):
                 self.loose.append((until, self.payload(lease.slots[0])))
         super().drop_owner(owner, may_write=may_write)
 
-    def _evict(self, entry: Entry) -> None:
+    def _lose(self, entry: Entry) -> None:
         now = self.clock.now
         assert entry.held_until <= now, f"{entry.key!r} was promised"
         assert entry.pinned_until <= now, f"{entry.key!r} was pinned"
@@ -73,7 +73,7 @@ class WatchedCache(Cache):
         if entry.slot is not None:
             assert entry.slot not in self._borrowed, f"{entry.key!r} is being sent"
             assert entry.slot not in self.leases.holders(), f"{entry.key!r} is leased"
-        super()._evict(entry)
+        super()._lose(entry)
 
 
 class World:
@@ -237,7 +237,7 @@ class World:
             slot = entry.slot
             if slot is not None:
                 header = cache.arena[slot.offset : slot.offset + HEADER_BYTES]
-                check_page(header, cache.payload(slot), key=key, generation=slot.generation)
+                check_page(header, cache.payload(slot), key=key, generation=entry.generation)
         for lease in cache.leases._leases.values():
             assert lease.owner in self.server.sessions, "a lease without a connection"
             assert lease.mode is Mode.READ or len(lease.slots) == 1

@@ -1,0 +1,244 @@
+"""Writing values to file tiers: what clients wait for at once, the rest ahead of eviction.
+
+Dirty values are written when there are many of them, oldest first, in batches; one that was used
+since it became dirty gets a second chance, because it will stay in memory and may change again.
+While a value is being written its slot is held; whether it still is the entry's value is looked at
+in the turn in which the tier says that it has it.
+"""
+
+from collections.abc import Callable
+from itertools import islice
+
+import anyio
+from anyio.abc import TaskGroup
+
+from respkv.engine.actor import Actor
+from respkv.engine.cache import Cache
+from respkv.engine.copies import Writing
+from respkv.engine.entry import Entry
+from respkv.engine.loads import Loader
+from respkv.engine.messages import WriteValues
+from respkv.engine.placement import BATCH_BYTES_MAX, MoveSettings, choose_tier
+from respkv.engine.tier import Tier
+from respkv.errors import CacheError
+from respkv.tiers.format import hash64, read_header
+from respkv.tiers.record import Level, Record, Value
+from respkv.tiers.slab import Slot
+
+BATCH_VALUES_MAX = 2048
+CHANCES_MAX = 256  # values that a batch passes over because they were used
+RETRY_S = 0.2
+
+
+class Cleaner:
+    """The writes of a cache.
+
+    epochs:      of each tier, how often it was emptied.
+    on_end:      called when a write has ended.
+    is_draining: everything is to be written, whatever the watermarks say.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        tiers: list[Tier],
+        actors: list[Actor],
+        loader: Loader,
+        epochs: list[int],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.settings = MoveSettings()
+        self.is_draining = False
+        self.num_writes = 0
+        self.tiers = tiers
+        self._cache = cache
+        self._copies = cache.copies
+        self._actors = actors
+        self._loader = loader
+        self._epochs = epochs
+        self._on_end = on_end
+        self._tasks: TaskGroup | None = None
+        self._write_bytes = 0
+        self._retry_at = [0.0] * len(tiers)
+        self._raising: set[Entry] = set()
+
+    def run_in(self, tasks: TaskGroup) -> None:
+        """Write in tasks of this group from now on."""
+        self._tasks = tasks
+
+    def look(self) -> None:
+        """Start writing what is due."""
+        if self._tasks is not None:
+            self._write_urgent()
+            self._write_dirty()
+
+    def _write_urgent(self) -> None:
+        """Start writing what clients wait for; what is cold has to be read first."""
+        groups: dict[tuple[int, Level], list[Entry]] = {}
+        for entry in list(self._copies.urgent):
+            if entry in self._copies.writing:
+                continue  # again when that has ended
+            if entry.is_cold:
+                self._raise_urgent(entry)
+                continue
+            tier = choose_tier(self.tiers, entry.nbytes)
+            if tier is None:
+                self._copies.refuse(entry, self._why_not(entry.nbytes))
+            else:
+                groups.setdefault((tier, entry.level), []).append(entry)
+        for (tier, level), entries in groups.items():
+            self._start_write(tier, entries, level)
+
+    def _raise_urgent(self, entry: Entry) -> None:
+        assert self._tasks is not None
+        if entry not in self._raising:
+            self._raising.add(entry)
+            self._tasks.start_soon(self._raise, entry)
+
+    async def _raise(self, entry: Entry) -> None:
+        load = self._loader.start(entry)
+        try:
+            await load.wait()
+            if load.error is not None and entry in self._copies.urgent:
+                self._copies.refuse(entry, str(load.error))
+            self._write_urgent()
+        finally:
+            self._raising.discard(entry)
+            self._loader.release(load)
+
+    def _why_not(self, nbytes: int) -> str:
+        healths = [
+            f"{tier.name} is {tier.health.state}"
+            + (f" ({tier.health.reason})" if tier.health.reason else "")
+            if tier.health.state != "ok"
+            else f"{tier.name} takes values of at most {tier.payload_bytes_max} bytes, not {nbytes}"
+            for tier in self.tiers
+        ]
+        return "not written: " + ("; ".join(healths) or "there is no file tier")
+
+    def _write_dirty(self) -> None:
+        """Start writing as much as the watermarks ask for and may be on its way at a time."""
+        while self._write_bytes < self.settings.move_bytes_max:
+            batches = self._next_batches()
+            if not batches:
+                return
+            for tier, entries in batches.items():
+                self._start_write(tier, entries, Level.MEMORY)
+
+    def _next_batches(self) -> dict[int, list[Entry]]:
+        """Choose the next dirty values to write, by tier."""
+        copies = self._copies
+        large, small = copies.queued_bytes, copies.queued_small_bytes
+        wanted = copies.marks.excess(large), copies.small_marks.excess(small)
+        left = max(wanted[0], copies.hurried_bytes), wanted[1]
+        if self.is_draining:
+            left = large, small
+        limits = [min(left[0], BATCH_BYTES_MAX), min(left[1], BATCH_BYTES_MAX)]
+        batches: dict[int, list[Entry]] = {}
+        if limits[0] <= 0 and limits[1] <= 0:
+            return batches
+        count = chances = 0
+        now = anyio.current_time()
+        for entry, dirt in list(islice(copies.dirty.items(), BATCH_VALUES_MAX + CHANCES_MAX)):
+            if (limits[0] <= 0 and limits[1] <= 0) or count == BATCH_VALUES_MAX:
+                break
+            if limits[dirt.is_small] <= 0 or entry in copies.urgent:
+                continue
+            if 0 <= dirt.touched < entry.touched and chances < CHANCES_MAX and not self.is_draining:
+                chances += 1
+                copies.dirty[entry] = dirt._replace(touched=entry.touched)
+                copies.dirty.move_to_end(entry)
+                continue
+            tier = choose_tier(self.tiers, entry.nbytes)
+            if tier is None or self._retry_at[tier] > now:
+                continue
+            batches.setdefault(tier, []).append(entry)
+            limits[dirt.is_small] -= dirt.nbytes
+            count += 1
+        return batches
+
+    def _start_write(self, tier: int, entries: list[Entry], level: Level) -> None:
+        """Take values out of their queues and start writing them."""
+        values: list[Value] = []
+        writings: list[Writing] = []
+        slots: dict[Writing, Slot] = {}
+        for entry in entries:
+            value, slot = self._value_of(entry, level)
+            writing = self._copies.begin_write(entry, tier, level, value.meta.generation)
+            if slot is not None:
+                self._cache.borrow(slot)
+                slots[writing] = slot
+            values.append(value)
+            writings.append(writing)
+        assert self._tasks is not None
+        nbytes = sum(value.meta.payload_bytes for value in values)
+        self._write_bytes += nbytes
+        self.num_writes += 1
+        self._tasks.start_soon(self._write, tier, values, writings, slots, level, nbytes)
+
+    def _value_of(self, entry: Entry, level: Level) -> tuple[Value, Slot | None]:
+        """Describe a value in memory for writing; a small one gets its generation now."""
+        cache, slot = self._cache, entry.slot
+        if slot is None:
+            assert entry.value is not None
+            generation, checksum = cache.slabs.next_generation(), hash64(entry.value)
+            payload, image = memoryview(entry.value), None
+        else:
+            generation, checksum = entry.generation, read_header(cache.header(slot)).checksum
+            payload, image = cache.payload(slot), cache.image(slot)
+        meta = self._copies.describe(entry, checksum, generation, level)
+        return Value(meta, payload, image, entry), slot
+
+    async def _write(
+        self,
+        tier: int,
+        values: list[Value],
+        writings: list[Writing],
+        slots: dict[Writing, Slot],
+        level: Level,
+        nbytes: int,
+    ) -> None:
+        """Write values and attach their records; try the next tier with what a client waits for."""
+        epoch, todo = self._epochs[tier], dict.fromkeys(writings)
+
+        def attach(records: list[Record | None]) -> None:
+            for writing, record in zip(writings, records, strict=True):
+                if record is not None and epoch == self._epochs[tier]:
+                    del todo[writing]
+                    if writing in slots:
+                        self._cache.restore(slots.pop(writing))
+                    self._copies.end_write(writing, record)
+                    self._cache.stats.written_behind_bytes += record.payload_bytes
+
+        reason = f"{self.tiers[tier].name}: the value could not be written"
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._actors[tier].ask(WriteValues(values, level, attach))
+        except CacheError as error:
+            reason = str(error)
+        finally:
+            for writing in todo:
+                self._copies.end_write(writing, None)
+                self._retry(writing, reason)
+            for slot in slots.values():
+                self._cache.restore(slot)
+            if todo:
+                self._retry_at[tier] = anyio.current_time() + RETRY_S
+            self._write_bytes -= nbytes
+            self.num_writes -= 1
+            self._on_end()
+
+    def _retry(self, writing: Writing, reason: str) -> None:
+        """Try the next tier for those who wait for a value, or tell them that it failed."""
+        entry = writing.entry
+        if writing.is_void:
+            self._copies.hand_on(writing)
+            return
+        if not writing.notes and not writing.level:
+            return
+        following = choose_tier(self.tiers, entry.nbytes, writing.tier + 1)
+        if following is None or entry.is_cold:
+            self._copies.fail(writing, reason)
+            return
+        self._copies.urgent.setdefault(entry, []).extend(writing.notes)
+        self._start_write(following, [entry], entry.level)

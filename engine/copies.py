@@ -1,0 +1,374 @@
+"""Which copies values have beyond memory, which have none yet, and what the logs must be told.
+
+An entry is dirty (in memory alone), clean (in memory and in files) or cold (in files alone). Dirty
+ones wait here in the order in which they became so; the mover writes them, oldest first, before
+memory is short. What a client wants to survive is urgent and goes first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from respkv.engine.burials import Burials
+from respkv.engine.clock import Clock
+from respkv.engine.entry import ENTRY_BYTES, Entry
+from respkv.engine.history import Reason
+from respkv.engine.notes import Note
+from respkv.engine.placement import Watermarks
+from respkv.engine.tier import Tier
+from respkv.tiers.meta import is_content_addressed
+from respkv.tiers.record import Level, Meta, Record
+
+RECORD_BYTES = 360  # what a record costs on the heap, its place in the tier's tables included
+
+
+class Dirt(NamedTuple):
+    """What a dirty entry holds in memory, and when it had been used as it became dirty."""
+
+    nbytes: int
+    is_small: bool
+    touched: float
+
+
+@dataclass(eq=False, slots=True)
+class Writing:
+    """A value on its way to a tier. ``is_void``: it is not the entry's any more."""
+
+    entry: Entry
+    tier: int
+    level: Level
+    generation: int
+    dirt: Dirt | None
+    notes: list[Note]
+    is_void: bool = False
+    changes: list[Note] = field(default_factory=list)
+
+
+class Copies(Burials):
+    """The dirty, the clean and the cold.
+
+    lose:    removes an entry that has no copy left.
+    requeue: told of an entry in memory that became clean.
+    on_room: called when there is no need any more to wait with values.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.is_on = False
+        self.payload_bytes_max = -1
+        self.num_cold = self.cold_bytes = self.num_records = 0
+        self.cold_max = 2_000_000
+        self.dirty: OrderedDict[Entry, Dirt] = OrderedDict()
+        self.queued_bytes = self.queued_small_bytes = 0  # of those in ``dirty``
+        self.writing_bytes = 0  # of those on their way, both kinds
+        self.hurried_bytes = 0  # of those that eviction has passed over
+        self.writing: dict[Entry, Writing] = {}
+        self.urgent: OrderedDict[Entry, list[Note]] = OrderedDict()
+        self.kept: set[Entry] = set()  # small values that a load brought and somebody waits for
+        self.marks, self.small_marks = Watermarks(), Watermarks()
+        self.lose: Callable[[Entry, Reason], None] = lambda entry, reason: None
+        self.requeue: Callable[[Entry], None] = lambda entry: None
+        self.on_room: Callable[[], None] = lambda: None
+        self._clock = clock
+
+    def use(self, tiers: Iterable[Tier]) -> None:
+        """Keep copies in these tiers from now on, fastest first."""
+        self.tiers = tuple(tiers)
+        self.is_on = bool(self.tiers)
+        self.payload_bytes_max = max((tier.payload_bytes_max for tier in self.tiers), default=-1)
+
+    @property
+    def can_write(self) -> bool:
+        """Whether some tier takes values now."""
+        return any(tier.health.state == "ok" for tier in self.tiers)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether larger values should wait, because too much in memory has no copy yet."""
+        return self.queued_bytes + self.writing_bytes > self.marks.high and self.can_write
+
+    # -- told by the cache --------------------------------------------------------------------
+
+    def stored(self, entry: Entry, level: Level) -> None:
+        """Note that an entry has a new value, of which there is no copy yet."""
+        if entry not in self.dirty:
+            self._add(entry)
+        if level:
+            self.want(entry, level)
+        elif entry in self.urgent:
+            _end_all(self.urgent.pop(entry))
+        if self.leaving or self.unburied:
+            self.wait_for_burial(entry)
+
+    def want(self, entry: Entry, level: Level) -> None:
+        """Have a value written at a level before the reply."""
+        note = Note()
+        entry.level = level
+        self.urgent.setdefault(entry, []).append(note)
+        self.add(note)
+        self.on_work()
+
+    def replaced(self, entry: Entry, *, by_string: bool) -> None:
+        """Note that an entry is about to get another value; its level is the lowest again."""
+        is_named = is_content_addressed(entry.key, entry.kind)
+        tiers, level = self._end(entry)
+        if tiers and (level or is_named):
+            waits = by_string if is_named else True
+            self.bury(entry.key, tiers, entry.generation, level, waits=waits)
+
+    def removed(self, entry: Entry, reason: Reason) -> None:
+        """Note that an entry has left the index, or is about to."""
+        is_named = is_content_addressed(entry.key, entry.kind)
+        tiers, level = self._end(entry)
+        self.kept.discard(entry)
+        if entry in self.urgent:
+            _end_all(self.urgent.pop(entry))
+        if tiers and reason not in ("expired", "flushed"):
+            if is_named and reason == "deleted":
+                self.bury(entry.key, tiers, entry.generation, level, waits=False)
+            elif level and not is_named:
+                waits = reason == "deleted"
+                self.bury(entry.key, tiers, entry.generation, level, waits=waits)
+
+    def changed(self, entry: Entry) -> None:
+        """Note that an entry's TTL, pin or priority changed."""
+        if not entry.level:
+            return
+        writing = self.writing.get(entry)
+        note = Note(len(entry.records) + (writing is not None))
+        if not note.todo:
+            return  # it is still to be written, and will be as it is then
+        if writing is not None:
+            writing.changes.append(note)
+        for record in entry.records:
+            self.change(self.meta(entry, record), record.tier, entry.level, note)
+        self.add(note)
+        self.on_work()
+
+    def demoted(self, entry: Entry) -> None:
+        """Note that an entry has become cold."""
+        self.num_cold += 1
+        self.cold_bytes += ENTRY_BYTES + len(entry.key)
+
+    def raised(self, entry: Entry) -> None:
+        """Note that an entry is not cold any more: it is in memory, gets another value, or goes."""
+        self.num_cold -= 1
+        self.cold_bytes -= ENTRY_BYTES + len(entry.key)
+
+    def spares(self, entry: Entry) -> bool:
+        """Whether an entry is better evicted later, because a tier can still take its value."""
+        return (entry in self.dirty or entry in self.writing) and self.can_write
+
+    def hurry(self, entry: Entry) -> None:
+        """Have an entry written soon: it would be evicted if there were a copy."""
+        dirt = self.dirty.get(entry)
+        if dirt is not None and dirt.touched >= 0:
+            self.dirty[entry] = dirt._replace(touched=-1.0)
+            self.dirty.move_to_end(entry, last=False)
+            self.hurried_bytes += dirt.nbytes
+            self.on_work()
+
+    # -- told by the mover --------------------------------------------------------------------
+
+    def begin_write(self, entry: Entry, tier: int, level: Level, generation: int) -> Writing:
+        """Take an entry out of its queues: its value, of this generation, is being written."""
+        dirt = self._take_dirt(entry)
+        notes = self.urgent.pop(entry, [])
+        entry.generation = generation
+        writing = Writing(entry, tier, level, generation, dirt, notes)
+        self.writing[entry] = writing
+        self.writing_bytes += 0 if dirt is None else dirt.nbytes
+        return writing
+
+    def end_write(self, writing: Writing, record: Record | None) -> None:
+        """Attach the record of a written value, or free it if that is not the value any more."""
+        entry = writing.entry
+        self._forget_write(writing)
+        if record is not None:
+            record.tier = writing.tier
+            if writing.is_void:
+                self.tiers[writing.tier].free(record)
+            else:
+                self.attach(entry, record)
+                for note in writing.changes:
+                    self.change(self.meta(entry, record), record.tier, entry.level, note)
+                writing.changes = []
+            _end_all(writing.notes)
+            writing.notes = []
+        elif not writing.is_void and not entry.is_cold and not entry.records:
+            self._add(entry)
+        _end_all(writing.changes)
+
+    def fail(self, writing: Writing, reason: str) -> None:
+        """Tell those who wait that a value will not be written at its level."""
+        assert not writing.is_void
+        self._lower(writing.entry)
+        _end_all(writing.notes, reason)
+        writing.notes = []
+
+    def hand_on(self, writing: Writing) -> None:
+        """Let those who wait for a value that was overwritten wait for the one after it."""
+        entry, notes = writing.entry, writing.notes
+        writing.notes = []
+        if entry in self.urgent:
+            self.urgent[entry].extend(notes)
+        elif entry in self.writing and self.writing[entry].level:
+            self.writing[entry].notes.extend(notes)
+        else:
+            _end_all(notes)
+
+    def refuse(self, entry: Entry, reason: str) -> None:
+        """Tell those who wait for an urgent value that no tier takes it."""
+        self._lower(entry)
+        _end_all(self.urgent.pop(entry), reason)
+
+    def attach(self, entry: Entry, record: Record) -> None:
+        """Give an entry one more copy; copies of older values, and one in the same tier, go."""
+        kept = [
+            each
+            for each in entry.records
+            if each.generation == record.generation and each.tier != record.tier
+        ]
+        for each in entry.records:
+            if each not in kept:
+                self.tiers[each.tier].free(each)
+        self.num_records += 1 + len(kept) - len(entry.records)
+        entry.records = tuple(sorted([*kept, record], key=_tier_of))
+        if not entry.is_cold:
+            self._take_dirt(entry)
+            self.requeue(entry)
+
+    def detach(self, record: Record, reason: Reason) -> None:
+        """Note that a copy is gone; an entry without any other copy goes too."""
+        entry: Entry = record.owner
+        if entry is None or record not in entry.records:
+            return
+        entry.records = tuple(each for each in entry.records if each is not record)
+        self.num_records -= 1
+        is_mutable = not is_content_addressed(entry.key, entry.kind)
+        if record.level and is_mutable and reason != "lost":
+            self.bury(entry.key, {record.tier}, record.generation, record.level, waits=False)
+        if entry.records:
+            return
+        if entry.is_cold:
+            self.raised(entry)
+            self.lose(entry, reason)
+        elif entry not in self.writing:
+            self._add(entry)
+            if entry.level:
+                self.urgent.setdefault(entry, [])
+                self.on_work()
+
+    def drop(self, record: Record) -> None:
+        """Give up a copy that could not be read."""
+        self.tiers[record.tier].free(record)
+        self.detach(record, "lost")
+
+    def forget(self, tier: int, entries: Iterable[Entry]) -> None:
+        """Forget all copies in a tier."""
+        for entry in list(entries):
+            for record in entry.records:
+                if record.tier == tier:
+                    self.detach(record, "lost")
+
+    def meta(self, entry: Entry, record: Record) -> Meta:
+        """Describe an entry's value as a record has it."""
+        return self.describe(entry, record.checksum, record.generation, record.level)
+
+    def describe(self, entry: Entry, checksum: int, generation: int, level: Level) -> Meta:
+        """Describe an entry's value."""
+        now, wall_ms = self._clock.now, self._clock.wall_ms
+        pinned_s = entry.pinned_until - now
+        return Meta(
+            key=entry.key,
+            kind=entry.kind,
+            payload_bytes=entry.nbytes,
+            checksum=checksum,
+            generation=generation,
+            level=level,
+            expires_ms=entry.expires_ms,
+            pinned_ms=wall_ms + int(pinned_s * 1000) if pinned_s > 0 else 0,
+            touched_ms=max(0, wall_ms - int((now - entry.touched) * 1000)),
+            priority=entry.priority,
+            tokens=entry.tokens,
+            hits=entry.hits,
+            parent=entry.parent_key,
+        )
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _add(self, entry: Entry) -> None:
+        """Queue an entry that became dirty. What is being written is not its value any more."""
+        writing = self.writing.get(entry)
+        if writing is not None:
+            writing.is_void = True
+            self._forget_write(writing)
+        if entry.nbytes > self.payload_bytes_max:
+            return
+        slot = entry.slot
+        if slot is None:
+            nbytes = len(entry.key) + entry.nbytes + ENTRY_BYTES
+            self.queued_small_bytes += nbytes
+            is_due = self.queued_small_bytes > self.small_marks.high
+        else:
+            nbytes = slot.slab.slot_bytes
+            self.queued_bytes += nbytes
+            is_due = self.queued_bytes > self.marks.high
+        self.dirty[entry] = Dirt(nbytes, slot is None, entry.touched)
+        if is_due:
+            self.on_work()
+
+    @staticmethod
+    def _lower(entry: Entry) -> None:
+        entry.level = max((record.level for record in entry.records), default=Level.MEMORY)
+
+    def _take_dirt(self, entry: Entry) -> Dirt | None:
+        dirt = self.dirty.pop(entry, None)
+        if dirt is None:
+            return None
+        if dirt.is_small:
+            self.queued_small_bytes -= dirt.nbytes
+        else:
+            self.queued_bytes -= dirt.nbytes
+        if dirt.touched < 0:
+            self.hurried_bytes -= dirt.nbytes
+        return dirt
+
+    def _forget_write(self, writing: Writing) -> None:
+        if self.writing.get(writing.entry) is not writing:
+            return
+        was_behind = self.is_behind
+        del self.writing[writing.entry]
+        self.writing_bytes -= 0 if writing.dirt is None else writing.dirt.nbytes
+        if was_behind and not self.is_behind:
+            self.on_room()
+
+    def _end(self, entry: Entry) -> tuple[set[int], Level]:
+        """Let go of all copies of a value; return the tiers whose logs know it, and its level."""
+        records, entry.records = entry.records, ()
+        tiers = {record.tier for record in records}
+        level = max((record.level for record in records), default=Level.MEMORY)
+        writing = self.writing.get(entry)
+        if writing is not None:
+            writing.is_void = True
+            self._forget_write(writing)
+            tiers.add(writing.tier)
+            level = max(level, writing.level)
+        self._take_dirt(entry)
+        if entry.is_cold and records:
+            self.raised(entry)
+        for record in records:
+            self.tiers[record.tier].free(record)
+        self.num_records -= len(records)
+        entry.level = Level.MEMORY
+        return tiers, level
+
+
+def _end_all(notes: Iterable[Note], error: str = "") -> None:
+    for note in notes:
+        note.end(error)
+
+
+def _tier_of(record: Record) -> int:
+    return record.tier

@@ -1,0 +1,116 @@
+"""What becomes of copies whose place in a file is reclaimed: kept, moved down, or given up.
+
+These are the hooks of the file tiers. A tier asks which records of a segment are worth writing
+again, offers those that are not to the next slower tier, and says which have gone.
+"""
+
+import logging
+from functools import partial
+
+from respkv.engine.actor import Actor
+from respkv.engine.cache import Cache
+from respkv.engine.entry import Entry
+from respkv.engine.history import Reason
+from respkv.engine.messages import WriteValues
+from respkv.engine.placement import BATCH_BYTES_MAX, Ages, choose_tier, idle_s
+from respkv.engine.tier import Tier
+from respkv.errors import CacheError
+from respkv.tiers.record import Level, Meta, Record, Value
+
+logger = logging.getLogger(__name__)
+
+_REASONS: dict[str, Reason] = {"evicted": "evicted", "corrupt": "corrupt"}
+
+
+class Descent:
+    """The way down from one tier to the next.
+
+    epochs: of each tier, how often it was emptied; what was begun before that does not count.
+    """
+
+    def __init__(self, cache: Cache, tiers: list[Tier], actors: list[Actor]) -> None:
+        self.tiers = tiers
+        self.epochs = [0] * len(tiers)
+        self.ages = [Ages() for _ in tiers]
+        self._cache = cache
+        self._actors = actors
+
+    def hook(self) -> None:
+        """Give the tiers their hooks, before they start."""
+        for number, tier in enumerate(self.tiers):
+            tier.describe = self._describe
+            tier.keep = partial(self._keep, number)
+            tier.leave = partial(self._leave, number)
+            tier.dropped = self._dropped
+            tier.generation = self._cache.slabs.next_generation
+
+    def _describe(self, record: Record) -> Meta:
+        return self._cache.copies.meta(record.owner, record)
+
+    def _dropped(self, record: Record, why: str) -> None:
+        self._cache.copies.detach(record, _REASONS.get(why, "lost"))
+
+    def _keep(self, tier: int, record: Record) -> bool:
+        """Whether a copy is to live on when its segment is reclaimed."""
+        entry: Entry = record.owner
+        if entry is None or record not in entry.records or entry.records[-1] is not record:
+            return False  # a slower tier has it too
+        if self._cache.room.is_held(entry) or (entry.level and not entry.is_cold):
+            return True
+        idle = idle_s(entry, self._cache.clock.now)
+        return self.ages[tier].is_worth_keeping(idle, has_level=entry.level > 0)
+
+    async def _leave(self, tier: int, records: list[Record]) -> None:
+        """Copy what a tier is about to drop to a slower one."""
+        batch: list[tuple[Record, bytearray]] = []
+        nbytes = 0
+        for record in records:
+            entry: Entry = record.owner
+            if entry.position < 0 or record not in entry.records or entry.records[-1] is not record:
+                continue
+            if choose_tier(self.tiers, record.payload_bytes, tier + 1) is None:
+                continue
+            buffer = bytearray(record.payload_bytes)
+            try:
+                await self.tiers[tier].read(record, entry.key, memoryview(buffer), None)
+            except CacheError:
+                continue  # the tier has said what became of it
+            batch.append((record, buffer))
+            nbytes += len(buffer)
+            if nbytes >= BATCH_BYTES_MAX:
+                await self._move_down(tier, batch)
+                batch, nbytes = [], 0
+        await self._move_down(tier, batch)
+
+    async def _move_down(self, tier: int, batch: list[tuple[Record, bytearray]]) -> None:
+        groups: dict[tuple[int, Level], list[tuple[Record, bytearray]]] = {}
+        for record, buffer in batch:
+            to = choose_tier(self.tiers, record.payload_bytes, tier + 1)
+            if to is not None and record in record.owner.records:
+                groups.setdefault((to, record.level), []).append((record, buffer))
+        for (to, level), group in groups.items():
+            values = [
+                Value(self._describe(record), memoryview(buffer), None, record.owner)
+                for record, buffer in group
+            ]
+            try:
+                attach = partial(
+                    self._attach_moved, to, self.epochs[to], [each for each, _ in group]
+                )
+                await self._actors[to].ask(WriteValues(values, level, attach))
+            except CacheError as error:
+                logger.warning("%s: not moved down: %s", self.tiers[tier].name, error)
+
+    def _attach_moved(
+        self, tier: int, epoch: int, sources: list[Record], records: list[Record | None]
+    ) -> None:
+        for source, record in zip(sources, records, strict=True):
+            entry: Entry = source.owner
+            if record is None or epoch != self.epochs[tier]:
+                continue
+            record.tier = tier
+            if entry.position >= 0 and source in entry.records:
+                self._cache.copies.attach(entry, record)
+                self._cache.stats.moved_down += 1
+            else:
+                self.tiers[tier].free(record)

@@ -1,0 +1,265 @@
+"""Reading values back into memory: who waits for which, and how many are on their way.
+
+All who want one entry share one load. What a load brought stays in memory until every one of them
+has had its turn, and after that only if it is promoted. Loads begin in the order in which they were
+asked for, prefetches after those that somebody waits for, and no more at a time than
+``move_bytes_max``.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import anyio
+from anyio.abc import TaskGroup
+
+from respkv.engine.actor import Actor
+from respkv.engine.cache import Cache
+from respkv.engine.entry import SMALL_BYTES_MAX, Entry
+from respkv.engine.landing import Landing
+from respkv.engine.messages import ReadRecord
+from respkv.engine.placement import MoveSettings, is_promoted
+from respkv.errors import CacheError, OutOfMemory, TierError
+from respkv.tiers.record import Record
+from respkv.tiers.slab import Slot
+
+ROOM_PAUSE_S = 0.005
+SPARE_S = 1.0  # for so long a load waits before it evicts what has still to be written
+PREFETCH_SHARE = 2  # prefetches take one in so many bytes on their way
+
+
+class Load:
+    """One entry on its way into memory.
+
+    error:   why it is not there; the entry may be gone as well, which is no error.
+    is_kept: it stays when nobody waits any more.
+    """
+
+    __slots__ = ("_event", "entry", "error", "is_done", "is_kept", "num_waiters", "slot")
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.error: CacheError | None = None
+        self.is_done = False
+        self.is_kept = False
+        self.num_waiters = 0
+        self.slot: Slot | None = None  # held until nobody waits any more
+        self._event: anyio.Event | None = None
+
+    async def wait(self) -> None:
+        """Wait until the entry is in memory, or gone, or ``error`` says why it is neither."""
+        if not self.is_done:
+            if self._event is None:
+                self._event = anyio.Event()
+            await self._event.wait()
+
+    def end(self) -> None:
+        """Wake those who wait."""
+        self.is_done = True
+        if self._event is not None:
+            self._event.set()
+
+
+class Loader:
+    """The loads of a cache. ``actors`` are those of its tiers, in order."""
+
+    def __init__(self, cache: Cache, actors: list[Actor], settings: MoveSettings) -> None:
+        self.settings = settings
+        self.bytes_in_flight = 0
+        self._cache = cache
+        self._actors = actors
+        self._tasks: TaskGroup | None = None
+        self._loads: dict[Entry, Load] = {}
+        self._wanted: OrderedDict[Load, None] = OrderedDict()
+        self._advised: OrderedDict[Load, None] = OrderedDict()
+        self._advised_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def run_in(self, tasks: TaskGroup) -> None:
+        """Read in tasks of this group from now on."""
+        self._tasks = tasks
+        self._begin()
+
+    def stop(self) -> None:
+        """Begin no more loads; those that wait for their turn fail."""
+        self._tasks = None
+        waiting = [*self._wanted, *self._advised]
+        self._wanted.clear()
+        self._advised.clear()
+        self._advised_bytes = 0
+        for load in waiting:
+            del self._loads[load.entry]
+            load.error = TierError("the file tiers are being closed")
+            load.end()
+
+    def start(self, entry: Entry) -> Load:
+        """Join the load of an entry, or begin one. ``release`` ends what this began."""
+        load = self._loads.get(entry)
+        if load is not None:
+            self._cache.stats.loads_joined += 1
+            if load in self._advised:
+                del self._advised[load]
+                self._advised_bytes -= entry.nbytes
+                self._wanted[load] = None
+        else:
+            load = Load(entry)
+            if entry.is_cold and entry.position >= 0:
+                self._loads[entry] = load
+                self._wanted[load] = None
+            else:
+                load.is_done = True
+        load.num_waiters += 1
+        self._begin()
+        return load
+
+    def release(self, load: Load) -> None:
+        """End one ``start``: its caller has seen the entry, or does not wait any more."""
+        load.num_waiters -= 1
+        if not load.num_waiters and load.is_done:
+            self._let_go(load)
+
+    def advise(self, entries: Iterable[Entry]) -> int:
+        """Raise entries ahead of use, as many as there is room on the way; return how many."""
+        count = 0
+        limit = self.settings.move_bytes_max // PREFETCH_SHARE
+        for entry in entries:
+            load = self._loads.get(entry)
+            if load is not None:
+                load.is_kept = True
+                count += 1
+            elif entry.is_cold and entry.position >= 0:
+                if self._advised_bytes and self._advised_bytes + entry.nbytes > limit:
+                    self._cache.stats.prefetch_dropped += 1
+                    continue
+                load = self._loads[entry] = Load(entry)
+                load.is_kept = True
+                self._advised[load] = None
+                self._advised_bytes += entry.nbytes
+                self._cache.stats.prefetched += 1
+                count += 1
+        self._begin()
+        return count
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._tasks is None:
+            return
+        while self._wanted or self._advised:
+            queue = self._wanted or self._advised
+            load = next(iter(queue))
+            nbytes = load.entry.nbytes
+            if (
+                self.bytes_in_flight
+                and self.bytes_in_flight + nbytes > self.settings.move_bytes_max
+            ):
+                return
+            del queue[load]
+            if queue is self._advised:
+                self._advised_bytes -= nbytes
+            self.bytes_in_flight += nbytes
+            self._tasks.start_soon(self._load, load, nbytes)
+
+    async def _load(self, load: Load, nbytes: int) -> None:
+        entry = load.entry
+        try:
+            while entry.is_cold and entry.position >= 0:
+                if entry.kind == "string" and entry.nbytes <= SMALL_BYTES_MAX:
+                    await self._read_small(load)
+                else:
+                    await self._read_large(load)
+        except CacheError as error:
+            load.error = error
+            self._cache.stats.loads_failed += 1
+        finally:
+            self.bytes_in_flight -= nbytes
+            del self._loads[entry]
+            load.end()
+            if not load.num_waiters:
+                self._let_go(load)
+            self._begin()
+
+    async def _read_small(self, load: Load) -> None:
+        entry, cache = load.entry, self._cache
+        record, buffer = entry.records[0], bytearray(entry.nbytes)
+        touches = record.touches
+        if not await self._read(entry, record, memoryview(buffer), None):
+            return
+        if cache.raise_small(entry, bytes(buffer)):
+            cache.copies.kept.add(entry)
+            self._note_loaded(load, record, touches, cache.room.small_max - cache.room.small_bytes)
+
+    async def _read_large(self, load: Load) -> None:
+        entry, cache = load.entry, self._cache
+        landing = await self._find_room(entry)
+        if landing is None:
+            return
+        try:
+            if not entry.is_cold or entry.position < 0:
+                return  # while it waited for room
+            record, slot = entry.records[0], landing.slot
+            touches = record.touches
+            if await self._read(entry, record, landing.memory, cache.image(slot)):
+                cache.raise_entry(entry, landing, record.checksum)
+                cache.borrow(slot)
+                load.slot = slot
+                free = cache.slabs.budget_bytes - cache.slabs.used_bytes
+                self._note_loaded(load, record, touches, free)
+        finally:
+            cache.abandon(landing)
+
+    async def _read(
+        self, entry: Entry, record: Record, into: memoryview, image: memoryview | None
+    ) -> bool:
+        """Read a copy; False when the entry is not what it was, or has this copy no more.
+
+        Cancelled: after the read has ended, because the tier writes into memory that is lent.
+        """
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._actors[record.tier].ask(ReadRecord(record, entry.key, into, image))
+        except CacheError:
+            if record in entry.records:
+                self._cache.copies.drop(record)
+            return False
+        return entry.is_cold and entry.position >= 0 and record in entry.records
+
+    async def _find_room(self, entry: Entry) -> Landing | None:
+        """Wait for a slot, and only after a while take one from what has still to be written.
+
+        Returns None when the entry needs none any more. Raises OutOfMemory.
+        """
+        began = anyio.current_time()
+        while entry.is_cold and entry.position >= 0:
+            waited = anyio.current_time() - began
+            try:
+                return self._cache.reserve(entry.nbytes, may_lose=waited >= SPARE_S)
+            except OutOfMemory:
+                if waited >= self.settings.reserve_timeout_s and waited >= SPARE_S:
+                    raise
+            await anyio.sleep(ROOM_PAUSE_S)
+        return None
+
+    def _note_loaded(self, load: Load, record: Record, touches: int, free_bytes: int) -> None:
+        entry, cache = load.entry, self._cache
+        cache.stats.loads += 1
+        cache.stats.load_bytes += entry.nbytes
+        record.touches = max(record.touches, touches + 1)
+        whole = cache.room.small_max if entry.slot is None else cache.slabs.budget_bytes
+        if not load.is_kept:
+            load.is_kept = is_promoted(self.settings.promote, record.touches, free_bytes, whole)
+
+    def _let_go(self, load: Load) -> None:
+        """Drop what a load brought from memory, unless it stays or is another value by now."""
+        entry, cache, slot = load.entry, self._cache, load.slot
+        is_ours = entry.slot is slot if slot is not None else entry in cache.copies.kept
+        cache.copies.kept.discard(entry)
+        load.slot = None
+        if is_ours and entry.position >= 0 and not entry.is_cold and load.error is None:
+            if load.is_kept:
+                cache.stats.promoted += 1
+            elif entry.records and entry not in cache.copies.writing:
+                cache.demote(entry)
+        if slot is not None:
+            cache.restore(slot)

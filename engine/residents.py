@@ -1,0 +1,204 @@
+"""Which entries there are, and where their bytes are: how they come, move and go.
+
+An entry's bytes leave memory in two ways. A clean one is demoted: it stays in the index and its copy
+in a file is found. A dirty one is lost with its key. So only losing has to care for the pages that
+stand behind it.
+"""
+
+from respkv.engine.clock import Clock
+from respkv.engine.copies import Copies
+from respkv.engine.entry import Entry, Kind
+from respkv.engine.history import History, Reason
+from respkv.engine.index import Index
+from respkv.engine.landing import Landing
+from respkv.engine.memory import Memory
+from respkv.engine.namespaces import Namespaces, Schema
+from respkv.engine.room import Room, small_cost, with_descendants
+from respkv.engine.stats import Stats
+from respkv.errors import OutOfMemory
+from respkv.tiers.format import Header, hash64, write_header
+from respkv.tiers.slab import SlabAllocator, Slot
+
+RAW = 0  # the codec of bytes as they came
+COLD_LOOKS = 64  # entries among which the one used longest ago is forgotten
+
+
+class Residents(Memory):
+    """The index, the room in memory, and the copies beyond it.
+
+    has_files: whether there are file tiers; without them ``copies`` is not asked.
+    """
+
+    def __init__(
+        self, arena: memoryview, slabs: SlabAllocator, *, policy: str, small_max: int, clock: Clock
+    ) -> None:
+        super().__init__(arena, slabs)
+        self.clock = clock
+        self.index = Index()
+        self.entries = self.index.entries  # the hot path looks a key up without a call
+        self.namespaces = Namespaces()
+        self.history = History()
+        self.stats = Stats()
+        self.copies = Copies(clock)
+        self.room = Room(slabs, policy, small_max=small_max, clock=clock, copies=self.copies)
+        self.room.evict, self.room.lose = self._evict, self._lose
+        self.copies.lose, self.copies.requeue = self._lose_copy, self.room.insert
+        self.copies.on_room = lambda: self.on_room()
+        self.has_files = False
+        self._cold_hand = 0
+
+    @property
+    def num_cold(self) -> int:
+        """How many entries have to be loaded before they can be read."""
+        return self.copies.num_cold
+
+    def expire_due(self, count_max: int) -> int:
+        """Remove up to ``count_max`` entries whose TTL has ended; return how many there were."""
+        count = 0
+        # One by one: an entry may have several tickets, and the rest are void once it has gone.
+        for entry in self.index.due(self.clock.wall_ms, count_max):
+            self._expire(entry)
+            count += 1
+        return count
+
+    def raise_entry(self, entry: Entry, landing: Landing, checksum: int) -> None:
+        """Put a cold entry back into memory: its bytes fill a landing."""
+        assert entry.is_cold
+        slot = landing.slot
+        self._close(landing)
+        schema = self.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
+        self._write_header(slot, entry.key, schema, entry.records[0].generation, checksum)
+        self.copies.raised(entry)
+        entry.slot, slot.owner = slot, entry
+        self.room.insert(entry)
+
+    def raise_small(self, entry: Entry, value: bytes) -> bool:
+        """Put a cold small value back onto the heap; False if it went while room was made."""
+        assert entry.is_cold
+        cost = small_cost(entry.key, entry.nbytes)
+        self.room.take_small(cost)
+        if entry.position < 0 or not entry.is_cold:
+            self.room.give_back_small(cost)
+            return False
+        self.copies.raised(entry)
+        entry.value = value
+        self.room.insert(entry)
+        return True
+
+    def demote(self, entry: Entry) -> None:
+        """Drop a clean entry's bytes from memory; those who are reading them go on."""
+        assert entry.records
+        self.room.remove(entry)
+        self._let_go(entry)
+        self.copies.demoted(entry)
+        if self.copies.num_cold > self.copies.cold_max:
+            self.forget_cold()
+
+    def forget_cold(self) -> None:
+        """Remove the cold leaf used longest ago among some, so that the index stays bounded."""
+        coldest: Entry | None = None
+        for _ in range(COLD_LOOKS):
+            self._cold_hand += 1
+            entry = self.index.at(self._cold_hand)
+            if entry is None or not entry.is_cold or entry.children or self.room.is_held(entry):
+                continue
+            if coldest is None or entry.touched < coldest.touched:
+                coldest = entry
+        if coldest is not None:
+            self._lose(coldest)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _take(self, nbytes: int, *, may_lose: bool = True) -> Slot:
+        try:
+            return self.room.take(nbytes, may_lose=may_lose)
+        except OutOfMemory:
+            self.stats.oom += 1
+            raise
+
+    def _make_small(self, key: bytes, nbytes: int) -> Entry:
+        """Return the entry of a key with room on the heap for a value of another size."""
+        self.room.take_small(small_cost(key, nbytes))
+        entry = self.entries.get(key)  # not before: making room may have evicted it
+        if entry is not None:
+            self._replace(entry, "string", nbytes, None)
+            return entry
+        entry = Entry(key, "string", nbytes, self.clock.now)
+        self.index.insert(entry)
+        self.room.insert(entry)
+        return entry
+
+    def _replace(self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None) -> None:
+        is_cold = entry.is_cold
+        if self.has_files:
+            self.copies.replaced(entry, by_string=kind == "string")
+        if not is_cold:
+            self.room.remove(entry)
+            self._let_go(entry)
+        entry.kind, entry.nbytes, entry.slot, entry.value = kind, nbytes, slot, None
+        if slot is not None:
+            slot.owner = entry
+        entry.touched = self.clock.now
+        self.room.insert(entry)
+
+    def _write_header(
+        self, slot: Slot, key: bytes, schema: Schema | None, generation: int, checksum: int
+    ) -> None:
+        header = Header(
+            codec=RAW,
+            flags=0,
+            namespace=0 if schema is None else schema.fingerprint_hash,
+            key_hash=hash64(key),
+            generation=generation,
+            payload_bytes=slot.payload_bytes,
+            checksum=checksum,
+        )
+        write_header(self.header(slot), header)
+
+    def _let_go(self, entry: Entry) -> None:
+        if entry.slot is None:
+            entry.value = None
+            self.room.give_back_small(small_cost(entry.key, entry.nbytes))
+        else:
+            slot, entry.slot = entry.slot, None
+            slot.owner = None
+            self._give_back(slot)
+
+    def _remove(self, entry: Entry, reason: Reason) -> None:
+        is_cold = entry.is_cold
+        if not is_cold:
+            self.room.remove(entry)
+        leaf = self.index.remove(entry)
+        if self.has_files:
+            self.copies.removed(entry, reason)
+        if not is_cold:
+            self._let_go(entry)
+        if leaf is not None and not leaf.is_cold:
+            self.room.insert(leaf)
+        self.history.note(entry.key, reason)
+
+    def _evict(self, entry: Entry) -> None:
+        """Take an entry's bytes out of memory: with its key, unless there is a copy in a file."""
+        if entry.records:
+            self.stats.demoted += 1
+            self.demote(entry)
+        else:
+            self._lose(entry)
+
+    def _lose(self, entry: Entry) -> None:
+        self.stats.evicted += 1
+        self.stats.evicted_bytes += entry.nbytes
+        self.stats.evicted_dirty += self.has_files and self.copies.spares(entry)
+        self._remove(entry, "evicted")
+
+    def _lose_copy(self, entry: Entry, reason: Reason) -> None:
+        """Remove a cold entry whose last copy went, and never leave a hole when there was a choice."""
+        if reason != "evicted":
+            self._remove(entry, reason)
+            return
+        for doomed in reversed(with_descendants(entry)):
+            self._lose(doomed)
+
+    def _expire(self, entry: Entry) -> None:
+        self.stats.expired += 1
+        self._remove(entry, "expired")
