@@ -94,14 +94,14 @@ class FakeWire:
     def wake(self) -> None:
         """Send what there is."""
         session = self.session
-        while session.out and not session.is_lost:
+        while session.out and not session.promises and not session.is_lost:
             self._unsent += [memoryview(part) for part in session.take_output()]
             self._push()
             if self._unsent:
                 session.draining()
                 break
             session.sent()
-        self.is_closed |= session.is_closing and not session.is_draining
+        self.is_closed |= session.may_close
 
     def abort(self) -> None:
         """Note that the session asked for it; ``lose`` follows when the test says so."""

@@ -1,5 +1,6 @@
 """A respkv server in a process of its own, for black-box tests."""
 
+import os
 import re
 import signal
 import socket
@@ -16,10 +17,18 @@ START_S = 20.0
 class ServerProcess:
     """Runs until ``stop``. Settings are those of ``Config``, with underscores for dashes.
 
+    is_awaited: return when it is ready; else ``wait_until_ready`` says when it is.
+    environment: more variables for the process, a dict of strings.
     port, unixsocket, url: where it listens; log: what it has written so far.
     """
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(
+        self,
+        *,
+        is_awaited: object = True,
+        environment: object = None,
+        **settings: object,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="respkv-test-")
         folder = Path(self._folder.name)
         self.unixsocket = str(folder / "respkv.sock")
@@ -36,9 +45,12 @@ class ServerProcess:
         config.write_text("\n".join(lines))
         with self._log.open("wb") as log:
             command = [sys.executable, "-m", "respkv", "serve", "--config", str(config)]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        self.port = self._wait_until_ready()
-        self.url = f"respkv://127.0.0.1:{self.port}"
+            assert environment is None or isinstance(environment, dict)
+            variables = {**os.environ, **(environment or {})}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
+        self.port, self.url = 0, ""
+        if is_awaited:
+            self.wait_until_ready()
 
     @property
     def log(self) -> str:
@@ -73,17 +85,21 @@ class ServerProcess:
         self._folder.cleanup()
         return status
 
-    def _wait_until_ready(self) -> int:
+    def wait_until_ready(self) -> None:
+        """Wait until it listens. Raises AssertionError with its log when it does not."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             found = READY.search(self.log)
             if found:
-                return int(found[1])
+                self.port = int(found[1])
+                self.url = f"respkv://127.0.0.1:{self.port}"
+                return
             if self.process.poll() is not None:
                 break
             time.sleep(0.01)
-        self.process.kill()
-        raise AssertionError(f"the server did not start: {self.log}")
+        log = self.log
+        self.stop(signal.SIGKILL)
+        raise AssertionError(f"the server did not start: {log}")
 
 
 def _toml(value: object) -> str:

@@ -128,10 +128,21 @@ def test_redis_names_of_policies_are_accepted(policy: str) -> None:
 def test_every_value_reads_back_as_config_get_prints_it(name: str) -> None:
     setting = SETTINGS[name]
     base = Config(
-        unixsocket="/run/respkv", lease_default=1, lease_max=86_400_000, maxmemory=1 << 50
+        unixsocket="/run/respkv",
+        lease_default=1,
+        lease_max=86_400_000,
+        maxmemory=1 << 50,
+        nvme_path="/mnt/nvme",
+        nvme_bytes=1 << 50,
+        disk_path="/mnt/disk",
+        disk_bytes=1 << 50,
+        dirty_low=0,
     )
+    alone = {("unixsocket", ""), ("nvme-path", ""), ("disk-path", "")}
+    alone |= {("nvme-bytes", "0"), ("disk-bytes", "0")}
+    alone |= {("segment-bytes", str(1 << 50)), ("dirty-low", "100")}
     for text in examples(setting.kind):
-        if (name, text) in {("unixsocket", ""), ("lease-default", "0")}:
+        if (name, text) in alone:  # only with another one
             continue
         changed = base.with_value(name, text)
         assert changed.text(name) == text
@@ -184,6 +195,34 @@ def test_every_value_reads_back_as_config_get_prints_it(name: str) -> None:
             "small-value-memory = 1073741824: accepted are values up to maxmemory, 268435456",
         ),
         ("port = -1", "port = -1: without TCP, unixsocket must be set"),
+        (
+            'nvme-path = "/mnt/nvme"',
+            "nvme-path = '/mnt/nvme': it needs nvme-bytes, the most it may take",
+        ),
+        ('disk-bytes = "1tb"', "disk-bytes = 1099511627776: it needs disk-path, a directory"),
+        (
+            'nvme-path = "/mnt/nvme"\nnvme-bytes = "1mb"',
+            "nvme-bytes = 1048576: accepted are values from 8mb on",
+        ),
+        (
+            'nvme-path = "/mnt/a/"\nnvme-bytes = "1gb"\ndisk-path = "/mnt/./a"\ndisk-bytes = "1tb"',
+            "disk-path = '/mnt/./a': it is nvme-path, too; every tier needs a directory of its own",
+        ),
+        (
+            'nvme-path = "/mnt/a"\nnvme-bytes = "64mb"\nsegment-bytes = "32mb"',
+            "segment-bytes = 33554432: accepted are values up to a quarter of nvme-bytes, 16777216",
+        ),
+        (
+            'segment-bytes = "64kb"',
+            "segment-bytes = 65536: accepted are 0, and values from 1mb on",
+        ),
+        ("dirty-low = 60", "dirty-low = 60: accepted are values up to dirty-high, 50"),
+        (
+            'durability = "durable"',
+            "durability = 'durable': it needs a file tier; set nvme-path or disk-path",
+        ),
+        ("nvme-depth = 0", "nvme-depth = 0: accepted are 1 to 1024"),
+        ('nvme-engine = "libaio"', "nvme-engine = 'libaio': accepted are auto, io_uring, threads"),
         ("[port]\nnumber = 1", "port = {'number': 1}: accepted are -1 to 65535"),
         (
             "port 1",
@@ -266,7 +305,8 @@ def test_a_client_cannot_make_the_error_long_or_slow() -> None:
 def test_runtime_and_fixed_names_are_what_they_should_be() -> None:
     assert set(Config.names()) >= RUNTIME
     assert not FIXED.keys() & set(Config.names())
-    for name in ("port", "host", "unixsocket", "shm", "shm-path", "tcp-backlog", "hugepages"):
+    fixed = {"port", "host", "unixsocket", "shm", "shm-path", "tcp-backlog", "hugepages"}
+    for name in fixed | {"nvme-path", "nvme-bytes", "disk-path", "disk-bytes", "durability"}:
         assert name not in RUNTIME
     assert (FIXED["save"], FIXED["appendonly"], FIXED["databases"]) == ("", "no", "1")
 
@@ -277,6 +317,15 @@ def test_what_is_derived_follows_its_source() -> None:
     assert config.with_value("small-value-memory", "1mb").small_value_bytes() == MIB
     assert config.arena_path(7000) == "/dev/shm/respkv-7000.arena"
     assert config.with_value("shm-path", "/run/arena").arena_path(7000) == "/run/arena"
+
+
+def test_the_file_tiers_are_listed_the_fastest_first() -> None:
+    assert not Config().has_files
+    disk = Config(disk_path="/mnt/disk", disk_bytes=1 << 40)
+    assert disk.has_files
+    assert list(disk.file_tiers()) == [("disk", "/mnt/disk", 1 << 40)]
+    both = disk.with_values({"nvme-path": "/mnt/nvme", "nvme-bytes": "1gb"})
+    assert [name for name, _, _ in both.file_tiers()] == ["nvme", "disk"]
 
 
 def test_a_config_cannot_be_changed_in_place() -> None:

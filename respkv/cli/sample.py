@@ -14,12 +14,13 @@ from respkv.errors import ProtocolError, ServerError
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """One tier. num_pages counts plain values, too, where the server does."""
+    """One tier. num_pages counts plain values, too, where the server does. note: what ails it."""
 
     name: str
     used_bytes: int
     capacity_bytes: int
     num_pages: int | None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,9 @@ def _tier(values: dict[str, Reply]) -> Tier:
     pages = values.get("pages")
     if not isinstance(used, int) or not isinstance(capacity, int):
         raise ProtocolError("KV.TIERS was answered without used_bytes or capacity_bytes")
-    return Tier(_text(name), used, capacity, pages if isinstance(pages, int) else None)
+    state, reason = (_text(values.get(key) or b"") for key in ("state", "reason"))
+    note = "" if state in ("", "ok") else f"{state}: {reason}"
+    return Tier(_text(name), used, capacity, pages if isinstance(pages, int) else None, note)
 
 
 def _map(reply: Reply) -> dict[str, Reply]:

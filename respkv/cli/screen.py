@@ -102,6 +102,8 @@ def _tiers(tiers: Sequence[Tier]) -> RenderableType:
             size(tier.used_bytes) + (f" of {size(tier.capacity_bytes)}" if share_known else ""),
             "" if tier.num_pages is None else f"{tier.num_pages:,} pages",
         )
+        if tier.note:
+            table.add_row("", Text(tier.note, style="bold red", overflow="ellipsis"))
     return table
 
 

@@ -11,8 +11,15 @@ from respkv.config import SETTINGS, Config
 from respkv.errors import ConfigError
 
 # The settings with an option of their own; --set takes the rest.
-OPTIONS = ("host", "port", "unixsocket", "maxmemory", "shm")
-_METAVARS = {"maxmemory": "SIZE", "unixsocket": "PATH", "port": "N", "shm": "off|ro|rw"}
+OPTIONS = (
+    *("host", "port", "unixsocket", "maxmemory", "shm"),
+    *("nvme-path", "nvme-bytes", "disk-path", "disk-bytes", "durability"),
+)
+_METAVARS = {
+    **{"maxmemory": "SIZE", "unixsocket": "PATH", "port": "N", "shm": "off|ro|rw"},
+    **{"nvme-path": "DIR", "nvme-bytes": "SIZE", "disk-path": "DIR", "disk-bytes": "SIZE"},
+    "durability": "memory|written|durable",
+}
 
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +29,7 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
         default = f"  [default: {setting.default_text}]" if setting.default_text else ""
         metavar = _METAVARS.get(name, "TEXT")
         help_text = f"{setting.kind.about}{default}"
-        command = click.option(f"--{name}", name, metavar=metavar, help=help_text)(command)
+        command = click.option(f"--{name}", setting.field, metavar=metavar, help=help_text)(command)
     return command
 
 
@@ -42,7 +49,8 @@ def _wrapped(names: Iterable[str]) -> str:
 def command(path: str | None, pairs: tuple[str, ...], **options: str | None) -> None:
     """Run the server until SIGTERM or SIGINT; the command line wins over the file."""
     overrides = dict(_pair(pair) for pair in pairs)
-    overrides |= {name: text for name, text in options.items() if text is not None}
+    named = {name: options[SETTINGS[name].field] for name in OPTIONS}
+    overrides |= {name: text for name, text in named.items() if text is not None}
     config = Config.load(path, overrides)
     # Not before the settings are known to be right: it imports everything.
     from respkv.server.serve import main

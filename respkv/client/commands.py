@@ -8,7 +8,7 @@ that is typed by ParamSpec, so names, arguments and results are written once and
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, get_args
 
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, Buffer, check_offered, writable_bytes
@@ -17,6 +17,7 @@ from respkv.errors import ProtocolError
 T = TypeVar("T")
 
 Key = str | bytes
+Durability = Literal["memory", "written", "durable"]
 
 
 @dataclass(slots=True)
@@ -32,7 +33,10 @@ class Command(Generic[T]):
 
 
 class Match(NamedTuple):
-    """The longest cached prefix: its pages, a letter for the tier of each, and time to load."""
+    """The longest cached prefix: its pages, the tier of each, and how long loading them takes.
+
+    tiers: a letter a page: c memory, n nvme, d disk.
+    """
 
     pages: int
     tiers: str
@@ -44,7 +48,8 @@ class PutOptions(TypedDict, total=False):
 
     parent: key of the page before it in the chain; tokens: how many it holds, when not full.
     px_ms: time to live; priority: higher stays longer; nx: only if the key is not there;
-    durable: answered once it is safe on a tier that survives a restart.
+    durability: answered once the page survives a crash of the server (``written``) or a power cut
+    (``durable``); else as its namespace says.
     """
 
     parent: Key | None
@@ -52,7 +57,7 @@ class PutOptions(TypedDict, total=False):
     px_ms: int | None
     priority: int | None
     nx: bool
-    durable: bool
+    durability: Literal["written", "durable"] | None
 
 
 def command(*args: Arg, into: Buffer | None = None) -> Command[Reply]:
@@ -90,15 +95,18 @@ def schema_set(
     dtype: str,
     fingerprint: bytes | str | None = None,
     ttl_ms: int | None = None,
+    durability: Durability | None = None,
 ) -> Command[None]:
     """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
 
+    durability: what its pages survive once their put is answered; by the server's default if None.
     Raises ServerError KVSCHEMA when it was declared with another geometry or fingerprint.
     """
     args: list[Arg] = ["KV.SCHEMA", "SET", namespace, "LAYERS", layers, "HEADS", heads]
     args += ["DIM", dim, "TOKENS", tokens, "DTYPE", dtype]
     _option(args, "FINGERPRINT", fingerprint)
     _option(args, "TTL", ttl_ms)
+    _option(args, "DURABILITY", durability)
     return Command(args, lambda reply: None)
 
 
@@ -116,10 +124,10 @@ def put(key: Key, payload: Buffer, **options: Unpack[PutOptions]) -> Command[boo
     """Store a page, sent from where it lies.
 
     payload: contiguous; must not change until the call has returned.
-    options: parent, tokens, px_ms, priority, nx, durable; see PutOptions.
+    options: parent, tokens, px_ms, priority, nx, durability; see PutOptions.
     Returns: False when ``nx`` was given and the key is there.
     Raises:  ServerError KVSCHEMA when its size does not fit the namespace, OOM when there is no
-             room.
+             room, KVTIER when it does not survive what ``durability`` asks: it is in memory then.
     """
     args: list[Arg] = ["KV.PUT", key, payload]
     put_options(args, options)
@@ -127,17 +135,24 @@ def put(key: Key, payload: Buffer, **options: Unpack[PutOptions]) -> Command[boo
 
 
 def get(
-    key: Key, *, layers: tuple[int, int] | None = None, into: Buffer | None = None
+    key: Key,
+    *,
+    layers: tuple[int, int] | None = None,
+    into: Buffer | None = None,
+    deadline_ms: int | None = None,
 ) -> Command[memoryview | None]:
     """Return a page, or None.
 
     layers:  first and count of the layers wanted; all when None.
+    deadline_ms: a page that the server has not brought into memory by then is None; the server goes
+             on bringing it, so that a later get finds it.
     into:    writable memory that the page lands in, without a copy on the way (a tensor's by
              ``as_bytes``); the result is a view of it. Else the result has memory of its own.
     Raises:  ValueError when ``into`` is too small, after the reply has been read.
     """
     args: list[Arg] = ["KV.GET", key]
     _layers(args, layers)
+    _option(args, "DEADLINE", deadline_ms)
     if into is None:
         return Command(args, _page)
     target = writable_bytes(into)
@@ -149,14 +164,16 @@ def mget(
     *,
     layers: tuple[int, int] | None = None,
     into: Sequence[Buffer] | None = None,
+    deadline_ms: int | None = None,
 ) -> Command[list[memoryview | None]]:
     """Return a page or None for every key.
 
-    layers, into: as for ``get``; into has one buffer for every key.
+    layers, into, deadline_ms: as for ``get``; into has one buffer for every key.
     """
     args: list[Arg] = ["KV.MGET", *_counted(keys)]
     count = len(args) - 2
     _layers(args, layers)
+    _option(args, "DEADLINE", deadline_ms)
     if into is None:
         return Command(args, lambda reply: [_page(page) for page in _list(reply)])
     if len(into) != count:
@@ -173,6 +190,11 @@ def mget(
 def match(keys: Iterable[Key]) -> Command[Match]:
     """Find the longest cached prefix of a chain; its pages then stay for a few seconds."""
     return Command(["KV.MATCH", *_counted(keys)], _match)
+
+
+def prefetch(keys: Iterable[Key]) -> Command[int]:
+    """Have pages brought into memory ahead of use; return how many are on their way now."""
+    return Command(["KV.PREFETCH", *_counted(keys)], _int)
 
 
 def set_(key: Key, value: Arg, *, px_ms: int | None = None, nx: bool = False) -> Command[bool]:
@@ -218,7 +240,11 @@ def put_options(args: list[Arg], options: PutOptions) -> None:
     _option(args, "TOKENS", options.get("tokens"))
     _option(args, "PX", options.get("px_ms"))
     _option(args, "PRIORITY", options.get("priority"))
-    args += [word.upper() for word in ("nx", "durable") if options.get(word)]
+    if options.get("nx"):
+        args.append("NX")
+    durability = options.get("durability")
+    if durability is not None:
+        args.append(durability.upper())
 
 
 def describe(method: Callable[..., Any], source: Callable[..., Any]) -> None:

@@ -58,6 +58,7 @@ class Client:
     get = _method(commands.get)
     mget = _method(commands.mget)
     match = _method(commands.match)
+    prefetch = _method(commands.prefetch)
     set = _method(commands.set_)
     delete = _method(commands.delete)
     exists = _method(commands.exists)

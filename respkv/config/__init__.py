@@ -3,7 +3,8 @@
 Each field of ``Config`` carries a ``Kind``: what it is about, its unit and what it accepts. From
 that one line follow reading it from TOML, from the command line and from CONFIG SET, printing it for
 CONFIG GET, the error for a wrong value, ``--help`` and docs/config.md; nothing is validated by hand,
-except the few rules between two settings in ``_check_together``.
+except the few rules between two settings in ``_check_together``. The settings of the file tiers are
+in files.py.
 
 A ``Config`` holds plain values (sizes as bytes) and never changes; CONFIG SET makes a new one.
 """
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from respkv.config.files import FileSettings
 from respkv.config.kinds import KIB, MIB, Choice, Count, Flag, Kind, Mode, Secret, Size, size_text
 from respkv.errors import ConfigError
 
@@ -28,7 +30,7 @@ _POLICIES = ("lru", "lfu", "fifo", "sieve", "s3fifo")
 
 
 class Config(
-    msgspec.Struct,
+    FileSettings,
     kw_only=True,
     frozen=True,
     forbid_unknown_fields=True,
@@ -172,7 +174,7 @@ class Config(
     shutdown_timeout: Annotated[
         int,
         Count(
-            about="How long a shutdown waits for replies to leave.",
+            about="How long a shutdown waits for replies to leave, and for values to be written to files.",
             unit="seconds",
             most=_DAY_S,
             runtime=True,
@@ -269,6 +271,7 @@ class Config(
                 f"small-value-memory = {self.small_value_memory}: accepted are values"
                 f" up to maxmemory, {self.maxmemory}"
             )
+        self.check_files()
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,9 @@ class Setting:
 
 
 def _settings() -> Iterator[Setting]:
-    for field in msgspec.structs.fields(Config):
+    # A base's fields come first; what matters with every start is to be read first.
+    fields, of_files = msgspec.structs.fields(Config), set(FileSettings.__struct_fields__)
+    for field in sorted(fields, key=lambda field: field.name in of_files):
         kind = field.type.__metadata__[0]
         assert isinstance(kind, Kind)
         yield Setting(field.encode_name, field.name, kind, field.default)

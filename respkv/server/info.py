@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import respkv
+from respkv.engine.copies import RECORD_BYTES
 from respkv.engine.entry import ENTRY_BYTES
+from respkv.server.tier_info import file_fields
 
 if TYPE_CHECKING:
     from respkv.server.state import Server
@@ -35,12 +37,15 @@ def info_text(server: "Server", wanted: list[str]) -> str:
 
 
 def used_memory(server: "Server") -> int:
-    """Bytes in use: slots, values on the heap, index entries, and what the process began with."""
+    """Bytes in use: slots, values on the heap, index entries, and what the process began with.
+
+    Of values in files, the entries and what is known of their copies.
+    """
     cache = server.cache
     in_slots = sum(each.slots_used for each in cache.slabs.classes())
-    return (
-        server.base_bytes + cache.slabs.used_bytes + cache.room.small_bytes + in_slots * ENTRY_BYTES
-    )
+    copies = cache.copies.cold_bytes + cache.copies.num_records * RECORD_BYTES
+    values = cache.slabs.used_bytes + cache.room.small_bytes + in_slots * ENTRY_BYTES
+    return server.base_bytes + values + copies
 
 
 def resident_bytes() -> int:
@@ -95,7 +100,8 @@ def _memory(server: "Server") -> Fields:
 
 
 def _persistence(server: "Server") -> Fields:
-    return {"loading": 0, "rdb_bgsave_in_progress": 0, "aof_enabled": 0}
+    redis: Fields = {"loading": 0, "rdb_bgsave_in_progress": 0, "aof_enabled": 0}
+    return redis | file_fields(server)
 
 
 def _stats(server: "Server") -> Fields:

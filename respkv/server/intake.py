@@ -157,14 +157,16 @@ class Intake:
         if sink.arrived < min(LAND_MIN, body.nbytes):
             return
         try:
-            self._land(sink, self._cache.reserve(body.nbytes))
+            landing = self._server.find_room(body.nbytes)
         except OutOfMemory as error:
-            if self._cache.is_waiting_useful(body.nbytes):
-                self.is_waiting = True
-                waiting = partial(self._wait_for_room, sink, body, error)
-                self._server.spawn(contain, waiting, self._abort)
-            else:
-                self._drop(sink, body, error)
+            self._drop(sink, body, error)
+            return
+        if landing is not None:
+            self._land(sink, landing)
+            return
+        self.is_waiting = True
+        waiting = partial(self._wait_for_room, sink, body)
+        self._server.spawn(contain, waiting, self._abort)
 
     def _land(self, sink: HeapSink, landing: Landing) -> None:
         for part in sink.parts():
@@ -176,13 +178,17 @@ class Intake:
     def _drop(self, sink: HeapSink, body: Body, error: OutOfMemory) -> None:
         self._sink = DropSink(body.nbytes, error, arrived=sink.arrived)
 
-    async def _wait_for_room(self, sink: HeapSink, body: Body, error: OutOfMemory) -> None:
+    async def _wait_for_room(self, sink: HeapSink, body: Body) -> None:
         """Wait until a slot can be had; give up and drop the value after reserve-timeout."""
         try:
             landing = await self._server.wait_for_room(body.nbytes, lambda: self._is_lost)
         finally:
             self.is_waiting = False
         if landing is None:
+            error = OutOfMemory(
+                f"no room for {body.nbytes} bytes was found within reserve-timeout: all that could "
+                "hold them is pinned, leased or in flight"
+            )
             self._drop(sink, body, error)
         elif self._is_lost:
             self._cache.abandon(landing)

@@ -17,6 +17,8 @@ TICK_S = 0.1
 TICKS_PER_OLDER = 10
 # Over the output limit one large value may wait, as long as it leaves.
 STALL_OVER_LIMIT_S = 1.0
+# What was read ahead for it is given back.
+STALL_AHEAD_S = 1.0
 # What is resident is examined only when nobody waits, and when that takes no more than some 50 ms.
 ENTRIES_EXAMINED_MAX = 50_000
 
@@ -52,6 +54,8 @@ def _look_at(server: Server, session: Session, now: float) -> None:
     config = server.config
     if session.is_draining:
         unsent, stalled_s = session.wire.unsent_bytes(), session.stalled_s(now)
+        if stalled_s >= STALL_AHEAD_S:
+            session.stop_reading_ahead()
         if unsent > config.client_output_buffer_limit and stalled_s >= STALL_OVER_LIMIT_S:
             reason = f"{unsent} bytes of output wait, over client-output-buffer-limit"
         elif stalled_s >= config.output_timeout:

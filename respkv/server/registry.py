@@ -5,33 +5,47 @@ found in one dict lookup: upper and lower case are both in it, anything else is 
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from respkv.errors import CommandError
 from respkv.wire.commands import COMMANDS, Command, find_command, look_up
 from respkv.wire.parser import Args
 
 if TYPE_CHECKING:
+    from respkv.server.loads import Loading
     from respkv.server.session import Session
 
 logger = logging.getLogger(__name__)
 
 # What a handler returns when it has not answered yet: an iterator that appends to the output step
-# by step, or an awaitable that ends with the answer appended.
-Later: TypeAlias = "Iterator[None] | Awaitable[None]"
+# by step, or an awaitable that ends with the answer appended. Instead of a handler's answer there
+# may be what has to be loaded before it can run.
+Later: TypeAlias = "Iterator[None] | Awaitable[None] | Loading"
 Handle: TypeAlias = "Callable[[Session, Args], Later | None]"
+Reads: TypeAlias = Callable[[Args], Sequence[bytes]]
+Streams: TypeAlias = Literal["never", "large", "always"]
+Within: TypeAlias = Callable[[Args], float | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A command's function and the numbers of arguments, its name included, that it accepts."""
+    """A command's function and the numbers of arguments, its name included, that it accepts.
+
+    reads:   the keys whose bytes it needs; None: it needs none. When it runs they are in memory, or
+             cannot be had: a cold entry is then to be treated as an absent one.
+    streams: whether it brings them itself, one after the other: always, or when they are many bytes.
+    within:  for how many seconds it waits for them at most; None, or the answer None: for long.
+    """
 
     handle: Handle
     least: int
     most: int
     command: Command
+    reads: Reads | None = None
+    streams: Streams = "never"
+    within: Within | None = None
 
 
 BY_NAME: dict[str, Handler] = {}
@@ -40,8 +54,22 @@ UNAUTHENTICATED_HANDLERS: dict[bytes, Handler] = {}
 _UNAUTHENTICATED = frozenset({"auth", "hello", "quit", "reset"})
 
 
-def command(name: str) -> Callable[[Handle], Handle]:
-    """Make a function the handler of a command, or of a subcommand as ``client|id``."""
+def one_key(args: Args) -> Sequence[bytes]:
+    """Return the key of a command that has one."""
+    return args[1:2]
+
+
+def command(
+    name: str,
+    reads: Reads | None = None,
+    *,
+    streams: Streams = "never",
+    within: Within | None = None,
+) -> Callable[[Handle], Handle]:
+    """Make a function the handler of a command, or of a subcommand as ``client|id``.
+
+    reads, streams, within: see ``Handler``.
+    """
     outer, _, sub = name.partition("|")
     row = COMMANDS[outer].subcommands[sub] if sub else COMMANDS[outer]
     least = abs(row.arity)
@@ -49,7 +77,7 @@ def command(name: str) -> Callable[[Handle], Handle]:
 
     def register(handle: Handle) -> Handle:
         assert name not in BY_NAME, f"{name} has two handlers"
-        handler = Handler(handle, least, most, row)
+        handler = Handler(handle, least, most, row, reads, streams, within)
         BY_NAME[name] = handler
         if not row.subcommands and not sub:
             for table in (HANDLERS, UNAUTHENTICATED_HANDLERS):

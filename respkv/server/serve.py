@@ -20,6 +20,7 @@ from respkv.engine.clock import Clock
 from respkv.engine.janitor import make_janitor
 from respkv.engine.supervisor import supervise
 from respkv.errors import CacheError
+from respkv.server.files import check_directories, using_files
 from respkv.server.info import resident_bytes
 from respkv.server.keeper import keep
 from respkv.server.listeners import close_listeners, open_tcp, open_unix
@@ -89,23 +90,29 @@ async def running(config: Config) -> AsyncIterator[Server]:
     """Serve while the block runs; raises CacheError when the server cannot start.
 
     When it is left, no new client is accepted, answers on their way have ``shutdown-timeout`` to
-    leave, then every connection is closed and the memory is given back.
+    leave, then every connection is closed. What only memory holds has as long to get into files,
+    and the memory is given back.
     """
     async with AsyncExitStack() as stack:
+        check_directories(config)
         listeners = open_tcp(config)
         stack.callback(close_listeners, listeners)
         server = await _make_server(config, max((each.port for each in listeners), default=0))
         stack.callback(server.arena.close)
-        listeners += open_unix(config)
-        gc.freeze()  # what is here now stays
-        gc.disable()  # the keeper collects
+        gc.disable()  # what is recovered stays, and later the keeper collects
         stack.callback(gc.enable)
+        await stack.enter_async_context(using_files(server))
+        gc.freeze()  # what is here now stays
+        listeners += open_unix(config)
         tasks = await stack.enter_async_context(anyio.create_task_group())
         server.run_in(tasks)
         janitor = make_janitor(server.cache)
 
         async def forget() -> None:
-            server.cache.flush()
+            if server.mover is None:
+                server.cache.flush()
+            else:
+                await server.mover.flush_all()
 
         tasks.start_soon(supervise, janitor, forget)
         tasks.start_soon(keep, server, janitor)

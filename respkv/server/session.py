@@ -7,72 +7,51 @@ reading (``wants_input``), backpressure reaches the client through its socket:
 
 * output that has not left yet: no more than ``OUTPUT_BYTES_SOFT`` and one reply pile up;
 * a reply that is streamed (an iterator from the handler), continued as the output drains;
-* a command that must wait (an awaitable from the handler), or a value that waits for a slot.
+* a command that must wait (an awaitable from the handler, or values that have to come from files,
+  loads.py), or a value that waits for a slot.
 
 What was parsed meanwhile waits in ``_backlog``. Slots whose bytes are being sent are borrowed until
-they have left; a connection that breaks gives back everything in ``lost``.
+they have left; a connection that breaks gives back everything in ``lost``. What is answered, and
+when it may leave, is in answers.py.
 """
 
 from collections import deque
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from operator import length_hint
+from typing import TYPE_CHECKING
+
+import anyio
 
 from respkv.engine.landing import Landing
 from respkv.engine.supervisor import contain
-from respkv.errors import CacheError, CommandError, ProtocolError
+from respkv.errors import CacheError, ProtocolError
+from respkv.server.answers import OUTPUT_BYTES_SOFT, Answers, Wire
 from respkv.server.intake import Intake
-from respkv.server.registry import HANDLERS, UNAUTHENTICATED_HANDLERS, Later, resolve
-from respkv.tiers.slab import Slot
+from respkv.server.loads import Loading, Loads
+from respkv.server.registry import HANDLERS, UNAUTHENTICATED_HANDLERS, Handler, Later, resolve
 from respkv.wire import reply
 from respkv.wire.parser import UNAUTHENTICATED, Args, Limits
 
 if TYPE_CHECKING:
     from respkv.server.state import Server
 
-OUTPUT_BYTES_SOFT = 1 << 20
 UNAUTHENTICATED_OUTPUT_MAX = 64 * 1024  # of answers in one turn (CVE-2025-21605)
-COPY_BYTES_MAX = 16 * 1024  # up to here a copy into the reply is cheaper than a gathered write
-
-Buffers: TypeAlias = list[bytes | memoryview]
 
 
-class Wire(Protocol):
-    """What a session asks of its transport."""
-
-    def wake(self) -> None:
-        """Look at the session again: it has output or wants input, outside ``received``."""
-
-    def abort(self) -> None:
-        """Close at once; ``lost`` follows."""
-
-    def unsent_bytes(self) -> int:
-        """Return how much output has not left yet."""
-        ...
-
-
-class Session:
-    """The state of one connection.
-
-    out:        parts of replies that are to be sent; handlers append to it.
-    out_bytes:  of the larger ones among them.
-    is_closing: close once the output has left.
-    """
+class Session(Answers):
+    """The state of one connection. is_closing: close once the output has left."""
 
     def __init__(self, server: "Server", number: int, address: str, local: str, wire: Wire) -> None:
-        self.server = server
-        self.cache = server.cache
+        super().__init__(server, wire)
         self.number = number
         self.address = address
         self.local = local
-        self.wire = wire
         self.name = b""
         self.library = (b"", b"")
-        self.protocol = 2
         self.created = self.last_active = server.clock.now
         self.last_command = ""
-        self.out: Buffers = []
-        self.out_bytes = 0
         self.is_closing = False
         self.is_lost = False
         self.is_draining = False
@@ -82,11 +61,12 @@ class Session:
         self._backlog: deque[Args] = deque()
         self._stream: Iterator[None] | None = None
         self._is_waiting = False
-        self._kept: int | None = None  # CLIENT REPLY OFF: only so many parts of out are sent
-        self._skips = 0  # CLIENT REPLY SKIP: 2 for itself, 1 for the command it silences
-        self._skip_from = 0
+        self._loads: Loads | None = None  # without file tiers
+        if server.mover is not None:
+            self._loads = Loads(server.mover, server.budget)
         self._unsent = (0, 0.0)  # bytes, and since when it is so many
-        self._sending: list[Slot] = []
+        self._scope: anyio.CancelScope | None = None
+        self._has_sent: anyio.Event | None = None
         if server.config.requirepass:
             self.demand_password(True)
 
@@ -102,7 +82,13 @@ class Session:
             or self._backlog
             or self._stream is not None
             or self.is_closing
+            or (self.promises and self._is_choked())
         )
+
+    @property
+    def may_close(self) -> bool:
+        """Whether the last byte has left that the client is to be told."""
+        return self.is_closing and not self.is_draining and not self.promises
 
     @property
     def is_busy(self) -> bool:
@@ -147,15 +133,6 @@ class Session:
         self._serve(commands)
         return True
 
-    def take_output(self) -> Buffers:
-        """Return what is to be sent now, in order."""
-        out, self.out = self.out, []
-        self.out_bytes = self._skip_from = 0
-        if self._kept is not None:
-            del out[self._kept :]
-            self._kept = 0
-        return out
-
     def draining(self) -> None:
         """Note that not all output has left at once; ``drained`` follows when it has."""
         self.is_draining = True
@@ -165,6 +142,8 @@ class Session:
         """Note that all output has left: its slots are given back, and stopped work goes on."""
         if self._sending:
             self._restore_sent()
+        if self._has_sent is not None:
+            self._has_sent.set()
         intake = self._intake
         if self._backlog or self._stream is not None or intake.has_more or intake.error is not None:
             self._serve(())
@@ -186,7 +165,12 @@ class Session:
         self._backlog.clear()
         self._intake.lost()
         self._stream = None  # closing it gives back what it had not sent
+        self.promises.clear()
         self.out.clear()
+        if self._loads is not None:
+            self._loads.drop()
+        if self._scope is not None:
+            self._scope.cancel()
         self.cache.drop_owner(self.number, may_write=by_server)
 
     # -- called by command handlers -----------------------------------------------------------
@@ -210,46 +194,30 @@ class Session:
         self._skips = 0
         self.demand_password(bool(self.server.config.requirepass))
 
-    def mute(self, word: bytes) -> None:
-        """Carry out CLIENT REPLY: ON answers OK, OFF and SKIP are silent."""
-        if word == b"SKIP":
-            self._skips = 2
-        elif word == b"OFF":
-            self._kept = len(self.out) if self._kept is None else self._kept
-        else:
-            if self._kept is not None:
-                del self.out[self._kept :]
-            self._kept = None
-            self.out.append(reply.OK)
+    @contextmanager
+    def until_lost(self) -> Iterator[None]:
+        """Leave the block when the connection is lost. For the one command that waits."""
+        with anyio.CancelScope() as self._scope:
+            if self.is_lost:
+                self._scope.cancel()
+            try:
+                yield
+            finally:
+                self._scope = None
 
-    def send(self, value: reply.Reply) -> None:
-        """Answer with any nested value."""
-        data = reply.encode(value, self.protocol)
-        self.out_bytes += len(data)
-        self.out.append(data)
+    async def make_room(self) -> None:
+        """Wait until more may be answered. For the one command that waits."""
+        if self.out_bytes > OUTPUT_BYTES_SOFT:
+            self.wire.wake()
+        while self.is_draining or self.out_bytes > OUTPUT_BYTES_SOFT:
+            self._has_sent = anyio.Event()
+            await self._has_sent.wait()
+            self._has_sent = None
 
-    def send_nil(self) -> None:
-        """Answer with the absent value."""
-        self.out.append(reply.NIL[self.protocol])
-
-    def send_value(self, value: bytes) -> None:
-        """Answer with a bulk string."""
-        self.out_bytes += len(value)
-        self.out += (reply.bulk_prefix(len(value)), value, reply.CRLF)
-
-    def send_slot(self, slot: Slot, start: int = 0, stop: int | None = None) -> None:
-        """Answer with a slot's bytes, or a range of them, straight from its memory."""
-        payload = self.cache.payload(slot)[start:stop]
-        nbytes = len(payload)
-        self.cache.stats.bytes_out += nbytes
-        if nbytes <= COPY_BYTES_MAX:
-            self.send_value(bytes(payload))
-            return
-        self.cache.borrow(slot)
-        self._sending.append(slot)
-        self.cache.stats.bytes_sent_in_place += nbytes
-        self.out_bytes += nbytes
-        self.out += (reply.bulk_prefix(nbytes), payload, reply.CRLF)
+    def stop_reading_ahead(self) -> None:
+        """Give back what was loaded for commands that a slow reader keeps from running."""
+        if self._loads is not None and not self._is_waiting:
+            self._loads.drop()
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -279,7 +247,8 @@ class Session:
 
     def _limit_output(self) -> None:
         """Close on a stranger who collects answers: a NOAUTH for each of many commands, or an echo."""
-        if len(self.out) > 64:  # joined, or measuring them after each command would be quadratic
+        # Joined, or measuring them after each command would be quadratic.
+        if len(self.out) > 64 and not self.promises:
             self.out = [b"".join(self.out)]
         if sum(map(len, self.out)) > UNAUTHENTICATED_OUTPUT_MAX:
             self.server.num_slow_readers += 1
@@ -293,6 +262,7 @@ class Session:
             or self.is_closing
             or self._stream is not None
             or self.out_bytes > OUTPUT_BYTES_SOFT
+            or (bool(self.promises) and self._is_choked())
         )
 
     def _run(self, commands: Sequence[Args]) -> None:
@@ -301,18 +271,23 @@ class Session:
         if self._must_stop():
             self._backlog.extend(todo)
             return
-        handlers, found = self._handlers, None
+        handlers, found, loads = self._handlers, None, self._loads
         for args in todo:
             found = handlers.get(args[0])
             try:
                 if found is None or not found.least <= len(args) <= found.most:
                     found = resolve(handlers, args)
-                later = found.handle(self, args)
+                if loads is None:
+                    later = found.handle(self, args)
+                else:
+                    later = self._handle(found, args, loads, len(commands) - length_hint(todo))
             except CacheError as error:
                 self._answer_error(error)
                 later = None
             if later is not None:
                 self._wait_for(later)
+                if isinstance(later, Loading):  # the command is still to be run
+                    self._backlog.append(args)
             if self._skips and not self._is_waiting:
                 self._skip()
             may_stop = later is not None or self.out_bytes > OUTPUT_BYTES_SOFT or self.is_closing
@@ -321,25 +296,36 @@ class Session:
                 break
             handlers = self._handlers
         num_run = len(commands) - len(self._backlog)
+        if loads is not None:
+            self._move_on(loads, num_run)
         self.server.num_commands += num_run
         self.last_command = "" if found is None else found.command.name
         if self._intake.has_landed:
             self._drop_unused(commands[:num_run])
 
-    def _skip(self) -> None:
-        """Drop the answer of the command after CLIENT REPLY SKIP."""
-        self._skips -= 1
-        if self._skips:
-            self._skip_from = len(self.out)
-        else:
-            self._stream = None
-            # Not nothing: what it would have sent is let go of once the output has left.
-            self.out[self._skip_from :] = [b""]
+    def _handle(self, found: Handler, args: Args, loads: Loads, count: int) -> "Later | None":
+        """Run the ``count``-th command on a server with file tiers, or have its values brought."""
+        copies = self.cache.copies
+        if found.reads is not None and copies.num_cold:
+            loading = loads.missing(self.cache, found, args, count)
+            if loading is not None:
+                return loading
+        since, start = copies.ticket, len(self.out)
+        try:
+            return found.handle(self, args)
+        finally:
+            if copies.ticket != since:
+                self._promise(since, start)
 
-    def _answer_error(self, error: CacheError) -> None:
-        self.server.num_errors += 1
-        word = error.word if isinstance(error, CommandError) else error.code
-        self.out.append(reply.error(f"{word} {error}"))
+    def _move_on(self, loads: Loads, num_run: int) -> None:
+        loads.advance(num_run)
+        if self._backlog and self.cache.copies.num_cold and not self.is_closing:
+            loads.look_ahead(self.cache, self._handlers, self._backlog)
+
+    def _skip(self) -> None:
+        if self._skips == 1:
+            self._stream = None
+        super()._skip()
 
     def _fail(self, error: ProtocolError) -> None:
         self.server.num_protocol_errors += 1
@@ -352,7 +338,11 @@ class Session:
             self._pump()
         else:
             self._is_waiting = True
-            self.server.spawn(contain, partial(self._finish, later), self.wire.abort)
+            if isinstance(later, Loading):
+                work = partial(self._load, later)
+            else:
+                work = partial(self._finish, later)
+            self.server.spawn(contain, work, self.wire.abort)
 
     def _pump(self) -> None:
         """Continue a streamed reply until it ends or enough output waits."""
@@ -374,12 +364,22 @@ class Session:
             self._skip()
         self._resume()
 
+    async def _load(self, loading: Loading) -> None:
+        """Wait for values from files, then go on with the command that needs them."""
+        try:
+            await loading.wait()
+        finally:
+            self._is_waiting = False
+        self._resume()
+
     def _resume(self) -> None:
         if self.is_lost:
             self.out.clear()
             self._restore_sent()
             return
         self.server.clock.refresh()
+        if self._has_sent is not None:
+            self._has_sent.set()  # to look again: the promises may have been kept
         self._serve(self._intake.finished())
         self.wire.wake()
 
@@ -390,8 +390,3 @@ class Session:
                 if isinstance(value, Landing):
                     self.cache.abandon(value)
         self._intake.has_landed = bool(self._backlog)
-
-    def _restore_sent(self) -> None:
-        sending, self._sending = self._sending, []
-        for slot in sending:
-            self.cache.restore(slot)

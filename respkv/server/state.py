@@ -2,8 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import anyio
 from anyio.abc import TaskGroup
@@ -12,14 +12,23 @@ from respkv.config import Config
 from respkv.engine.cache import Cache
 from respkv.engine.clock import Clock
 from respkv.engine.landing import Landing
+from respkv.engine.placement import MoveSettings
 from respkv.errors import OutOfMemory
+from respkv.server.body import LAND_MIN
 from respkv.server.intake import READ_BYTES
+from respkv.server.loads import Budget
+from respkv.server.schema_files import SchemaFiles
 from respkv.server.session import Session
 from respkv.tiers.arena import Arena
 from respkv.wire.parser import Limits
 from respkv.wire.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from respkv.engine.mover import Mover
+    from respkv.tiers.file_tier import FileTier
+
 ROOM_PAUSE_S, ROOM_PAUSE_S_MAX = 0.05, 0.4
+PATIENCE_S_MAX = 1.0
 
 
 class Server:
@@ -32,6 +41,10 @@ class Server:
     def __init__(self, config: Config, cache: Cache, arena: Arena, clock: Clock) -> None:
         self.config = config
         self.cache = cache
+        self.mover: Mover | None = None  # without file tiers, as the next two
+        self.schema_files: SchemaFiles | None = None
+        self.file_tiers: Sequence[FileTier] = ()
+        self.budget = Budget(config.move_bytes_max, arena.nbytes)
         self.arena = arena
         self.clock = clock
         self.run_id = secrets.token_hex(20)
@@ -71,6 +84,8 @@ class Server:
         self.config = config
         self.limits = limits_of(config)
         cache = self.cache
+        if self.mover is not None:
+            self.mover.settings = moves_of(config)
         for session in self.sessions.values():
             session.use_limits(self.limits)
             if not config.requirepass and not session.is_authenticated:
@@ -97,20 +112,44 @@ class Server:
         if not self._room.is_set():
             self._room.set()
 
+    def find_room(self, nbytes: int) -> Landing | None:
+        """Reserve a slot if there is one at once; None when ``wait_for_room`` may find one.
+
+        Raises OutOfMemory when it would not.
+        """
+        cache = self.cache
+        if cache.copies.is_behind and nbytes >= LAND_MIN:
+            return None
+        try:
+            return cache.reserve(nbytes, may_lose=False)
+        except OutOfMemory:
+            is_written_soon = cache.has_files and nbytes <= cache.slabs.payload_bytes_max
+            if is_written_soon or cache.is_waiting_useful(nbytes):
+                return None
+            raise
+
     async def wait_for_room(self, nbytes: int, has_gone: Callable[[], bool]) -> Landing | None:
         """Wait up to reserve-timeout for a slot; None when there is none, or the asker has gone.
 
+        With file tiers it is patient at first: values that are still to be written are not evicted,
+        and while there are too many of them none is added.
         Cancelled: nothing is held.
         """
-        pause_s = ROOM_PAUSE_S
-        with anyio.move_on_after(self.config.reserve_timeout / 1000):
+        cache = self.cache
+        pause_s, timeout_s = ROOM_PAUSE_S, self.config.reserve_timeout / 1000
+        patient_until = anyio.current_time() + min(PATIENCE_S_MAX, timeout_s / 2)
+        with anyio.move_on_after(timeout_s):
             while not has_gone():
                 self.clock.refresh()
+                is_patient = cache.has_files and anyio.current_time() < patient_until
                 try:
-                    return self.cache.reserve(nbytes)
+                    if not (is_patient and cache.copies.is_behind):
+                        return cache.reserve(nbytes, may_lose=not is_patient)
                 except OutOfMemory:
-                    if self._room.is_set():  # it is shared: all who wait look again
-                        self._room = anyio.Event()
+                    if cache.has_files and not is_patient and not cache.is_waiting_useful(nbytes):
+                        return None
+                if self._room.is_set():  # it is shared: all who wait look again
+                    self._room = anyio.Event()
                 # Promises lapse without anybody saying so, hence the look now and then, and ever
                 # more rarely, because a look in vain is long.
                 with anyio.move_on_after(pause_s):
@@ -126,4 +165,16 @@ def limits_of(config: Config) -> Limits:
         bulk_max=config.proto_max_bulk_len,
         inline_max=config.inline_max,
         held_max=config.query_buffer_limit,
+    )
+
+
+def moves_of(config: Config) -> MoveSettings:
+    """Return how values move between memory and files."""
+    return MoveSettings(
+        promote=cast(Literal["second", "first", "never"], config.promote),
+        dirty_high=config.dirty_high,
+        dirty_low=config.dirty_low,
+        move_bytes_max=config.move_bytes_max,
+        reserve_timeout_s=config.reserve_timeout / 1000,
+        shutdown_timeout_s=float(config.shutdown_timeout),
     )

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from respkv.engine.supervisor import guard
-from respkv.server.session import Buffers, Session
+from respkv.server.answers import Buffers
+from respkv.server.session import Session
 from respkv.wire import reply
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _flush(self, session: Session) -> None:
         """Send what the session has, as long as the kernel takes it, then match the reading."""
-        while session.out:
+        while session.out and not session.promises:
             self._send(session.take_output())
             if session.is_draining:
                 break
@@ -157,7 +158,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._is_paused:
                 self._is_paused = False
                 self._transport.resume_reading()
-        elif session.is_closing and not session.is_draining:
+        elif session.may_close:
             self._is_closed = True
             self._transport.close()
         elif not self._is_paused:

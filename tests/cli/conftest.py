@@ -1,16 +1,15 @@
 """The command line as a person runs it, and a real redis-server for it to talk to."""
 
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+
+from tests.redis_server import RedisServer, free_port, why_not
 
 START_S = 10.0
 COMMAND_S = 60.0
@@ -44,36 +43,12 @@ def cli() -> Cli:
     return run
 
 
-def free_port() -> int:
-    """Return a port that nothing listens on, for now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A redis-server on TCP, which is at redis.sock in its folder, too."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
-    port = free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    folder = tmp_path_factory.mktemp("redis")
-    options += ["--dir", str(folder), "--unixsocket", str(folder / "redis.sock")]
-    process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "redis-server did not start"
-                time.sleep(0.02)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(timeout=START_S)
+    if reason := why_not():
+        pytest.skip(reason)
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server.port
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.client.faces import FACES, Face, open_face
-from tests.client.redis_server import RedisServer
+from tests.redis_server import RedisServer, why_not
 from tests.server_process import ServerProcess
 
 Connect = Callable[..., Face]
@@ -21,8 +20,8 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def started_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    if reason := why_not():
+        pytest.skip(reason)
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
@@ -37,8 +36,8 @@ def redis(started_redis: RedisServer) -> RedisServer:
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """Return a server that the test may stop, start and configure."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    if reason := why_not():
+        pytest.skip(reason)
     with RedisServer(tmp_path) as server:
         yield server
 

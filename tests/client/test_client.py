@@ -9,7 +9,7 @@ import pytest
 
 from respkv.client.requests import NOT_OFFERED
 from respkv.errors import ConnectionLost, ServerError, TimedOut
-from tests.client.redis_server import RedisServer
+from tests.redis_server import RedisServer
 
 Connect = Callable[..., Any]
 

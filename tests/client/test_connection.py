@@ -18,7 +18,7 @@ import pytest
 from respkv.client import Client
 from respkv.errors import ConfigError, ConnectionLost, ProtocolError, ServerError, TimedOut
 from tests.client.peer import Peer
-from tests.client.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer, free_port
 
 Connect = Callable[..., Any]
 

@@ -1,12 +1,11 @@
 """The server under test, and the real redis-server to hold it against."""
 
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.client.redis_server import RedisServer
 from tests.conftest import StartServer
+from tests.redis_server import RedisServer, why_not
 from tests.server.raw import Raw
 from tests.server_process import ServerProcess
 
@@ -16,8 +15,8 @@ Connect = Callable[..., Raw]
 @pytest.fixture(scope="session")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """Return a redis-server that the tests of this folder share."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    if reason := why_not():
+        pytest.skip(reason)
     with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 

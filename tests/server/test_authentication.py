@@ -6,8 +6,8 @@ from socket import create_connection
 import pytest
 
 from respkv.wire.commands import COMMANDS
-from tests.client.redis_server import RedisServer
 from tests.conftest import StartServer
+from tests.redis_server import RedisServer
 from tests.server.conftest import Connect
 from tests.server.raw import Raw, error_of, pipeline, request
 from tests.server_process import ServerProcess

@@ -55,6 +55,8 @@ NASTY = st.one_of(
     ),
 )
 LEAF = st.sampled_from(leaves())
+# Hypothesis takes constants out of our own source, these too, which close the connection.
+CLOSING = {b"post", b"host:", b"quit", b"shutdown"}
 
 
 @settings(max_examples=600, deadline=None)
@@ -71,7 +73,7 @@ def test_no_argument_breaks_out_of_its_reply(
 
 
 @settings(max_examples=200, deadline=None)
-@given(words=st.lists(NASTY, min_size=1, max_size=6))
+@given(words=st.lists(NASTY, min_size=1, max_size=6).filter(lambda w: w[0].lower() not in CLOSING))
 @example(words=[b"\r\n+OK\r\n", b"\r\n+OK\r\n"])
 @example(words=[b"CLIENT", b"\r\n+OK\r\n"])
 @example(words=[b"HELLO", b"\r\n+OK\r\n"])

@@ -12,7 +12,7 @@ from socket import create_connection
 import pytest
 
 from respkv.wire.commands import COMMANDS
-from tests.client.redis_server import RedisServer
+from tests.redis_server import RedisServer
 from tests.server.raw import Raw
 from tests.server.sequences import EXPIRY, KEYSPACE, STRINGS, sequences
 from tests.server_process import ServerProcess

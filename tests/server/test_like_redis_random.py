@@ -11,7 +11,7 @@ from socket import create_connection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.client.redis_server import RedisServer
+from tests.redis_server import RedisServer
 from tests.server.raw import Raw, parsed, pipeline
 from tests.server.test_like_redis import is_longer_error
 from tests.server_process import ServerProcess

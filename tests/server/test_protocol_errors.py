@@ -4,7 +4,7 @@ from socket import create_connection
 
 import pytest
 
-from tests.client.redis_server import RedisServer
+from tests.redis_server import RedisServer
 from tests.server.raw import Raw, request
 from tests.server_process import ServerProcess
 

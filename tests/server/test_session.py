@@ -14,8 +14,9 @@ import pytest
 import respkv.server.commands  # noqa: F401  (registers the handlers)
 from respkv.config import Config
 from respkv.engine.clock import Clock
+from respkv.server.answers import COPY_BYTES_MAX, OUTPUT_BYTES_SOFT
 from respkv.server.registry import HANDLERS, Handler
-from respkv.server.session import COPY_BYTES_MAX, OUTPUT_BYTES_SOFT, Session
+from respkv.server.session import Session
 from respkv.server.state import Server
 from respkv.wire.commands import COMMANDS
 from tests.fakes import FakeWire, make_server

@@ -83,7 +83,7 @@ def test_no_source_loads_code_from_bytes(path: Path) -> None:
 
 
 def test_a_serving_process_imports_nothing_unsafe() -> None:
-    from tests.client.redis_server import free_port
+    from tests.redis_server import free_port
 
     code = HOOK.format(unsafe=UNSAFE_MODULES) + SESSION.format(port=free_port())
     done = subprocess.run(

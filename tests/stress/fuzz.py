@@ -10,11 +10,11 @@ exception, and its own integrity check passes.
 
 import argparse
 import random
-import socket
 import time
 from dataclasses import dataclass
 
 from respkv.wire.commands import COMMANDS
+from tests.damage import answers_to, wound
 from tests.server.raw import Raw, reply_end, request
 from tests.server.watching import number_of, wait_for, wait_until
 from tests.server_process import ServerProcess
@@ -46,28 +46,6 @@ NASTY = [
     b"%s",
 ]
 LARGE = [449, 5000, 20_000, 65_535, 65_536, 70_000, 300_000]
-PIECES = [
-    b"\r\n",
-    b"\r",
-    b"\n",
-    b"*",
-    b"$",
-    b"*1\r\n",
-    b"$-1\r\n",
-    b"*-1\r\n",
-    b"*3\r\n$3\r\nSET\r\n",
-]
-PIECES += [
-    b"$99999999\r\n",
-    b"*99999999\r\n",
-    b"%2\r\n",
-    b"~1\r\n",
-    b"+x\r\n",
-    b"PING\r\n",
-    b'"',
-    b"'",
-]
-
 SENTINEL = b"sentinel of tests.stress.fuzz"
 INPUTS_PER_CONNECTION = 8
 LOOK_EVERY = 2000
@@ -113,39 +91,6 @@ def call(rng: random.Random) -> bytes:
     ):
         words.append(b"%d" % len(arguments))
     return request(*words, *arguments)
-
-
-def wound(rng: random.Random, stream: bytes) -> bytes:
-    """Damage a stream in one place."""
-    data = bytearray(stream)
-    at = rng.randrange(len(data) + 1)
-    match rng.randrange(6):
-        case 0:
-            data[at : at + 1] = rng.randbytes(1)
-        case 1:
-            data[at:at] = rng.choice(PIECES)
-        case 2:
-            del data[at : at + rng.randint(1, 9)]
-        case 3:
-            data[at:at] = data[at : at + rng.randint(1, 99)]
-        case 4:
-            del data[at:]
-        case _:
-            data[at:at] = rng.randbytes(rng.randint(1, 16))
-    return bytes(data)
-
-
-def answers_to(server: ServerProcess, stream: bytes) -> bytes:
-    """Send a stream on a connection of its own; return all that comes back."""
-    with Raw(server.connect()) as raw:
-        try:
-            raw.socket.sendall(stream)
-            raw.socket.shutdown(socket.SHUT_WR)
-        except TimeoutError:
-            raise
-        except OSError:
-            pass  # it had answered an error and closed
-        return raw.wait_closed()
 
 
 def check_answers(answers: bytes, seen: Seen) -> int:

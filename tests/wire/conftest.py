@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.wire.redis_server import RedisServer, why_not
+from tests.redis_server import RedisServer, why_not
 
 
 @pytest.fixture(scope="session")
-def started_redis() -> Iterator[RedisServer]:
-    if reason := why_not():
+def started_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if reason := why_not("7.0."):
         pytest.skip(reason)
-    with RedisServer() as server:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 

@@ -8,7 +8,7 @@ from respkv.errors import CommandError
 from respkv.wire import reply
 from respkv.wire.commands import CATEGORIES, COMMANDS, KeySpec, find_command, parse_integer
 from respkv.wire.commands.introspection import command_getkeys
-from tests.wire.redis_server import RedisServer
+from tests.redis_server import RedisServer
 from tests.wire.table import ALL, KV, LATER, NOT_YET, REDIS, answer, everything, made, words
 
 

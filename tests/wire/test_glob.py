@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from respkv.errors import CommandError
 from respkv.wire.glob import compile_glob
-from tests.wire.redis_server import RedisServer
+from tests.redis_server import RedisServer
 
 # Bytes that mean something in a pattern, their neighbours, and both ends of signed and unsigned.
 BYTES = b"ab-]^[\\*?Z\x00\x7f\x80\xff"

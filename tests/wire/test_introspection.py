@@ -17,7 +17,7 @@ from respkv.wire.commands.introspection import (
 )
 from respkv.wire.commands.markdown import commands_markdown
 from respkv.wire.reply import Reply, Simple
-from tests.wire.redis_server import RedisServer
+from tests.redis_server import RedisServer
 from tests.wire.table import ALL, LATER, NOT_YET, REDIS, answer, everything, made, words
 
 ROOT = Path(__file__).parent.parent.parent

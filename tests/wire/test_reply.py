@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from respkv.wire import reply
 from respkv.wire.reply import Error, NilArray, Push, Reply, ReplySet, Simple, Verbatim, encode
-from tests.wire.redis_server import RedisServer
+from tests.redis_server import RedisServer
 
 # What Redis's DEBUG PROTOCOL answers, as values of ours.
 DEBUG_PROTOCOL: list[tuple[str, Reply]] = [

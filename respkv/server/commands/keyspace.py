@@ -5,11 +5,13 @@ its client leaves.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING
 
 import anyio.lowlevel
 
-from respkv.engine.entry import ENTRY_BYTES, Entry
+from respkv.engine.copies import RECORD_BYTES
+from respkv.engine.entry import ENTRY_BYTES, SMALL_BYTES_MAX, Entry
 from respkv.engine.history import Reason
 from respkv.errors import CommandError
 from respkv.server.arguments import Words
@@ -19,6 +21,9 @@ from respkv.tiers.format import HEADER_BYTES
 from respkv.wire import reply
 from respkv.wire.glob import Glob, compile_glob
 from respkv.wire.parser import Args
+
+if TYPE_CHECKING:
+    from respkv.engine.mover import Mover
 
 KEYS_STEP = 2000  # entries matched before others are let in
 SCAN_COUNT = 10
@@ -109,24 +114,37 @@ def randomkey(session: Session, args: Args) -> None:
 
 
 @command("flushall")
-def flushall(session: Session, args: Args) -> None:
+def flushall(session: Session, args: Args) -> Awaitable[None] | None:
     """Delete every key."""
-    _flush(session, args)
+    return _flush(session, args)
 
 
 @command("flushdb")
-def flushdb(session: Session, args: Args) -> None:
+def flushdb(session: Session, args: Args) -> Awaitable[None] | None:
     """Delete every key; there is one database."""
-    _flush(session, args)
+    return _flush(session, args)
 
 
-def _flush(session: Session, args: Args) -> None:
+def _flush(session: Session, args: Args) -> Awaitable[None] | None:
     words = Words(args, 1)
     if words and words.word() not in (b"ASYNC", b"SYNC"):
         raise CommandError("syntax error")
     if words:
         raise CommandError("syntax error")
+    mover = session.server.mover
+    if mover is not None:
+        return _flush_files(session, mover)
     session.cache.flush()
+    session.out.append(reply.OK)
+    return None
+
+
+async def _flush_files(session: Session, mover: "Mover") -> None:
+    """Delete every key, and answer when no file brings it back.
+
+    Cancelled: memory is empty, some files may not know it.
+    """
+    await mover.flush_all()
     session.out.append(reply.OK)
 
 
@@ -207,7 +225,7 @@ def _has_ended(session: Session, entry: Entry) -> bool:
 
 @command("memory|usage")
 def memory_usage(session: Session, args: Args) -> None:
-    """Answer with the bytes that a key takes: its value's slot, its key and its index entry."""
+    """Answer with the bytes of memory that a key takes: its slot, key, index entry and copies."""
     words = Words(args, 3)
     if words:
         if words.word() != b"SAMPLES":
@@ -217,16 +235,20 @@ def memory_usage(session: Session, args: Args) -> None:
     if entry is None:
         session.send_nil()
         return
-    value = entry.nbytes if entry.slot is None else HEADER_BYTES + entry.slot.payload_max
-    session.out.append(reply.integer(value + len(entry.key) + ENTRY_BYTES))
+    value = 0 if entry.value is None else entry.nbytes
+    if entry.slot is not None:
+        value = HEADER_BYTES + entry.slot.payload_max
+    records = len(entry.records) * RECORD_BYTES
+    session.out.append(reply.integer(value + len(entry.key) + ENTRY_BYTES + records))
 
 
 @command("object|encoding")
 def object_encoding(session: Session, args: Args) -> None:
-    """Answer with embstr for a value on the heap, raw for one in a slot."""
+    """Answer with embstr for a value that is, or would be, on the heap, raw for one in a slot."""
     entry = _object(session, args)
     if entry is not None:
-        session.send_value(b"embstr" if entry.slot is None else b"raw")
+        is_small = entry.kind == "string" and entry.nbytes <= SMALL_BYTES_MAX
+        session.send_value(b"embstr" if is_small else b"raw")
 
 
 @command("object|refcount")

@@ -12,9 +12,16 @@ from typing import Final
 import anyio.to_thread
 
 from respkv.engine.leases import Lease, Mode
-from respkv.errors import CommandError, LeaseGone, OutOfMemory
+from respkv.errors import CommandError, LeaseGone
 from respkv.server.arguments import Words, count, integer
-from respkv.server.commands.pages import check_fits, check_key, counted_keys, put_options
+from respkv.server.commands.pages import (
+    check_fits,
+    check_key,
+    counted_keys,
+    keys_asked,
+    put_options,
+)
+from respkv.server.commands.strings import use_loaded
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.tiers.format import HEADER_BYTES, hash64
@@ -58,7 +65,7 @@ def _deadline(session: Session, ms: int | None) -> float:
     return session.cache.clock.now + ms / 1000
 
 
-@command("kv.lease")
+@command("kv.lease", keys_asked)
 def kv_lease(session: Session, args: Args) -> None:
     """Pin pages for reading in place; answer with the lease and where each page is."""
     check_shared(session)
@@ -71,7 +78,7 @@ def kv_lease(session: Session, args: Args) -> None:
         ms = words.count("MS", 1)
     deadline = _deadline(session, ms)
     cache = session.cache
-    found = [cache.use(key) for key in keys]
+    found = [use_loaded(session, key) for key in keys]
     leased = [entry for entry in found if entry is not None and entry.slot is not None]
     lease = cache.lease(session.number, leased, deadline)
     places = [
@@ -116,15 +123,12 @@ async def kv_reserve(session: Session, args: Args) -> None:
 
 
 async def _reserved(session: Session, key: bytes, nbytes: int, ms: int | None) -> Lease:
-    cache = session.cache
+    cache, server = session.cache, session.server
     if session.is_lost:  # before this task began: nobody would ever end the lease
         raise LeaseGone("the connection has gone")
-    try:
-        return cache.lease_room(session.number, key, nbytes, _deadline(session, ms))
-    except OutOfMemory:
-        if not cache.is_waiting_useful(nbytes):
-            raise
-    landing = await session.server.wait_for_room(nbytes, lambda: session.is_lost)
+    landing = server.find_room(nbytes)
+    if landing is None:
+        landing = await server.wait_for_room(nbytes, lambda: session.is_lost)
     if landing is not None:
         cache.abandon(landing)  # it only showed that there is room now; no await until it is taken
     if session.is_lost:
@@ -157,13 +161,14 @@ async def kv_commit(session: Session, args: Args) -> None:
         if is_new_only and cache.find(lease.key) is not None:
             session.send_nil()
             return
-        cache.seal(lease.key, landing, checksum, how)
+        with session.promising():
+            cache.seal(lease.key, landing, checksum, how)
+            session.out.append(reply.OK)
     finally:
         cache.abandon(landing)
     cache.stats.pages_put += 1
     cache.stats.commits += 1
     cache.stats.bytes_landed += slot.payload_bytes
-    session.out.append(reply.OK)
 
 
 @command("kv.abort")

@@ -4,27 +4,32 @@ A page that is already there is not written again: when its key ends with a page
 equal bytes, so the session drops the payload as it arrives and only the options take effect.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
-from respkv.engine.entry import Put
+from respkv.engine.entry import Entry, Put
 from respkv.engine.landing import Landing
 from respkv.engine.namespaces import check_payload
 from respkv.errors import CommandError, SchemaMismatch
 from respkv.page import KEY_BYTES_MAX
-from respkv.server.arguments import Words, count, count_ms, value_of
+from respkv.server.arguments import Words, count, count_ms, shown, value_of
 from respkv.server.body import Refused
 from respkv.server.commands.keyspace import mark_used
-from respkv.server.commands.strings import layer_bytes, send_entry, stream_values
-from respkv.server.registry import command
+from respkv.server.commands.strings import send_entry, use_loaded
+from respkv.server.loads import cold_entries, is_cold
+from respkv.server.registry import Later, command, one_key
 from respkv.server.session import Session
+from respkv.server.streams import Span, stream_values, whole
+from respkv.tiers.record import Level
 from respkv.wire import reply
 from respkv.wire.parser import Args
 
+LEVELS: Final = {b"WRITTEN": Level.WRITTEN, b"DURABLE": Level.DURABLE}
 CPU_LETTER = "c"
 # Loading estimate of the CPU tier until a measurement replaces it: one get, then memory speed.
 LOAD_US_FIXED = 20
 LOAD_BYTES_PER_US = 3000
+DEADLINE_S_MAX = 86_400.0
 
 
 def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
@@ -34,6 +39,7 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
     ttl_ms = 0 if schema is None else schema.ttl_ms
     parent: bytes | None = None
     tokens = priority = 0
+    level: Level | None = None
     seen: set[bytes] = set()
     while words:
         word = words.word()
@@ -49,16 +55,25 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
             ttl_ms = count_ms(words.take(), "PX")
         elif word == b"PRIORITY":
             priority = words.integer()
-        elif word == b"DURABLE":
-            raise CommandError("DURABLE needs a tier that survives a restart; this server has none")
+        elif word in LEVELS and not seen & (LEVELS.keys() - {word}):
+            level = level_of(session, word)
         elif word != b"NX":
             raise words.unexpected()
     entry = session.cache.find(key)
     if parent == key or (entry and parent and session.cache.index.is_circle(entry, parent)):
         raise CommandError("PARENT would make the page stand behind itself")
     expires_ms = session.server.clock.wall_ms + ttl_ms if ttl_ms else 0
-    how = Put("kvpage", expires_ms, priority, tokens, parent)
+    how = Put("kvpage", expires_ms, priority, tokens, parent, level)
     return how, b"NX" in seen
+
+
+def level_of(session: Session, word: bytes) -> Level:
+    """Return the level that a word stands for. Raises CommandError when no tier offers it."""
+    if session.server.mover is None:
+        raise CommandError(
+            f"{word.decode()} needs a tier that survives a restart; this server has none"
+        )
+    return LEVELS[word]
 
 
 def check_key(key: bytes) -> None:
@@ -114,11 +129,20 @@ def check_fits(session: Session, key: bytes, nbytes: int) -> None:
             raise
 
 
-@command("kv.get")
+def _within(args: Args) -> float | None:
+    """Return the seconds of a KV.GET's DEADLINE."""
+    try:
+        _, seconds = _get_options(Words(args, 2))
+    except CommandError:
+        return 0.0  # the handler says what is wrong
+    return seconds
+
+
+@command("kv.get", one_key, within=_within)
 def kv_get(session: Session, args: Args) -> None:
     """Answer with a page, or some of its layers."""
-    layers = _layers(Words(args, 2))
-    entry = session.cache.use(args[1])
+    layers, _ = _get_options(Words(args, 2))
+    entry = use_loaded(session, args[1])
     if entry is None:
         session.cache.stats.page_misses += 1
         session.send_nil()
@@ -132,26 +156,52 @@ def kv_get(session: Session, args: Args) -> None:
     session.send_slot(entry.slot, *span)
 
 
-@command("kv.mget")
-def kv_mget(session: Session, args: Args) -> Iterator[None]:
+def keys_asked(args: Args) -> Sequence[bytes]:
+    """Return the keys of ``CMD n key...``, none when the handler will say what is wrong."""
+    try:
+        return counted_keys(args)[0]
+    except CommandError:
+        return ()
+
+
+@command("kv.mget", keys_asked, streams="always")
+def kv_mget(session: Session, args: Args) -> Later:
     """Answer with pages in order, each sent when the one before has room."""
     keys, rest = counted_keys(args)
-    layers = _layers(Words(args, rest))
-    cache = session.cache
-    hits, misses = cache.stats.hits, cache.stats.misses
-    steps = stream_values(session, keys, layers)
-    cache.stats.page_hits += cache.stats.hits - hits
-    cache.stats.page_misses += cache.stats.misses - misses
-    return steps
+    layers, seconds = _get_options(Words(args, rest))
+
+    def span_of(entry: Entry) -> Span:
+        return whole(entry) if layers is None else layer_bytes(session, entry, *layers)
+
+    return stream_values(session, keys, span_of=span_of, are_pages=True, seconds=seconds)
 
 
-def _layers(words: Words) -> tuple[int, int] | None:
-    layers = None
+def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple[int, int]:
+    """Return the byte range of some layers of a page. Raises CommandError when it has none."""
+    schema = session.cache.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
+    if schema is None:
+        raise CommandError("LAYERS needs a page whose namespace has a schema (KV.SCHEMA SET)")
+    if entry.nbytes != schema.geometry.page_bytes:  # put before its namespace had this schema
+        raise CommandError("LAYERS needs a page that fits the schema of its namespace")
+    try:
+        return schema.geometry.layer_range(first, count)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def _get_options(words: Words) -> tuple[tuple[int, int] | None, float | None]:
+    """Return the layers wanted and the seconds until the deadline; None: all, and none."""
+    layers: tuple[int, int] | None = None
+    seconds: float | None = None
     while words:
-        if words.word() != b"LAYERS":
+        word = words.word()
+        if word == b"LAYERS":
+            layers = (words.count("first layer"), words.count("layer count", 1))
+        elif word == b"DEADLINE":
+            seconds = min(words.count("DEADLINE") / 1000, DEADLINE_S_MAX)
+        else:
             raise words.unexpected()
-        layers = (words.count("first layer"), words.count("layer count", 1))
-    return layers
+    return layers, seconds
 
 
 def counted_keys(args: Args) -> tuple[list[bytes], int]:
@@ -173,9 +223,51 @@ def kv_match(session: Session, args: Args) -> None:
         raise CommandError("syntax error")
     cache = session.cache
     until = cache.clock.now + session.server.config.answer_lease / 1000
-    pages, nbytes = cache.match(keys, until)
-    load_us = LOAD_US_FIXED + nbytes // LOAD_BYTES_PER_US if pages else 0
-    session.send([pages, CPU_LETTER * pages, load_us])
+    run = cache.match(keys, until)
+    letters = "".join(tier_of(session, entry)[1] for entry in run)
+    session.send([len(run), letters, load_us(session, run)])
+
+
+def tier_of(session: Session, entry: Entry) -> tuple[str, str]:
+    """Return name and letter of the fastest tier that has an entry's bytes."""
+    mover = session.server.mover
+    if mover is None or not is_cold(entry):
+        return "cpu", CPU_LETTER
+    tier = mover.tier_of(entry.records[0])
+    return tier.name, tier.letter
+
+
+def load_us(session: Session, run: list[Entry]) -> int:
+    """Estimate how long it takes to bring entries and send them. All are as long as the first."""
+    if not run:
+        return 0
+    mover = session.server.mover
+    sending_us = LOAD_US_FIXED + len(run) * run[0].nbytes // LOAD_BYTES_PER_US
+    cold = [entry for entry in run if is_cold(entry)] if session.cache.copies.num_cold else []
+    return sending_us + (mover.load_us(cold) if mover is not None and cold else 0)
+
+
+@command("kv.prefetch")
+def kv_prefetch(session: Session, args: Args) -> None:
+    """Have pages brought into memory; answer with how many are on their way.
+
+    They are promised to stay for ``answer-lease``, as a match's are.
+    """
+    keys, rest = counted_keys(args)
+    words = Words(args, rest)
+    while words:
+        if words.word() != b"TO":
+            raise words.unexpected()
+        tier = words.take()
+        if tier.lower() != b"cpu":
+            raise CommandError(f"TO {shown(tier)}: pages can be brought to the cpu tier")
+    cache, mover = session.cache, session.server.mover
+    cold = cold_entries(cache, keys) if cache.copies.num_cold else []
+    until = cache.clock.now + session.server.config.answer_lease / 1000
+    for entry in cold:
+        cache.promise(entry, until)
+    raised = mover.advise_prefetch(cold) if mover is not None and cold else 0
+    session.out.append(reply.integer(raised))
 
 
 @command("kv.touch")
@@ -193,7 +285,7 @@ def kv_pin(session: Session, args: Args) -> None:
     entry = session.cache.find(args[1])
     ms = count_ms(args[2], "ms")
     if entry is not None:
-        entry.pinned_until = session.cache.clock.now + ms / 1000
+        session.cache.pin(entry, session.cache.clock.now + ms / 1000)
     session.out.append(reply.integer(entry is not None))
 
 
@@ -202,8 +294,8 @@ def kv_unpin(session: Session, args: Args) -> None:
     """Let a page be evicted again."""
     entry = session.cache.find(args[1])
     was_pinned = entry is not None and entry.pinned_until > session.cache.clock.now
-    if entry is not None:
-        entry.pinned_until = 0.0
+    if entry is not None and entry.pinned_until:
+        session.cache.pin(entry, 0.0)
     session.out.append(reply.integer(was_pinned))
 
 
@@ -222,8 +314,10 @@ def kv_info(session: Session, args: Args) -> None:
             "namespace": entry.namespace,
             "bytes": entry.nbytes,
             "tokens": entry.tokens,
-            "tier": "cpu",
+            "tier": tier_of(session, entry)[0],
+            "tiers": _tiers_of(session, entry),
             "codec": "raw",
+            "level": entry.level.name.lower(),
             "parent": entry.parent_key or None,
             "children": len(entry.children or ()),
             "priority": entry.priority,
@@ -238,12 +332,21 @@ def kv_info(session: Session, args: Args) -> None:
     )
 
 
+def _tiers_of(session: Session, entry: Entry) -> list[str]:
+    """Return the names of all tiers that have an entry's bytes."""
+    mover = session.server.mover
+    names = [] if is_cold(entry) else ["cpu"]
+    return names + [mover.tier_of(record).name for record in entry.records if mover is not None]
+
+
 @command("kv.explain")
 def kv_explain(session: Session, args: Args) -> None:
     """Tell why a key is or is not here."""
     entry = session.cache.find(args[1])
     if entry is not None:
-        session.send(["present", f"{entry.kind} of {entry.nbytes} bytes in the cpu tier"])
+        state = "cold" if is_cold(entry) else "present"
+        where = " and ".join(_tiers_of(session, entry))
+        session.send([state, f"{entry.kind} of {entry.nbytes} bytes in the {where} tier"])
         return
     reason = session.cache.history.find(args[1])
     schema = session.cache.namespaces.of_key(args[1])
@@ -259,4 +362,5 @@ _DETAILS = {
     "flushed": "FLUSHDB or FLUSHALL removed it",
     "schema": "a put was refused because it did not fit the schema of its namespace",
     "corrupt": "its bytes did not match their checksum",
+    "lost": "the only copy was in a tier that failed",
 }

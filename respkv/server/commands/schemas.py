@@ -1,13 +1,18 @@
 """KV.SCHEMA: what the pages of a namespace look like."""
 
+from collections.abc import Awaitable
+
 import anyio.lowlevel
 
 from respkv.engine.namespaces import Schema
-from respkv.errors import CommandError
+from respkv.errors import CommandError, TierError
 from respkv.page import Geometry, namespace_of
 from respkv.server.arguments import Words, count_ms, shown
+from respkv.server.commands.pages import LEVELS, level_of
 from respkv.server.registry import command
+from respkv.server.schema_files import SchemaFiles
 from respkv.server.session import Session
+from respkv.tiers.record import Level
 from respkv.wire import reply
 from respkv.wire.parser import Args
 
@@ -19,10 +24,10 @@ _COUNTS = {b"LAYERS": "layers", b"HEADS": "heads", b"DIM": "dim", b"TOKENS": "to
 
 
 @command("kv.schema|set")
-def kv_schema_set(session: Session, args: Args) -> None:
+def kv_schema_set(session: Session, args: Args) -> Awaitable[None] | None:
     """Register the schema of a namespace, or check that it is the one in force."""
-    schema = _parse(args)
-    cache = session.cache
+    schema = _parse(session, args)
+    cache, files = session.cache, session.server.schema_files
     if schema.geometry.page_bytes > cache.slabs.payload_bytes_max:
         raise CommandError(
             f"a page of {schema.geometry.page_bytes} bytes never fits the arena, which takes at "
@@ -33,10 +38,26 @@ def kv_schema_set(session: Session, args: Args) -> None:
         raise CommandError(f"there are {NAMESPACES_MAX} namespaces; KV.SCHEMA DEL one first")
     cache.namespaces.put(schema)
     cache.slabs.add_class(schema.geometry.page_bytes)
+    if files is not None and not (known == schema and files.is_saved):
+        return _save(session, files, schema)
+    session.out.append(reply.OK)
+    return None
+
+
+async def _save(session: Session, files: SchemaFiles, schema: Schema) -> None:
+    """Answer once a restart would find the schema; at level memory, whether it does or not.
+
+    Cancelled: it is in force, and may be saved.
+    """
+    try:
+        await files.save()
+    except TierError:
+        if schema.level:
+            raise
     session.out.append(reply.OK)
 
 
-def _parse(args: Args) -> Schema:
+def _parse(session: Session, args: Args) -> Schema:
     namespace = args[2]
     if not 0 < len(namespace) <= NAMESPACE_BYTES_MAX:
         raise CommandError(f"a namespace has 1 to {NAMESPACE_BYTES_MAX} bytes")
@@ -46,6 +67,7 @@ def _parse(args: Args) -> Schema:
     algorithm = b"sha256"
     codecs: list[tuple[bytes, bytes]] = []
     ttl_ms = 0
+    level: Level | None = None
     words = Words(args, 3)
     while words:
         word = words.word()
@@ -65,6 +87,8 @@ def _parse(args: Args) -> Schema:
             raise CommandError("MAXBYTES: this server has no quotas for a namespace")
         elif word == b"TTL":
             ttl_ms = count_ms(words.take(), "TTL")
+        elif word == b"DURABILITY":
+            level = _level(session, words.take())
         else:
             raise words.unexpected()
     missing = [name.upper() for name in _COUNTS.values() if name not in counts]
@@ -75,7 +99,16 @@ def _parse(args: Args) -> Schema:
         geometry = Geometry(**counts, dtype=shown(dtype))
     except ValueError as error:
         raise CommandError(str(error)) from None
-    return Schema(namespace, geometry, fingerprint, algorithm, seed, tuple(codecs), ttl_ms)
+    pairs = tuple(codecs)
+    return Schema(namespace, geometry, fingerprint, algorithm, seed, pairs, ttl_ms, level)
+
+
+def _level(session: Session, word: bytes) -> Level:
+    if word.upper() == b"MEMORY":
+        return Level.MEMORY
+    if word.upper() in LEVELS:
+        return level_of(session, word.upper())
+    raise CommandError(f"DURABILITY {shown(word)}: accepted are MEMORY, WRITTEN, DURABLE")
 
 
 def _identity(words: Words) -> bytes:
@@ -104,6 +137,7 @@ def kv_schema_get(session: Session, args: Args) -> None:
         session.send_nil()
         return
     shape = schema.geometry
+    level = session.cache.default_level if schema.level is None else schema.level
     session.send(
         {
             "namespace": schema.namespace,
@@ -118,6 +152,7 @@ def kv_schema_get(session: Session, args: Args) -> None:
             "seed": schema.seed,
             "codecs": [list(pair) for pair in schema.codecs],
             "ttl_ms": schema.ttl_ms,
+            "durability": level.name.lower(),
         }
     )
 
@@ -137,15 +172,26 @@ async def kv_schema_del(session: Session, args: Args) -> None:
     """
     cache, namespace = session.cache, args[2]
     is_there = cache.namespaces.find(namespace) is not None
+    owed: list[tuple[int, int]] = []
     deleted = is_there
     while deleted:  # again, until a whole pass meets none: others may put meanwhile
         deleted, cursor = False, -1
         while cursor:
+            since = cache.copies.ticket
             cursor, found = cache.index.scan(max(cursor, 0), STEP)
             for entry in found:
                 if entry.kind == "kvpage" and namespace_of(entry.key) == namespace:
                     cache.delete(entry)
                     deleted = True
+            if cache.copies.ticket != since:
+                owed.append((cache.copies.ticket, since))
             if cursor:
                 await anyio.lowlevel.checkpoint()
-    session.out.append(reply.integer(cache.namespaces.drop(namespace) and is_there))
+    was_there = cache.namespaces.drop(namespace) and is_there
+    mover, files = session.server.mover, session.server.schema_files
+    if mover is not None and files is not None:
+        for ticket, since in owed:
+            await mover.settle(ticket, since)
+        if was_there:
+            await files.save()
+    session.out.append(reply.integer(was_there))

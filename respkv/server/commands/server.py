@@ -87,7 +87,7 @@ def module_list(session: Session, args: Args) -> None:
 
 @command("shutdown")
 def shutdown(session: Session, args: Args) -> None:
-    """Let answers leave, then end the server. There is nothing to save."""
+    """Let answers leave, then end the server. With file tiers it always saves."""
     words = Words(args, 1)
     while words:
         word = words.word()

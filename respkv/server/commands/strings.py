@@ -4,15 +4,17 @@ A value that is a page can be read with them too, and a SET over a page makes it
 speaks only Redis still sees every key.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Put
 from respkv.engine.landing import Landing
 from respkv.errors import CommandError
 from respkv.server.arguments import Words, expiry_ms, integer, value_of
-from respkv.server.registry import command
+from respkv.server.loads import is_cold
+from respkv.server.registry import Later, command, one_key
 from respkv.server.session import Session
+from respkv.server.streams import stream_values
 from respkv.wire import reply
 from respkv.wire.parser import Args
 
@@ -20,7 +22,7 @@ _EXPIRY = (b"EX", b"PX", b"EXAT", b"PXAT")
 _KEEP_TTL = Put(expires_ms=None)
 
 
-@command("get")
+@command("get", one_key)
 def get(session: Session, args: Args) -> None:
     """Answer with the value of a key."""
     cache = session.cache
@@ -31,14 +33,28 @@ def get(session: Session, args: Args) -> None:
             cache.stats.misses += 1
             session.send_nil()
             return
+    value = entry.value
+    if value is None and entry.slot is None:  # it could not be loaded
+        cache.stats.misses += 1
+        session.send_nil()
+        return
     entry.touched = cache.clock.now
     entry.hits += 1
     cache.stats.hits += 1
-    value = entry.value
     if value is not None:
         session.out += (reply.BULK_PREFIX[len(value)], value, reply.CRLF)
     else:
         send_entry(session, entry)
+
+
+def use_loaded(session: Session, key: bytes) -> Entry | None:
+    """Return the entry of a key whose bytes are in memory and count a hit, or count a miss."""
+    cache = session.cache
+    entry = cache.find(key)
+    if entry is not None and is_cold(entry):
+        cache.stats.misses += 1
+        return None
+    return cache.use(key)
 
 
 def send_entry(session: Session, entry: Entry) -> None:
@@ -58,7 +74,12 @@ def store(session: Session, key: bytes, value: Any, how: Put) -> None:
         session.cache.put(key, value, how)
 
 
-@command("set")
+def _key_if_get(args: Args) -> Sequence[bytes]:
+    is_asked = any(isinstance(word, bytes) and word.upper() == b"GET" for word in args[3:])
+    return args[1:2] if is_asked else ()
+
+
+@command("set", _key_if_get)
 def set_(session: Session, args: Args) -> None:
     """Store a value, with all options of Redis 7."""
     if len(args) == 3:
@@ -164,16 +185,16 @@ def _set_with_ttl(session: Session, args: Args, unit: bytes, name: str) -> None:
     session.out.append(reply.OK)
 
 
-@command("getset")
+@command("getset", one_key)
 def getset(session: Session, args: Args) -> None:
     """Store a value and answer with the one before."""
     _swap(session, args[1], value_of(args[2]), PLAIN)
 
 
-@command("getdel")
+@command("getdel", one_key)
 def getdel(session: Session, args: Args) -> None:
     """Answer with the value of a key and delete it."""
-    entry = session.cache.use(args[1])
+    entry = use_loaded(session, args[1])
     if entry is None:
         session.send_nil()
         return
@@ -181,7 +202,7 @@ def getdel(session: Session, args: Args) -> None:
     session.cache.delete(entry)
 
 
-@command("getex")
+@command("getex", one_key)
 def getex(session: Session, args: Args) -> None:
     """Answer with the value of a key and change its TTL."""
     expiry: tuple[bytes, bytes] | None = None
@@ -195,7 +216,7 @@ def getex(session: Session, args: Args) -> None:
             expiry = word, words.take()
         else:
             raise words.unexpected()
-    entry = session.cache.use(args[1])
+    entry = use_loaded(session, args[1])
     if entry is None:
         session.send_nil()
         return
@@ -214,68 +235,10 @@ def strlen(session: Session, args: Args) -> None:
     session.out.append(reply.integer(0 if entry is None else entry.nbytes))
 
 
-@command("mget")
-def mget(session: Session, args: Args) -> Iterator[None]:
+@command("mget", lambda args: args[1:], streams="large")
+def mget(session: Session, args: Args) -> Later:
     """Answer with the values of keys, absent ones null."""
-    return stream_values(session, args[1:], None)
-
-
-def stream_values(
-    session: Session, keys: list[bytes], layers: tuple[int, int] | None
-) -> Iterator[None]:
-    """Answer with the value of each key, one step a key.
-
-    All are looked up first and held, so that what the client gets is of one moment even when it
-    reads slowly and others write or evict meanwhile.
-    """
-    cache = session.cache
-    found = [cache.use(key) for key in keys]
-    ranges = [_range_of(session, entry, layers) for entry in found]
-    held = [None if entry is None else entry.slot for entry in found]
-    values = [None if entry is None else entry.value for entry in found]
-    for slot in held:
-        if slot is not None:
-            cache.borrow(slot)
-
-    def steps() -> Iterator[None]:
-        position = 0
-        try:
-            session.out.append(reply.array_header(len(keys)))
-            for value, slot, span in zip(values, held, ranges, strict=True):
-                if slot is not None:
-                    session.send_slot(slot, *span)
-                    cache.restore(slot)
-                elif value is not None:
-                    session.send_value(value)
-                else:
-                    session.send_nil()
-                position += 1
-                yield
-        finally:
-            for slot in held[position:]:
-                if slot is not None:
-                    cache.restore(slot)
-
-    return steps()
-
-
-def _range_of(
-    session: Session, entry: Entry | None, layers: tuple[int, int] | None
-) -> tuple[int, int | None]:
-    return (0, None) if entry is None or layers is None else layer_bytes(session, entry, *layers)
-
-
-def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple[int, int]:
-    """Return the byte range of some layers of a page. Raises CommandError when it has none."""
-    schema = session.cache.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
-    if schema is None:
-        raise CommandError("LAYERS needs a page whose namespace has a schema (KV.SCHEMA SET)")
-    if entry.nbytes != schema.geometry.page_bytes:  # put before its namespace had this schema
-        raise CommandError("LAYERS needs a page that fits the schema of its namespace")
-    try:
-        return schema.geometry.layer_range(first, count)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
+    return stream_values(session, args[1:])
 
 
 @command("mset")

@@ -3,7 +3,7 @@
 from respkv.wire.commands.command import Command, KeySpec, subcommands
 
 _COUNTED = KeySpec(("RO", "access"), counted=True)
-_PUT_OPTIONS = "[PARENT key] [TOKENS n] [PX milliseconds] [PRIORITY n] [NX]"
+_PUT_OPTIONS = "[PARENT key] [TOKENS n] [PX milliseconds] [PRIORITY n] [NX] [WRITTEN|DURABLE]"
 
 _SCHEMA = subcommands(
     Command(
@@ -18,9 +18,14 @@ _SCHEMA = subcommands(
         syntax=(
             "KV.SCHEMA SET namespace LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
             "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] "
-            "[CODEC tier codec [CODEC tier codec ...]] [TTL milliseconds]"
+            "[CODEC tier codec [CODEC tier codec ...]] [TTL milliseconds] "
+            "[DURABILITY MEMORY|WRITTEN|DURABLE]"
         ),
-        notes="Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema.",
+        notes=(
+            "Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema. "
+            "DURABILITY is what the pages of the namespace survive once their put is answered, "
+            "`durability` when left out. With file tiers the schema survives a restart."
+        ),
     ),
     Command(
         name="kv.schema|get",
@@ -87,7 +92,9 @@ _PAGES = (
         notes=(
             "Answers `OK`, or null when NX was given and the page is there; a `KVSCHEMA` error "
             "with both sizes when the payload does not fit, an `OOM` error when no room can be "
-            "made."
+            "made. With WRITTEN the answer comes when the page survives a crash of the server, with "
+            "DURABLE when it survives a power cut; a `KVTIER` error says that it will not, and "
+            "the page is in memory."
         ),
     ),
     Command(
@@ -100,8 +107,12 @@ _PAGES = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of bytes returned",
-        syntax="KV.GET key [LAYERS first count]",
-        notes="Answers the bytes, or null. Works on ordinary values too, without LAYERS.",
+        syntax="KV.GET key [LAYERS first count] [DEADLINE milliseconds]",
+        notes=(
+            "Answers the bytes, or null. Works on ordinary values too, without LAYERS. A page in a "
+            "file that is not in memory by the DEADLINE is answered with null; it is loaded all the "
+            "same, so the next get finds it."
+        ),
     ),
     Command(
         name="kv.mget",
@@ -113,8 +124,12 @@ _PAGES = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of bytes returned",
-        syntax="KV.MGET numkeys key [key ...] [LAYERS first count]",
-        notes="Answers an array with the bytes, or null, for each key.",
+        syntax="KV.MGET numkeys key [key ...] [LAYERS first count] [DEADLINE milliseconds]",
+        notes=(
+            "Answers an array with the bytes, or null, for each key; after the DEADLINE, null for "
+            "those that are not in memory. Pages in files are loaded while those before them are "
+            "sent, so they may be more than memory holds."
+        ),
     ),
     Command(
         name="kv.match",
@@ -129,8 +144,24 @@ _PAGES = (
         syntax="KV.MATCH numkeys key [key ...]",
         notes=(
             "Answers an array: how many pages from the first on are present, one letter for "
-            "the tier of each, and the microseconds that loading them should take. The pages "
-            "stay for `answer-lease` milliseconds."
+            "the tier of each (`c` memory, `n` nvme, `d` disk), and the microseconds that loading "
+            "them should take. The pages stay for `answer-lease` milliseconds."
+        ),
+    ),
+    Command(
+        name="kv.prefetch",
+        arity=-3,
+        flags=("readonly", "fast", "movablekeys"),
+        categories=("kv",),
+        key_specs=(KeySpec(("RO",), counted=True),),
+        summary="Have pages brought from files into memory, ahead of use",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of keys",
+        syntax="KV.PREFETCH numkeys key [key ...] [TO cpu]",
+        notes=(
+            "Answers at once, with how many pages are on their way now; those that are in memory, "
+            "are absent, or do not fit into what may be on its way are not counted."
         ),
     ),
     Command(
@@ -197,8 +228,8 @@ _PAGES = (
         complexity="O(1)",
         syntax="KV.EXPLAIN key",
         notes=(
-            "Answers an array of a reason (`present`, `never`, `evicted`, `expired`, "
-            "`deleted`, `schema`) and a text."
+            "Answers an array of a reason (`present`, `cold` when it is in files alone, `never`, "
+            "`evicted`, `expired`, `deleted`, `flushed`, `schema`, `corrupt`, `lost`) and a text."
         ),
     ),
 )

@@ -1,0 +1,128 @@
+"""The file tiers of a server: made from its settings, recovered before it listens."""
+
+import logging
+import resource
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal, cast
+
+import anyio
+import anyio.to_thread
+
+from respkv.config import Config
+from respkv.engine.files import open_files
+from respkv.engine.mover import Mover
+from respkv.errors import CacheError
+from respkv.server.schema_files import SchemaFiles
+from respkv.server.state import Server, moves_of
+from respkv.tiers.disk import open_disk
+from respkv.tiers.file_tier import FileTier
+from respkv.tiers.nvme import open_nvme
+from respkv.tiers.record import Level
+
+logger = logging.getLogger(__name__)
+
+NOTICE = 20
+
+
+def check_directories(config: Config) -> None:
+    """Raise CacheError unless every tier's directory is there, or its parent is."""
+    for name, text, _ in config.file_tiers():
+        path = Path(text)
+        if path.exists() and not path.is_dir():
+            raise CacheError(f"{name}-path {path}: it is a file; a directory is needed")
+        if not path.exists() and not path.absolute().parent.is_dir():
+            raise CacheError(
+                f"{name}-path {path}: there is no {path.absolute().parent} to make it in"
+            )
+
+
+@asynccontextmanager
+async def using_files(server: Server) -> AsyncIterator[None]:
+    """Keep values in files, too, while the block runs; without file tiers, do nothing.
+
+    What files hold is recovered before the block; after it what only memory holds is written to
+    them, within ``shutdown-timeout``.
+    Raises TierError when a directory is in use, or cannot be used.
+    """
+    config = server.config
+    if not config.has_files:
+        yield
+        return
+    _allow_files()
+    tiers = _make_tiers(config)
+    schema_files = SchemaFiles(server.cache.namespaces, tiers)
+    began_s = anyio.current_time()
+
+    async def started(mover: Mover) -> None:
+        for tier in tiers:
+            # It pins the memory, which takes 0.1 s for each GiB of small pages. Nothing is in
+            # flight now, as has to be.
+            await anyio.to_thread.run_sync(tier.device.register, server.arena.view)
+        for schema in await schema_files.load():
+            page_bytes = schema.geometry.page_bytes
+            if page_bytes <= server.cache.slabs.payload_bytes_max:
+                server.cache.slabs.add_class(page_bytes)
+            else:
+                logger.warning(
+                    "pages of namespace %r have %d bytes and never fit; raise maxmemory",
+                    schema.namespace.decode(errors="replace"),
+                    page_bytes,
+                )
+
+    server.cache.default_level = Level[config.durability.upper()]
+    async with open_files(server.cache, tiers, moves_of(config), started=started) as mover:
+        server.mover, server.schema_files, server.file_tiers = mover, schema_files, tiers
+        _tell(server, anyio.current_time() - began_s)
+        yield
+
+
+def _allow_files() -> None:
+    """Raise the limit of open files: a tier of a terabyte has 4,000 segments."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _make_tiers(config: Config) -> list[FileTier]:
+    tiers: list[FileTier] = []
+    if config.nvme_path:
+        engine = cast(Literal["auto", "io_uring", "threads"], config.nvme_engine)
+        nvme = open_nvme(
+            config.nvme_path,
+            capacity_bytes=config.nvme_bytes,
+            segment_bytes=config.segment_bytes,
+            depth=config.nvme_depth,
+            engine=engine,
+            checkpoint_interval_s=config.checkpoint_interval,
+        )
+        tiers.append(nvme)
+    if config.disk_path:
+        codec = cast(Literal["zstd", "lz4", "raw"], config.disk_codec)
+        disk = open_disk(
+            config.disk_path,
+            capacity_bytes=config.disk_bytes,
+            segment_bytes=config.segment_bytes,
+            codec=codec,
+            checkpoint_interval_s=config.checkpoint_interval,
+        )
+        tiers.append(disk)
+    return tiers
+
+
+def _tell(server: Server, seconds: float) -> None:
+    """Log what was found."""
+    for tier in server.file_tiers:
+        stats = tier.stats
+        logger.log(
+            NOTICE,
+            "tier %s (%s%s): recovered %d values, %d bytes; skipped %d damaged",
+            tier.name,
+            tier.device.engine,
+            ", direct" if tier.device.is_direct else "",
+            stats.recovered,
+            stats.live_bytes,
+            stats.skipped_damaged,
+        )
+    logger.log(NOTICE, "recovered %d keys in %.2f s", len(server.cache.entries), seconds)

@@ -1,0 +1,175 @@
+"""Schemas survive a restart: each file tier's directory has all of them in ``schemas.json``.
+
+One JSON object: ``format``, ``version``, ``serial`` (of two files the greater is the newer),
+``schemas``, and ``checksum``, the xxh3_64 of the object without it, keys sorted, no spaces. Bytes
+are hex digits. A damaged file is ignored, and the other tier's one is used.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from respkv.engine.namespaces import Namespaces, Schema
+from respkv.errors import PageCorrupt, TierError
+from respkv.page import Geometry
+from respkv.tiers.format import hash64
+from respkv.tiers.record import Level
+
+if TYPE_CHECKING:
+    from respkv.tiers.file_tier import FileTier
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "schemas.json"
+FORMAT = "respkv schemas"
+VERSION = 1
+FILE_BYTES_MAX = 16 << 20
+
+
+class SchemaFiles:
+    """The schemas of a server, kept in its file tiers.
+
+    num_damaged: files that were not what was written.
+    num_failed:  times that a tier could not take them.
+    """
+
+    def __init__(self, namespaces: Namespaces, tiers: "Sequence[FileTier]") -> None:
+        self.num_damaged = 0
+        self.num_failed = 0
+        self._namespaces = namespaces
+        self._tiers = tiers
+        self._lock = anyio.Lock()
+        self._serial = 0  # of the present state
+        self._saved = 0  # of the last that some tier has
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a restart would find the schemas as they are now."""
+        return self._saved == self._serial
+
+    async def load(self) -> list[Schema]:
+        """Put the newest schemas that are found into force, and return them.
+
+        Raises TierError when a file has a newer version than this server knows.
+        """
+        newest: tuple[int, list[Schema]] = (0, [])
+        for tier in self._tiers:
+            data = await tier.load(FILE_NAME)
+            try:
+                found = (0, list[Schema]()) if data is None else decode(data)
+            except PageCorrupt as error:
+                self.num_damaged += 1
+                logger.error("%s of tier %s is ignored: %s", FILE_NAME, tier.name, error)
+                continue
+            newest = max(newest, found, key=lambda pair: pair[0])
+        self._serial, schemas = newest
+        self._saved = self._serial
+        for schema in schemas:
+            self._namespaces.put(schema)
+        return schemas
+
+    async def save(self) -> None:
+        """Write the schemas as they are now to every tier. Those who ask meanwhile share a write.
+
+        Raises TierError when no tier takes them; they are in force all the same.
+        Cancelled: they may be saved or not.
+        """
+        self._serial += 1
+        wanted = self._serial
+        async with self._lock:
+            if self._saved >= wanted:
+                return
+            serial = self._serial
+            schemas = [self._namespaces.find(name) for name in self._namespaces.names()]
+            data = encode(serial, [schema for schema in schemas if schema is not None])
+            failures = [
+                str(error) for error in [await self._save(t, data) for t in self._tiers] if error
+            ]
+            if len(failures) == len(self._tiers):
+                raise TierError(f"schemas are in force, but could not be saved: {failures[0]}")
+            self._saved = serial
+
+    async def _save(self, tier: "FileTier", data: bytes) -> TierError | None:
+        try:
+            await tier.save(FILE_NAME, data)
+        except TierError as error:
+            self.num_failed += 1
+            logger.warning("%s of tier %s could not be saved: %s", FILE_NAME, tier.name, error)
+            return error
+        return None
+
+
+def encode(serial: int, schemas: Iterable[Schema]) -> bytes:
+    """Return the text of a file."""
+    body: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "serial": serial,
+        "schemas": [_plain(schema) for schema in schemas],
+    }
+    body["checksum"] = checksum(body)
+    return json.dumps(body, indent=1).encode()
+
+
+def decode(data: bytes) -> tuple[int, list[Schema]]:
+    """Return serial and schemas.
+
+    Raises PageCorrupt when these are not the bytes that were written, TierError when they are of a
+    newer version.
+    """
+    try:
+        body = json.loads(data)
+        stored = body.pop("checksum")
+        if body["format"] != FORMAT or stored != checksum(body):
+            raise PageCorrupt("its bytes do not match their checksum")
+        version = body["version"]
+        if version > VERSION:
+            raise TierError(
+                f"{FILE_NAME} has version {version}, this server reads up to {VERSION}: "
+                "use a newer server"
+            )
+        return body["serial"], [_schema(each) for each in body["schemas"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PageCorrupt("it is not what was written") from error
+
+
+def checksum(body: dict[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return f"{hash64(text.encode()):016x}"
+
+
+def _plain(schema: Schema) -> dict[str, Any]:
+    shape = schema.geometry
+    return {
+        "namespace": schema.namespace.hex(),
+        "layers": shape.layers,
+        "heads": shape.heads,
+        "dim": shape.dim,
+        "tokens": shape.tokens,
+        "dtype": shape.dtype,
+        "fingerprint": schema.fingerprint.hex(),
+        "hash": schema.hash_algorithm.hex(),
+        "seed": schema.seed.hex(),
+        "codecs": [[tier.hex(), codec.hex()] for tier, codec in schema.codecs],
+        "ttl_ms": schema.ttl_ms,
+        "durability": None if schema.level is None else schema.level.name.lower(),
+    }
+
+
+def _schema(plain: dict[str, Any]) -> Schema:
+    level = plain["durability"]
+    return Schema(
+        namespace=bytes.fromhex(plain["namespace"]),
+        geometry=Geometry(
+            **{name: plain[name] for name in ("layers", "heads", "dim", "tokens", "dtype")}
+        ),
+        fingerprint=bytes.fromhex(plain["fingerprint"]),
+        hash_algorithm=bytes.fromhex(plain["hash"]),
+        seed=bytes.fromhex(plain["seed"]),
+        codecs=tuple((bytes.fromhex(a), bytes.fromhex(b)) for a, b in plain["codecs"]),
+        ttl_ms=plain["ttl_ms"],
+        level=None if level is None else Level[level.upper()],
+    )

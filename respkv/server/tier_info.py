@@ -1,0 +1,79 @@
+"""What a file tier tells about itself, for INFO, KV.TIERS and KV.STATS."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from respkv.server.state import Server
+    from respkv.tiers.file_tier import FileTier
+
+Field = str | int | float
+
+
+def file_tier_fields(tier: "FileTier") -> dict[str, Field]:
+    """Return what is to be known of a tier, by name.
+
+    write_amplification:  bytes that went to the device for each byte of payload that was stored.
+    written_per_byte_hit: bytes that went to the device for each byte of payload that was read.
+    """
+    stats, health, device = tier.stats, tier.health, tier.device
+    return {
+        "state": health.state,
+        "reason": health.reason,
+        "engine": device.engine,
+        "engine_reason": device.fallback_reason,
+        "direct": int(device.is_direct),
+        "capacity_bytes": tier.capacity_bytes,
+        "used_bytes": stats.file_bytes,
+        "payload_bytes": stats.live_bytes,
+        "pages": stats.records,
+        "hits": stats.reads,
+        "hit_bytes": stats.read_bytes,
+        "writes": stats.writes,
+        "stored_bytes": stats.stored_bytes,
+        "written_bytes": stats.written_bytes,
+        "syncs": stats.syncs,
+        "write_amplification": _ratio(stats.written_bytes, stats.stored_bytes),
+        "written_per_byte_hit": _ratio(stats.written_bytes, stats.read_bytes),
+        "evicted": stats.evicted,
+        "reclaimed": stats.reclaimed,
+        "relocated_bytes": stats.relocated_bytes,
+        "corrupt": stats.corrupt,
+        "lost": stats.lost,
+        "dropped": stats.dropped,
+        "read_errors": stats.read_errors,
+        "write_errors": stats.write_errors + stats.sync_errors,
+        "checkpoints": stats.checkpoints,
+        "recovered": stats.recovered,
+        "skipped_damaged": stats.skipped_damaged,
+        "latency_us": int(tier.latency_us),
+        "bytes_per_s": int(tier.bytes_per_s),
+    }
+
+
+def file_fields(server: "Server") -> dict[str, Field]:
+    """Return what INFO says about all file tiers, and what is on its way to them."""
+    tiers, copies = server.file_tiers, server.cache.copies
+    if not tiers:
+        return {"kv_file_tiers": 0}
+    schema_files = server.schema_files
+    fields: dict[str, Field] = {
+        "kv_file_tiers": len(tiers),
+        "kv_cold": copies.num_cold,
+        "kv_cold_bytes": copies.cold_bytes,
+        "kv_copies": copies.num_records,
+        "kv_dirty": len(copies.dirty),
+        "kv_dirty_bytes": copies.queued_bytes + copies.queued_small_bytes,
+        "kv_writing": len(copies.writing),
+        "kv_writing_bytes": copies.writing_bytes,
+        "kv_is_behind": int(copies.is_behind),
+        "kv_schemas_damaged": 0 if schema_files is None else schema_files.num_damaged,
+        "kv_schemas_failed": 0 if schema_files is None else schema_files.num_failed,
+    }
+    for tier in tiers:
+        named = file_tier_fields(tier).items()
+        fields |= {f"kv_{tier.name}_{name}": value for name, value in named}
+    return fields
+
+
+def _ratio(part: int, whole: int) -> float:
+    return round(part / whole, 3) if whole else 0.0
