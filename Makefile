@@ -43,20 +43,24 @@ setup: $(ALL) ## Make .venv with all that work on the project needs
 redis:
 	@.ci/debian redis-server redis-tools
 
+.PHONY: fio
+fio:
+	@.ci/debian fio
+
 .PHONY: serve
 serve: $(CORE) ## Run the server: make serve ARGS="--maxmemory 1gb"
 	@$(BIN)/respkv serve $(ARGS)
 
 .PHONY: demo
-demo: $(ALL) ## Two inference workers share a document's KV through the server
-	@$(BIN)/python examples/shared_prompt.py $(ARGS)
+demo: $(ALL) ## Two inference workers share a document's KV, also across a restart of the server
+	@$(BIN)/python -m examples.shared_prompt $(ARGS)
 
 .PHONY: bench
-bench: $(ALL) redis ## Measure against redis-server on this machine
+bench: $(ALL) redis fio ## Measure against redis-server and fio on this machine
 	@$(BIN)/python -m bench $(ARGS)
 
 .PHONY: test
-test: lint types $(ALL) redis ## What the gate checks: ruff, mypy, pyright, pytest
+test: lint types $(ALL) redis fio ## What the gate checks: ruff, mypy, pyright, pytest
 	@$(call title,pytest)
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -80,7 +84,7 @@ format: $(ALL) ## Let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 .PHONY: cover
-cover: $(ALL) redis ## The tests again, with branch coverage
+cover: $(ALL) redis fio ## The tests again, with branch coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 # Long runs, outside the gate, which runs a sample of each. ARGS="--seed N" repeats one.
@@ -96,6 +100,23 @@ kill-test: $(ALL) ## 1,000 clients killed in the middle of put, lease, reserve a
 soak: $(ALL) ## 10 minutes of put and get: every byte checked, memory flat
 	@$(BIN)/python -m tests.long.soak $(ARGS)
 
+# With file tiers. The last two mount small file systems of their own, as root.
+.PHONY: crash-test
+crash-test: $(ALL) ## 1,000 servers killed under load: nothing acknowledged lost, no wrong byte
+	@$(BIN)/python -m tests.long.crash $(ARGS)
+
+.PHONY: flip-test
+flip-test: $(ALL) ## 10,000 single bits flipped in the files: detected or harmless
+	@$(BIN)/python -m tests.long.bit_flip $(ARGS)
+
+.PHONY: power-test
+power-test: $(ALL) ## 100 power cuts: nothing durable lost, no wrong byte (root)
+	@$(BIN)/python -m tests.long.power_cut $(ARGS)
+
+.PHONY: fill-test
+fill-test: $(ALL) ## Tiers on file systems that are too small, 5 minutes each (root)
+	@$(BIN)/python -m tests.long.fill $(ARGS)
+
 .PHONY: docs
 docs: $(CORE) ## Write docs/commands.md and docs/config.md from the code
 	@$(BIN)/python -m respkv.wire.commands >docs/commands.md
@@ -103,7 +124,7 @@ docs: $(CORE) ## Write docs/commands.md and docs/config.md from the code
 
 # The lower bounds of pyproject.toml, each taken as the exact version.
 .PHONY: lowest
-lowest: redis ## Run the tests with the oldest dependencies that pyproject.toml admits
+lowest: redis fio ## Run the tests with the oldest dependencies that pyproject.toml admits
 	@.ci/lowest $(ARGS)
 
 .PHONY: image-test

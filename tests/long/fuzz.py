@@ -10,7 +10,6 @@ import argparse
 import gc
 import itertools
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from respkv.client import Client
 from respkv.wire.parser import Limits, RequestParser
 from respkv.wire.tokenizer import Tokenizer
+from tests.damage import answers_to, wound
+from tests.server.raw import pipeline, reply_end
 from tests.server_process import ServerProcess
 from tests.wire.reference_parser import Reference
 
@@ -28,77 +29,18 @@ GROWTH_BYTES_MAX = 32 * 1024 * 1024
 WARM_UP = 0.2  # of the inputs, before memory is first read
 LIMITS = Limits()
 SENTINEL = (b"sentinel", b"untouched \r\n*1\r\n")
-PIECES = [
-    *(
-        b"*",
-        b"$",
-        b"\r\n",
-        b"\r",
-        b"\n",
-        b"\x00",
-        b" ",
-        b'"',
-        b"'",
-        b"\\x41",
-        b"+OK\r\n",
-        b":1\r\n",
-    ),
-    *(
-        b"*-1\r\n",
-        b"*0\r\n",
-        b"$-1\r\n",
-        b"$0\r\n\r\n",
-        b"*1\r\n",
-        b"%1\r\n",
-        b"~1\r\n",
-        b"=4\r\ntxt:",
-    ),
-    *(
-        b"*4000000000\r\n",
-        b"$536870912\r\n",
-        b"*99999999999999999999\r\n",
-        b"$9223372036854775807\r\n",
-    ),
-    *(
-        b"*1048577\r\n",
-        b"$ 3\r\n",
-        b"*+1\r\n",
-        b"$03\r\n",
-        b"PING\r\n",
-        b"GET sentinel\r\n",
-        b"QUIT\r\n",
-    ),
-]
 WORDS = [b"PING", b"GET", b"sentinel", b"ECHO", b"", b"\r\n", b"$3\r\n", b"x" * 40, b"y" * 3000]
-
-
-def command(args: list[bytes]) -> bytes:
-    """Encode a command."""
-    return b"*%d\r\n" % len(args) + b"".join(b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args)
 
 
 def damaged_stream(rng: random.Random) -> bytes:
     """Return a few commands with zero to four wounds."""
-    commands = [command(rng.choices(WORDS, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+    words = [rng.choices(WORDS, k=rng.randint(1, 4)) for _ in range(rng.randint(1, 3))]
     if rng.random() < 0.01:
-        commands.append(command([b"SET", b"big", bytes(rng.choice([65535, 65536, 70000]))]))
-    stream = bytearray(b"".join(commands))
+        words.append([b"SET", b"big", bytes(rng.choice([65535, 65536, 70000]))])
+    stream = pipeline(words)
     for _ in range(rng.randint(0, 4)):
-        at = rng.randrange(len(stream) + 1)
-        match rng.randrange(6):
-            case 0:
-                stream[at : at + 1] = rng.randbytes(1)
-            case 1:
-                stream[at:at] = rng.choice(PIECES)
-            case 2:
-                del stream[at : at + rng.randint(1, 9)]
-            case 3:
-                stream[at:at] = stream[at : at + rng.randint(1, 99)]
-            case 4:
-                del stream[at:]
-            case _:
-                stream[at:at] = rng.randbytes(rng.randint(1, 16))
-    return bytes(stream)
+        stream = wound(rng, stream)
+    return stream
 
 
 def events_of(
@@ -177,18 +119,12 @@ def fuzz_parser(inputs: int, seed: str) -> None:
     assert growth <= GROWTH_BYTES_MAX, f"the parser leaks: {growth} bytes"
 
 
-def send(port: int, stream: bytes) -> None:
-    """Send one stream on a connection of its own and wait until the server closes it."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
-        try:
-            raw.sendall(stream)
-            raw.shutdown(socket.SHUT_WR)
-            while raw.recv(65536):
-                pass
-        except TimeoutError:
-            raise
-        except OSError:
-            pass  # it answered an error and closed before it had read everything
+def check_whole(answers: bytes) -> None:
+    """Assert that these are whole replies."""
+    start = 0
+    while start < len(answers):
+        start = reply_end(answers, start)
+        assert start > 0, f"half a reply: {answers!r}"
 
 
 def fuzz_server(inputs: int, seed: str) -> None:
@@ -203,7 +139,7 @@ def fuzz_server(inputs: int, seed: str) -> None:
                 if index == int(inputs * WARM_UP):
                     before = resident_bytes(server.process.pid)
                     files_before = len(list(files.iterdir()))
-                send(server.port, damaged_stream(random.Random(f"{seed}/{index}")))
+                check_whole(answers_to(server, damaged_stream(random.Random(f"{seed}/{index}"))))
                 if index % 1000 == 0:
                     assert bytes(client.get(SENTINEL[0]) or b"") == SENTINEL[1], (
                         f"sentinel lost at {index}"
