@@ -33,7 +33,7 @@ FROM ${BASE}
 RUN groupadd --gid 10001 respkv && \
     useradd --uid 10001 --gid 10001 --no-create-home --home-dir /run/respkv \
         --shell /usr/sbin/nologin respkv && \
-    install --directory --owner=respkv --group=respkv --mode=0700 /run/respkv
+    install --directory --owner=respkv --group=respkv --mode=0700 /run/respkv /var/lib/respkv
 COPY --from=build /opt/respkv /opt/respkv
 # RESPKV_URL is where `respkv ping`, the health check, and the other client commands look; give
 # one with a password in it when the server has one.
@@ -45,6 +45,8 @@ ENV PATH=/opt/respkv/bin:$PATH \
 USER 10001:10001
 # The Unix socket. The arena lies in /dev/shm, which is no VOLUME on purpose: a volume there would be
 # a folder on disk. Share it by sharing the IPC namespace, as compose.yaml does.
+# The file tiers' place is /var/lib/respkv, which is no VOLUME either: mount a named volume or a
+# directory of user 10001 there, with --nvme-path=/var/lib/respkv/nvme, or pages end with the container.
 VOLUME ["/run/respkv"]
 EXPOSE 7379
 STOPSIGNAL SIGTERM

@@ -1,18 +1,25 @@
-"""Compare respkv with redis-server on this machine: ``python -m bench``.
+"""Compare respkv with redis-server, and its file tiers with fio, on this machine: ``python -m bench``.
 
-Prints a table with the targets of DESIGN.md, and writes it to bench/results/ with the samples, the
-hardware and the versions. Each line alternates the two servers; its figures are medians.
+Prints a table with the targets, and writes it to bench/results/ with the samples, the hardware and
+the versions. Each line alternates the two that it compares; its figures are medians.
 """
 
 import argparse
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.blocks import device_blocks
+from bench.cold import cold_gets
+from bench.files import QUICK_FILES
 from bench.machine import describe
 from bench.memory import resident_memory
+from bench.mixed import mixed_work
+from bench.pages import tier_pages
+from bench.restart import restarts
 from bench.result import MIB, Result
 from bench.rows import (
     Bench,
@@ -27,6 +34,13 @@ from bench.rows import (
 from bench.servers import BenchError
 from bench.table import markdown, write
 
+
+def file_reads_and_writes(bench: Bench) -> Iterator[Result]:
+    """Row 8: the device of the nvme tier, then the tier."""
+    yield from device_blocks(bench)
+    yield from tier_pages(bench)
+
+
 ROWS: dict[int, Callable[[Bench], Iterator[Result]]] = {
     1: large_values,
     2: medium_values,
@@ -35,6 +49,10 @@ ROWS: dict[int, Callable[[Bench], Iterator[Result]]] = {
     5: small_values,
     6: prefix_match,
     7: resident_memory,
+    8: file_reads_and_writes,
+    9: restarts,
+    10: cold_gets,
+    11: mixed_work,
 }
 ROUNDS = 7
 RESULTS = Path(__file__).parent / "results" / "comparison.json"
@@ -52,6 +70,7 @@ QUICK = Scale(
     prefixes=2,
     memory_bytes=16 * MIB,
     memory_page_bytes=(MIB,),
+    files=QUICK_FILES,
 )
 
 
@@ -83,8 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     # The servers stop on the way out, so a signal must be a way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     progress = Progress()
-    bench = Bench(QUICK if options.quick else Scale(), options.rounds, progress.show)
-    machine = describe()
+    bench = Bench(
+        QUICK if options.quick else Scale(), options.rounds, progress.show, options.folder
+    )
+    machine = describe(options.folder)
     results: list[Result] = []
     start = time.monotonic()
     try:
@@ -107,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m bench", description="respkv against redis-server")
+    parser = argparse.ArgumentParser(
+        "python -m bench", description="respkv against redis-server and fio"
+    )
     parser.add_argument("--rows", type=_rows, default=list(ROWS), help="such as 1,2; default all")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each line (%(default)s)")
     parser.add_argument(
@@ -115,6 +138,12 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="where to write; the table goes beside it as .md. "
         "Default bench/results/comparison.json, nowhere when not all rows are run",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where rows 8 to 11 have their files: on the device to measure (%(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: the figures mean nothing")
     options = parser.parse_args(argv)

@@ -18,6 +18,7 @@ Address: TypeAlias = str | tuple[str, int]  # the path of a Unix socket, or host
 Buffers: TypeAlias = Sequence[bytes | memoryview]
 
 TIMEOUT_S = 30
+_NULL = b"$-1\r\n"
 STEP_BYTES = 64  # by how much the values of one set are shifted against each other
 
 
@@ -62,6 +63,23 @@ class Load:
         if self._sock.recvmsg_into(reply, 0, socket.MSG_WAITALL)[0] != nbytes:
             raise ConnectionError("the server answered with less than it should have")
 
+    def receive_page(self, into: bytearray) -> bool:
+        """Receive a bulk that fills ``into``, or null. Returns: whether there was one.
+
+        Raises WrongReplyError when it is anything else.
+        """
+        head = bytearray(len(_NULL))
+        self.receive([head], len(head))
+        if head == _NULL:
+            return False
+        frame = b"$%d\r\n" % len(into)
+        rest, tail = bytearray(max(len(frame) - len(head), 0)), bytearray(2)
+        self.receive([rest, into, tail], len(rest) + len(into) + 2)
+        framed = bytes(head + rest), bytes(tail)
+        if framed != (frame, b"\r\n"):
+            raise WrongReplyError(f"a value framed {framed}, not {frame!r}")
+        return True
+
     def receive_past(self, reply: bytearray, least: int) -> memoryview:
         """Receive a reply of more than ``least`` bytes, of which CRLF are the last."""
         with memoryview(reply) as view:
@@ -79,11 +97,28 @@ class Load:
         self.send([request], len(request))
         line = bytearray()
         while not line.endswith(b"\r\n"):
-            received = self._sock.recv(4096)
-            if not received:
-                raise ConnectionError("the server hung up")
-            line += received
+            line += self._receive_some()
         return bytes(line[:-2])
+
+    def ask_bulk(self, *args: str | bytes) -> bytes:
+        """Send a command; return its reply, which is a bulk."""
+        request = command(*args)
+        self.send([request], len(request))
+        reply = bytearray()
+        while b"\r\n" not in reply:
+            reply += self._receive_some()
+        head, _, body = bytes(reply).partition(b"\r\n")
+        if not head.startswith(b"$"):
+            raise WrongReplyError(f"to {args}: {head!r}")
+        while len(body) < int(head[1:]) + 2:
+            body += self._receive_some()
+        return body[:-2]
+
+    def _receive_some(self) -> bytes:
+        received = self._sock.recv(65536)
+        if not received:
+            raise ConnectionError("the server hung up")
+        return received
 
 
 class Values:
@@ -103,7 +138,7 @@ class Transfer:
         self._load = load
         self._values = values
         self._puts: list[list[bytes | memoryview]] = [
-            [_head(put, key, values.nbytes), payload, b"\r\n"]
+            command_with(payload, put, key)
             for key, payload in zip(values.keys, values.payloads, strict=True)
         ]
         self._gets = [command(get, key) for key in values.keys]
@@ -164,8 +199,10 @@ def command(*args: str | bytes) -> bytes:
     return b"*%d\r\n" % len(args) + b"".join(map(_bulk, args))
 
 
-def _head(word: str, key: bytes, nbytes: int) -> bytes:
-    return b"*3\r\n" + _bulk(word) + _bulk(key) + b"$%d\r\n" % nbytes
+def command_with(payload: memoryview, *args: str | bytes) -> list[bytes | memoryview]:
+    """Return a command as RESP, its last argument to be sent from where it lies."""
+    head = b"*%d\r\n" % (len(args) + 1) + b"".join(map(_bulk, args))
+    return [head + b"$%d\r\n" % len(payload), payload, b"\r\n"]
 
 
 def _bulk(arg: str | bytes) -> bytes:

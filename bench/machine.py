@@ -8,12 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import respkv
+from bench.fio import fio_version
 
 PACKAGES = ("uvloop", "hiredis", "anyio", "xxhash", "numpy", "torch")
 
 
-def describe() -> dict[str, str]:
-    """Return the hardware, the kernel, the versions and the date, in words."""
+def describe(folder: Path) -> dict[str, str]:
+    """Return the hardware, the kernel, the versions and the date, in words.
+
+    folder: where files are measured.
+    """
     load = " ".join(f"{each:.2f}" for each in os.getloadavg())
     redis = subprocess.run(["redis-server", "--version"], capture_output=True, text=True).stdout
     return {
@@ -22,12 +26,24 @@ def describe() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{int(_field('/proc/meminfo', 'MemTotal').split()[0]) / (1 << 20):.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
+        "files": _file_system(folder),
         "load average at start": load,
         "respkv": respkv.__version__,
         "redis-server": redis.partition(" v=")[2].partition(" ")[0],
+        "fio": fio_version(),
         "python": platform.python_version(),
         "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     }
+
+
+def _file_system(folder: Path) -> str:
+    """Return the type of the file system and the device under it."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    above = {str(folder.resolve()), *map(str, folder.resolve().parents)}
+    device, _, kind = max(
+        (each[:3] for each in mounts if each[1] in above), key=lambda each: len(each[1])
+    )
+    return f"{kind} on {device}"
 
 
 def _field(path: str, name: str) -> str:

@@ -11,10 +11,10 @@ MIB = 1 << 20
 class Result:
     """One line of the table.
 
-    row:          of DESIGN.md's table of targets.
+    row:          of the table of targets.
     peer, ours:   the median figures, as they are shown.
     ratio:        how much better ours is; ratios has that of each round.
-    target:       what the ratio should be: ``at_least`` or, for memory, at most.
+    target:       what the ratio should be: ``at_least`` or, for memory, at most; None: it is only shown.
     peer_samples, ours_samples: a figure for each round, in ``unit``.
     """
 
@@ -24,7 +24,7 @@ class Result:
     ours: str
     ratio: float
     ratios: list[float]
-    target: float
+    target: float | None
     at_least: bool
     unit: str
     peer_samples: list[float]
@@ -32,7 +32,9 @@ class Result:
 
     @property
     def is_met(self) -> bool:
-        """Whether the target was reached."""
+        """Whether the target was reached, if there is one."""
+        if self.target is None:
+            return True
         return self.ratio >= self.target if self.at_least else self.ratio <= self.target
 
 
@@ -46,7 +48,7 @@ class Line:
 
     row: int
     work: str
-    target: float
+    target: float | None
     show: Callable[[float], str]
     peer: Callable[[], float]
     ours: Callable[[], float]

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 
+from bench.files import FILES, FileScale
 from bench.load import Load, Transfer, Values, WrongReplyError, command
 from bench.result import MIB, Line, Result, compare, duration, rate, size, throughput
 from bench.servers import Server, Transport, redis_server, respkv_server
@@ -41,18 +43,29 @@ class Scale:
     prefixes: int = 100
     memory_bytes: int = 512 * MIB
     memory_page_bytes: tuple[int, ...] = (MIB, 4 * MIB, 64 << 10)
+    files: FileScale = FILES
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """How the rows are run."""
+    """How the rows are run.
+
+    folder: where the rows of the file tiers have their files.
+    """
 
     scale: Scale
     rounds: int
     progress: Callable[[str], None]
+    folder: Path
 
     def compare(self, line: Line) -> Result:
         return compare(line, self.rounds, self.progress)
+
+    def count(self, row: int, work: str) -> Iterator[int]:
+        """Count the rounds of what has no peer."""
+        for number in range(self.rounds):
+            self.progress(f"row {row}: {work}, round {number + 1} of {self.rounds}")
+            yield number
 
     @contextmanager
     def servers(self) -> Iterator[tuple[Server, Server]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.result import Result
 
-HEADINGS = ("row", "work", "redis-server", "respkv", "ratio", "min..max", "target", "")
+HEADINGS = ("row", "work", "peer", "respkv", "ratio", "min..max", "target", "")
 
 
 def markdown(results: Iterable[Result], machine: dict[str, str]) -> str:
@@ -24,13 +24,16 @@ def markdown(results: Iterable[Result], machine: dict[str, str]) -> str:
 def write(path: Path, results: list[Result], machine: dict[str, str]) -> None:
     """Write the results to ``path`` as JSON, and beside it the table as ``.md``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(result) | {"met": result.is_met} for result in results]
+    rows = [
+        asdict(each) | {"met": None if each.target is None else each.is_met} for each in results
+    ]
     path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(results, machine))
 
 
 def _cells(result: Result) -> tuple[str, ...]:
-    digits = 1 if result.target >= 10 else 2
+    target = result.target
+    digits = 1 if (result.ratio if target is None else target) >= 10 else 2
     # Rounded against us, so that a target that was missed never looks reached.
     rounding = math.floor if result.at_least else math.ceil
     ratio = rounding(result.ratio * 10**digits) / 10**digits
@@ -41,8 +44,8 @@ def _cells(result: Result) -> tuple[str, ...]:
         result.ours,
         f"{ratio:.{digits}f}",
         f"{min(result.ratios):.{digits}f}..{max(result.ratios):.{digits}f}",
-        f"{'>=' if result.at_least else '<='} {result.target:.{digits}f}",
-        "met" if result.is_met else "MISSED",
+        "" if target is None else f"{'>=' if result.at_least else '<='} {target:.{digits}f}",
+        "" if target is None else "met" if result.is_met else "MISSED",
     )
 
 

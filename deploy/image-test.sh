@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 NAME=respkv-image-test-$$
 IMAGE=localhost/respkv:image-test
-GRACE_S=20
+GRACE_S=30
 
 step() {
     printf '\n==> %s\n' "$*"
@@ -31,7 +31,7 @@ leave() {
     if [ -z "${KEEP-}" ]; then
         engine rm --force "$NAME-reader" >/dev/null 2>&1 || true
         engine rm --force "$NAME" >/dev/null 2>&1 || true
-        engine volume rm --force "$NAME" >/dev/null 2>&1 || true
+        engine volume rm --force "$NAME" "$NAME-tier" >/dev/null 2>&1 || true
     fi
     rm -rf "$SCRATCH"
     exit "$status"
@@ -39,6 +39,14 @@ leave() {
 
 # What every container of the test has: nothing that the sidecar pattern does not ask for.
 confined=(--read-only --cap-drop ALL --security-opt no-new-privileges --network none)
+
+run_server() {
+    engine run --detach --name "$NAME" "${confined[@]}" "${run_options[@]}" --ipc shareable \
+        --shm-size 400m --volume "$NAME:/run/respkv" --volume "$NAME-tier:/var/lib/respkv" \
+        "$IMAGE" serve --unixsocket=/run/respkv/respkv.sock --maxmemory=256mb --shm=rw \
+        --nvme-path=/var/lib/respkv/nvme --nvme-bytes=1gb >/dev/null
+    wait_healthy
+}
 
 wait_healthy() {
     local deadline=$((SECONDS + 60))
@@ -88,10 +96,8 @@ engine image inspect --format '{{.Size}}' "$IMAGE" |
 
 step "run: read-only, no capabilities, no network, user 10001, default seccomp and memlock"
 engine volume create "$NAME" >/dev/null
-engine run --detach --name "$NAME" "${confined[@]}" "${run_options[@]}" --ipc shareable \
-    --shm-size 400m --volume "$NAME:/run/respkv" "$IMAGE" \
-    serve --unixsocket=/run/respkv/respkv.sock --maxmemory=256mb --shm=rw >/dev/null
-wait_healthy
+engine volume create "$NAME-tier" >/dev/null
+run_server
 echo "healthy"
 
 step "confinement, seen from inside"
@@ -108,8 +114,13 @@ if inside python -c 'import pip' 2>/dev/null; then fail "pip is in the image"; f
 step "PING through the socket"
 inside respkv ping
 
+step "the files of the nvme tier, and what reads and writes them under this seccomp profile"
+inside ls -l /var/lib/respkv/nvme
+inside respkv info | tr -d '\r' | grep -E '^kv_nvme_' | tee "$SCRATCH/tier.txt"
+grep -q '^kv_nvme_state:ok$' "$SCRATCH/tier.txt" || fail "the nvme tier is not ok"
+
 step "a worker in its own container: the same volume, the same /dev/shm"
-beside worker.py --rm --ipc "container:$NAME" -- unix:///run/respkv/respkv.sock
+beside worker.py --rm --ipc "container:$NAME" -- unix:///run/respkv/respkv.sock store
 
 step "SIGTERM drains: a reply half read arrives whole, and the exit status is 0"
 beside slow_reader.py --detach --name "$NAME-reader" -- /run/respkv/respkv.sock >/dev/null
@@ -125,5 +136,10 @@ status=$(engine inspect --format '{{.State.ExitCode}}' "$NAME")
 [ "$status" = 0 ] || fail "exit status $status after SIGTERM"
 [ "$took" -lt "$GRACE_S" ] || fail "took the whole grace time: it was killed"
 echo "the server ended by itself after $took s"
+
+step "another container on the same volume finds what the first one held in memory"
+engine rm "$NAME" >/dev/null
+run_server
+beside worker.py --rm --ipc "container:$NAME" -- unix:///run/respkv/respkv.sock find
 
 step "the image builds and serves"

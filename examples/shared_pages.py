@@ -37,6 +37,7 @@ class SharedPages:
         self.fingerprint = fingerprint
         self.shape = (geometry.layers, 2, geometry.tokens, geometry.heads, geometry.dim)
         self.dtype: torch.dtype = getattr(torch, geometry.dtype)
+        self.found_in = ""  # the letters of the tiers that the last load was from
         client.schema_set(
             namespace,
             layers=geometry.layers,
@@ -58,9 +59,13 @@ class SharedPages:
         # The last token is always left to compute: that gives the logits of the next one.
         keys = self.keys(tokens[:-1])
         take = self._take_memory if via == "memory" else self._take_socket
+        self.found_in = ""
+        if not keys:
+            return []
         try:
-            found = self.client.match(keys).pages if keys else 0
-            return take(keys[:found]) if found else []
+            match = self.client.match(keys)
+            self.found_in = "".join(sorted(set(match.tiers)))
+            return take(keys[: match.pages]) if match.pages else []
         except CacheError as error:
             # To compute is never wrong, so a cache that fails is a cache that had nothing. One of
             # these errors is LeaseGone: the lease lapsed while we copied, and a slot may have held

@@ -33,6 +33,7 @@ class Answer:
     prompt_tokens: int
     pages_hit: int
     tokens_hit: int
+    found_in: str  # a letter for each tier that had some of them
     bytes_read: int
     load_s: float  # to find, fetch and place them; a part of first_token_s
     first_token_s: float
@@ -83,6 +84,7 @@ class Worker:
             prompt_tokens=len(tokens),
             pages_hit=pages_hit,
             tokens_hit=tokens_hit,
+            found_in=pages.found_in if load else "",
             bytes_read=pages_hit * self.geometry.page_bytes,
             load_s=load_s,
             first_token_s=first_token_s,

@@ -23,6 +23,12 @@ def test_a_ratio_is_rounded_against_us(
     assert " ".join(line.split()).endswith(" ".join(shown.split()))
 
 
+def test_what_has_no_target_is_only_shown() -> None:
+    result = Result(11, "work", "9/s", "8/s", 12.34, [12.34], None, True, "s", [1.0], [12.34])
+    line = markdown([result], {}).splitlines()[2]
+    assert " ".join(line.split()).endswith("| 12.3 | 12.3..12.3 | | |")
+
+
 def test_the_machine_is_named_under_the_table() -> None:
     text = markdown([], {"cpu": "some CPU", "cores": "2"})
     assert text.splitlines()[-1] == "cpu some CPU; cores 2."

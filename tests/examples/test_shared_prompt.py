@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from examples.shared_prompt import Answer, Comparison, DemoFailed, cut, find_failure
+from examples.processes import Answer, DemoFailed
+from examples.shared_prompt import Comparison, cut, find_failure
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "examples" / "shared_prompt.py"
+TEXT = ROOT / "examples" / "shared_prompt.py"
 TINY = [
-    *("--layers", "2", "--hidden", "128", "--maxmemory", "64mb", "--text", str(DEMO)),
+    *("--layers", "2", "--hidden", "128", "--maxmemory", "64mb", "--nvme-bytes", "64mb"),
+    *("--text", str(TEXT)),
     *("--document-tokens", "300", "--page-tokens", "32", "--new-tokens", "8"),
 ]
 
@@ -22,7 +24,8 @@ TINY = [
 def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     """Start the demo with all its files under ``folder``."""
     return subprocess.Popen(
-        [sys.executable, str(DEMO), *TINY, *options],
+        [sys.executable, "-m", "examples.shared_prompt", *TINY, *options],
+        cwd=ROOT,
         env=os.environ | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -31,9 +34,9 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def cells(output: str, name: str) -> list[str]:
-    """Return the cells of one row of the table."""
-    (line,) = [line for line in output.splitlines() if line.startswith(name + "  ")]
-    return re.split(r" {2,}", line.strip())[1:]
+    """Return the cells of one row of all tables."""
+    lines = [line for line in output.splitlines() if line.startswith(name + "  ")]
+    return [cell for line in lines for cell in re.split(r" {2,}", line.strip())[1:]]
 
 
 def assert_nothing_is_left(folder: Path, output: str) -> None:
@@ -53,23 +56,32 @@ def command_lines() -> list[bytes]:
     return lines
 
 
-def test_each_worker_hits_the_pages_of_the_other_and_no_token_changes(tmp_path: Path) -> None:
+def test_each_worker_hits_the_pages_of_the_other_also_after_a_restart_and_no_token_changes(
+    tmp_path: Path,
+) -> None:
     demo = start_demo(tmp_path)
     output, errors = demo.communicate(timeout=120)
     assert demo.returncode == 0, output + errors
-    assert cells(output, "worker") == ["B", "B", "A", "A"]
-    assert cells(output, "pages come by") == ["socket", "shared memory"] * 2
-    assert cells(output, "pages hit") == ["9"] * 4
-    assert cells(output, "KV read") == ["0.3 MiB"] * 4
-    assert cells(output, "8 new tokens") == ["identical"] * 4
-    assert cells(output, "logits of the first") == ["same bits"] * 4
+    assert cells(output, "worker") == ["B", "B", "A", "A", "B", "B"]
+    assert cells(output, "pages come by") == ["socket", "shared memory"] * 3
+    assert cells(output, "found in")[:5] == ["memory"] * 4 + ["nvme files"]
+    assert cells(output, "pages hit") == ["9"] * 6
+    assert cells(output, "KV read") == ["0.3 MiB"] * 6
+    assert cells(output, "8 new tokens") == ["identical"] * 6
+    assert cells(output, "logits of the first") == ["same bits"] * 6
+    # All three documents', those of the first two rounds among them.
+    assert "the new process found 27 pages in its files" in output
     assert errors == ""
     assert_nothing_is_left(tmp_path, output)
 
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [("starting workers", signal.SIGINT), ("B reads", signal.SIGTERM)],
+    [
+        ("starting workers", signal.SIGINT),
+        ("B reads", signal.SIGTERM),
+        ("started again", signal.SIGINT),
+    ],
     ids=str,
 )
 def test_a_demo_that_is_stopped_leaves_nothing(
@@ -111,6 +123,7 @@ def answer(pages_hit: int, new_tokens: list[int]) -> Answer:
         prompt_tokens=100,
         pages_hit=pages_hit,
         tokens_hit=32 * pages_hit,
+        found_in="c",
         bytes_read=1024 * pages_hit,
         load_s=0.1,
         first_token_s=0.5,
@@ -134,6 +147,6 @@ def test_one_miss_and_one_changed_token_are_failures(
     pages_hit: int, new_tokens: list[int], failure: str | None
 ) -> None:
     plain = answer(0, [1, 2, 3])
-    good = Comparison("B", "socket", plain, answer(3, [1, 2, 3]))
-    other = Comparison("B", "memory", plain, answer(pages_hit, new_tokens))
+    good = Comparison("B", "socket", False, plain, answer(3, [1, 2, 3]))
+    other = Comparison("B", "memory", True, plain, answer(pages_hit, new_tokens))
     assert find_failure([good, other]) == failure
