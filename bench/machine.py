@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import respkv
-from bench.fio import fio_version
+from bench.fio import fio_version, is_direct
 
 PACKAGES = ("uvloop", "hiredis", "anyio", "xxhash", "numpy", "torch")
 
@@ -43,7 +43,8 @@ def _file_system(folder: Path) -> str:
     device, _, kind = max(
         (each[:3] for each in mounts if each[1] in above), key=lambda each: len(each[1])
     )
-    return f"{kind} on {device}"
+    cache = "" if is_direct(folder) else ", through the page cache"
+    return f"{kind} on {device}{cache}"
 
 
 def _field(path: str, name: str) -> str:

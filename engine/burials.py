@@ -10,12 +10,13 @@ not be buried is tried again when its key is put again.
 from collections.abc import Callable
 from functools import partial
 
+from respkv.engine.clock import Clock
 from respkv.engine.entry import Entry
 from respkv.engine.notes import Note, Notes, Settle
 from respkv.engine.tier import Tier
 from respkv.errors import TierError
 from respkv.tiers.meta import is_content_addressed
-from respkv.tiers.record import Level, Meta
+from respkv.tiers.record import Level, Meta, Record
 
 
 class Burials(Notes):
@@ -25,8 +26,9 @@ class Burials(Notes):
     on_work: called when the mover should look.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
+        self._clock = clock
         self.tiers: tuple[Tier, ...] = ()
         self.leaving: dict[bytes, Note] = {}
         self.unburied: dict[bytes, tuple[set[int], int, Level]] = {}
@@ -81,3 +83,28 @@ class Burials(Notes):
             note.end(str(error))
         else:
             self.settles.append(Settle(tier, ticket, level, note))
+
+    def meta(self, entry: Entry, record: Record) -> Meta:
+        """Describe an entry's value as a record has it."""
+        meta = self.describe(entry, record.checksum, record.generation, record.level)
+        return meta._replace(payload_bytes=record.payload_bytes)
+
+    def describe(self, entry: Entry, checksum: int, generation: int, level: Level) -> Meta:
+        """Describe an entry's value."""
+        now, wall_ms = self._clock.now, self._clock.wall_ms
+        pinned_s = entry.pinned_until - now
+        return Meta(
+            key=entry.key,
+            kind=entry.kind,
+            payload_bytes=entry.nbytes,
+            checksum=checksum,
+            generation=generation,
+            level=level,
+            expires_ms=entry.expires_ms,
+            pinned_ms=wall_ms + int(pinned_s * 1000) if pinned_s > 0 else 0,
+            touched_ms=max(0, wall_ms - int((now - entry.touched) * 1000)),
+            priority=entry.priority,
+            tokens=entry.tokens,
+            hits=entry.hits,
+            parent=entry.parent_key,
+        )

@@ -123,9 +123,9 @@ class Cache(Residents):
         nbytes = len(value)
         entry = self.entries.get(key)
         if entry is None or entry.value is None or entry.nbytes != nbytes:
-            entry = self._make_small(key, nbytes)
+            entry = self._make_small(key, nbytes, self._level(how, None))
         elif self.has_files and (entry.records or entry.level):
-            self.copies.replaced(entry, by_string=True)
+            self.copies.replaced(entry, self._level(how, None), by_string=True)
         entry.value = value
         entry.touched = self.clock.now
         self.stats.bytes_in += nbytes
@@ -141,7 +141,8 @@ class Cache(Residents):
         The slot's one holder passes from the caller to the index.
         """
         schema = self.namespaces.of_key(key) if how.kind == "kvpage" else None
-        generation = slot.generation
+        # Not the one of when the slot was taken: the value that is committed last is the newest.
+        generation = slot.generation = self.slabs.next_generation()
         self._write_header(slot, key, schema, generation, checksum)
         entry = self.entries.get(key)
         if entry is None:
@@ -150,7 +151,7 @@ class Cache(Residents):
             self.index.insert(entry)
             self.room.insert(entry)
         else:
-            self._replace(entry, how.kind, nbytes, slot)
+            self._replace(entry, how.kind, nbytes, slot, self._level(how, schema))
         entry.generation = generation
         self._describe(entry, how, schema)
         self.stats.bytes_in += nbytes

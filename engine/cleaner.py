@@ -6,6 +6,7 @@ While a value is being written its slot is held; whether it still is the entry's
 in the turn in which the tier says that it has it.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import islice
 
@@ -14,8 +15,8 @@ from anyio.abc import TaskGroup
 
 from respkv.engine.actor import Actor
 from respkv.engine.cache import Cache
-from respkv.engine.copies import Writing
 from respkv.engine.entry import Entry
+from respkv.engine.journeys import Dirt, Writing
 from respkv.engine.loads import Loader
 from respkv.engine.messages import WriteValues
 from respkv.engine.placement import BATCH_BYTES_MAX, MoveSettings, choose_tier
@@ -133,29 +134,34 @@ class Cleaner:
         left = max(wanted[0], copies.hurried_bytes), wanted[1]
         if self.is_draining:
             left = large, small
-        limits = [min(left[0], BATCH_BYTES_MAX), min(left[1], BATCH_BYTES_MAX)]
         batches: dict[int, list[Entry]] = {}
-        if limits[0] <= 0 and limits[1] <= 0:
-            return batches
+        self._choose(copies.dirty_large, min(left[0], BATCH_BYTES_MAX), batches)
+        self._choose(copies.dirty_small, min(left[1], BATCH_BYTES_MAX), batches)
+        return batches
+
+    def _choose(
+        self, dirty: OrderedDict[Entry, Dirt], limit: int, batches: dict[int, list[Entry]]
+    ) -> None:
+        """Add the oldest of a queue to the batches, ``limit`` bytes of them."""
         count = chances = 0
         now = anyio.current_time()
-        for entry, dirt in list(islice(copies.dirty.items(), BATCH_VALUES_MAX + CHANCES_MAX)):
-            if (limits[0] <= 0 and limits[1] <= 0) or count == BATCH_VALUES_MAX:
+        looked_at = islice(dirty.items(), BATCH_VALUES_MAX + CHANCES_MAX) if limit > 0 else ()
+        for entry, dirt in list(looked_at):
+            if limit <= 0 or count == BATCH_VALUES_MAX:
                 break
-            if limits[dirt.is_small] <= 0 or entry in copies.urgent:
+            if entry in self._copies.urgent:
                 continue
             if 0 <= dirt.touched < entry.touched and chances < CHANCES_MAX and not self.is_draining:
                 chances += 1
-                copies.dirty[entry] = dirt._replace(touched=entry.touched)
-                copies.dirty.move_to_end(entry)
+                dirty[entry] = dirt._replace(touched=entry.touched)
+                dirty.move_to_end(entry)
                 continue
             tier = choose_tier(self.tiers, entry.nbytes)
             if tier is None or self._retry_at[tier] > now:
                 continue
             batches.setdefault(tier, []).append(entry)
-            limits[dirt.is_small] -= dirt.nbytes
+            limit -= dirt.nbytes
             count += 1
-        return batches
 
     def _start_write(self, tier: int, entries: list[Entry], level: Level) -> None:
         """Take values out of their queues and start writing them."""
@@ -184,6 +190,8 @@ class Cleaner:
             generation, checksum = cache.slabs.next_generation(), hash64(entry.value)
             payload, image = memoryview(entry.value), None
         else:
+            if read_header(cache.header(slot)).generation != entry.generation:
+                cache.renew(entry)
             generation, checksum = entry.generation, read_header(cache.header(slot)).checksum
             payload, image = cache.payload(slot), cache.image(slot)
         meta = self._copies.describe(entry, checksum, generation, level)
@@ -211,9 +219,13 @@ class Cleaner:
                     self._cache.stats.written_behind_bytes += record.payload_bytes
 
         reason = f"{self.tiers[tier].name}: the value could not be written"
+
+        def is_wanted(number: int) -> bool:
+            return not writings[number].is_void
+
         try:
             with anyio.CancelScope(shield=True):
-                await self._actors[tier].ask(WriteValues(values, level, attach))
+                await self._actors[tier].ask(WriteValues(values, level, is_wanted, attach))
         except CacheError as error:
             reason = str(error)
         finally:

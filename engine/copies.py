@@ -7,42 +7,19 @@ memory is short. What a client wants to survive is urgent and goes first.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from respkv.engine.burials import Burials
 from respkv.engine.clock import Clock
 from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.history import Reason
+from respkv.engine.journeys import Dirt, End, Move, Writing
 from respkv.engine.notes import Note
 from respkv.engine.placement import Watermarks
 from respkv.engine.tier import Tier
 from respkv.tiers.meta import is_content_addressed
-from respkv.tiers.record import Level, Meta, Record
+from respkv.tiers.record import Level, Record
 
 RECORD_BYTES = 360  # what a record costs on the heap, its place in the tier's tables included
-
-
-class Dirt(NamedTuple):
-    """What a dirty entry holds in memory, and when it had been used as it became dirty."""
-
-    nbytes: int
-    is_small: bool
-    touched: float
-
-
-@dataclass(eq=False, slots=True)
-class Writing:
-    """A value on its way to a tier. ``is_void``: it is not the entry's any more."""
-
-    entry: Entry
-    tier: int
-    level: Level
-    generation: int
-    dirt: Dirt | None
-    notes: list[Note]
-    is_void: bool = False
-    changes: list[Note] = field(default_factory=list)
 
 
 class Copies(Burials):
@@ -54,29 +31,40 @@ class Copies(Burials):
     """
 
     def __init__(self, clock: Clock) -> None:
-        super().__init__()
+        super().__init__(clock)
         self.is_on = False
         self.payload_bytes_max = -1
         self.num_cold = self.cold_bytes = self.num_records = 0
         self.cold_max = 2_000_000
-        self.dirty: OrderedDict[Entry, Dirt] = OrderedDict()
-        self.queued_bytes = self.queued_small_bytes = 0  # of those in ``dirty``
+        self.dirty_large: OrderedDict[Entry, Dirt] = OrderedDict()
+        self.dirty_small: OrderedDict[Entry, Dirt] = OrderedDict()
+        self.queued_bytes = self.queued_small_bytes = 0  # of those in them
         self.writing_bytes = 0  # of those on their way, both kinds
         self.hurried_bytes = 0  # of those that eviction has passed over
         self.writing: dict[Entry, Writing] = {}
+        self.moving: dict[Entry, list[Move]] = {}  # copies on their way from tier to tier
+        self.owed: dict[Entry, End] = {}  # to be buried when the value after it is written
         self.urgent: OrderedDict[Entry, list[Note]] = OrderedDict()
         self.kept: set[Entry] = set()  # small values that a load brought and somebody waits for
         self.marks, self.small_marks = Watermarks(), Watermarks()
         self.lose: Callable[[Entry, Reason], None] = lambda entry, reason: None
         self.requeue: Callable[[Entry], None] = lambda entry: None
         self.on_room: Callable[[], None] = lambda: None
-        self._clock = clock
 
     def use(self, tiers: Iterable[Tier]) -> None:
         """Keep copies in these tiers from now on, fastest first."""
         self.tiers = tuple(tiers)
         self.is_on = bool(self.tiers)
         self.payload_bytes_max = max((tier.payload_bytes_max for tier in self.tiers), default=-1)
+
+    def dirty_of(self, entry: Entry) -> OrderedDict[Entry, Dirt]:
+        """Return the queue that an entry in memory is in while it is dirty."""
+        return self.dirty_small if entry.slot is None else self.dirty_large
+
+    @property
+    def num_dirty(self) -> int:
+        """How many entries wait to be written."""
+        return len(self.dirty_small) + len(self.dirty_large)
 
     @property
     def can_write(self) -> bool:
@@ -92,7 +80,7 @@ class Copies(Burials):
 
     def stored(self, entry: Entry, level: Level) -> None:
         """Note that an entry has a new value, of which there is no copy yet."""
-        if entry not in self.dirty:
+        if entry not in (self.dirty_small if entry.slot is None else self.dirty_large):
             self._add(entry)
         if level:
             self.want(entry, level)
@@ -109,27 +97,44 @@ class Copies(Burials):
         self.add(note)
         self.on_work()
 
-    def replaced(self, entry: Entry, *, by_string: bool) -> None:
-        """Note that an entry is about to get another value; its level is the lowest again."""
+    def replaced(self, entry: Entry, level: Level, *, by_string: bool) -> None:
+        """Note that an entry is about to get another value, which is to be written at ``level``.
+
+        A value that is to survive is buried when the new one, if that is to survive as well, is
+        written: a crash in between leaves one of the two.
+        """
         is_named = is_content_addressed(entry.key, entry.kind)
-        tiers, level = self._end(entry)
-        if tiers and (level or is_named):
+        end = self._end(entry)
+        if not end.tiers or not (end.level or is_named):
+            return
+        if end.level and level >= end.level and not is_named:
+            self.owed[entry] = end
+        else:
             waits = by_string if is_named else True
-            self.bury(entry.key, tiers, entry.generation, level, waits=waits)
+            self.bury(entry.key, end.tiers, end.generation, end.level, waits=waits)
 
     def removed(self, entry: Entry, reason: Reason) -> None:
         """Note that an entry has left the index, or is about to."""
         is_named = is_content_addressed(entry.key, entry.kind)
-        tiers, level = self._end(entry)
+        writing, is_owed = self.writing.get(entry), entry in self.owed
+        end = self._end(entry)
         self.kept.discard(entry)
+        is_meant = reason in ("deleted", "flushed", "expired", "schema")
+        error = "" if is_meant else f"the value is gone: {reason}"
+        if writing is not None and error:
+            notes, writing.notes = writing.notes, []
+            _end_all(notes, error)
         if entry in self.urgent:
-            _end_all(self.urgent.pop(entry))
-        if tiers and reason not in ("expired", "flushed"):
-            if is_named and reason == "deleted":
-                self.bury(entry.key, tiers, entry.generation, level, waits=False)
-            elif level and not is_named:
-                waits = reason == "deleted"
-                self.bury(entry.key, tiers, entry.generation, level, waits=waits)
+            _end_all(self.urgent.pop(entry), error)
+        if reason == "flushed":
+            return
+        waits = reason == "deleted" and not is_named
+        if reason != "deleted" and is_named:
+            return
+        if end.tiers and (reason != "expired" or is_owed) and (end.level or is_named):
+            self.bury(entry.key, end.tiers, end.generation, end.level, waits=waits)
+        elif waits and (self.leaving or self.unburied):
+            self.wait_for_burial(entry)
 
     def changed(self, entry: Entry) -> None:
         """Note that an entry's TTL, pin or priority changed."""
@@ -158,14 +163,15 @@ class Copies(Burials):
 
     def spares(self, entry: Entry) -> bool:
         """Whether an entry is better evicted later, because a tier can still take its value."""
-        return (entry in self.dirty or entry in self.writing) and self.can_write
+        return (entry in self.dirty_of(entry) or entry in self.writing) and self.can_write
 
     def hurry(self, entry: Entry) -> None:
         """Have an entry written soon: it would be evicted if there were a copy."""
-        dirt = self.dirty.get(entry)
+        dirty = self.dirty_of(entry)
+        dirt = dirty.get(entry)
         if dirt is not None and dirt.touched >= 0:
-            self.dirty[entry] = dirt._replace(touched=-1.0)
-            self.dirty.move_to_end(entry, last=False)
+            dirty[entry] = dirt._replace(touched=-1.0)
+            dirty.move_to_end(entry, last=False)
             self.hurried_bytes += dirt.nbytes
             self.on_work()
 
@@ -194,6 +200,7 @@ class Copies(Burials):
                 for note in writing.changes:
                     self.change(self.meta(entry, record), record.tier, entry.level, note)
                 writing.changes = []
+            self._pay(entry, {writing.tier} if not writing.is_void else set())
             _end_all(writing.notes)
             writing.notes = []
         elif not writing.is_void and not entry.is_cold and not entry.records:
@@ -204,6 +211,7 @@ class Copies(Burials):
         """Tell those who wait that a value will not be written at its level."""
         assert not writing.is_void
         self._lower(writing.entry)
+        self._pay(writing.entry, set())
         _end_all(writing.notes, reason)
         writing.notes = []
 
@@ -221,7 +229,16 @@ class Copies(Burials):
     def refuse(self, entry: Entry, reason: str) -> None:
         """Tell those who wait for an urgent value that no tier takes it."""
         self._lower(entry)
+        self._pay(entry, set())
         _end_all(self.urgent.pop(entry), reason)
+
+    def end_move(self, entry: Entry, move: Move) -> None:
+        """Note that a copy is not on its way to another tier any more."""
+        moves = self.moving.get(entry)
+        if moves is not None and move in moves:
+            moves.remove(move)
+            if not moves:
+                del self.moving[entry]
 
     def attach(self, entry: Entry, record: Record) -> None:
         """Give an entry one more copy; copies of older values, and one in the same tier, go."""
@@ -234,6 +251,7 @@ class Copies(Burials):
             if each not in kept:
                 self.tiers[each.tier].free(each)
         self.num_records += 1 + len(kept) - len(entry.records)
+        entry.generation = max(entry.generation, record.generation)
         entry.records = tuple(sorted([*kept, record], key=_tier_of))
         if not entry.is_cold:
             self._take_dirt(entry)
@@ -247,8 +265,10 @@ class Copies(Burials):
         entry.records = tuple(each for each in entry.records if each is not record)
         self.num_records -= 1
         is_mutable = not is_content_addressed(entry.key, entry.kind)
-        if record.level and is_mutable and reason != "lost":
+        if record.level and is_mutable and self.tiers[record.tier].health.state == "ok":
             self.bury(entry.key, {record.tier}, record.generation, record.level, waits=False)
+        if record.level:
+            entry.generation = 0  # the log forgets it, so it is written under another one
         if entry.records:
             return
         if entry.is_cold:
@@ -260,41 +280,12 @@ class Copies(Burials):
                 self.urgent.setdefault(entry, [])
                 self.on_work()
 
-    def drop(self, record: Record) -> None:
-        """Give up a copy that could not be read."""
-        self.tiers[record.tier].free(record)
-        self.detach(record, "lost")
-
     def forget(self, tier: int, entries: Iterable[Entry]) -> None:
         """Forget all copies in a tier."""
         for entry in list(entries):
             for record in entry.records:
                 if record.tier == tier:
                     self.detach(record, "lost")
-
-    def meta(self, entry: Entry, record: Record) -> Meta:
-        """Describe an entry's value as a record has it."""
-        return self.describe(entry, record.checksum, record.generation, record.level)
-
-    def describe(self, entry: Entry, checksum: int, generation: int, level: Level) -> Meta:
-        """Describe an entry's value."""
-        now, wall_ms = self._clock.now, self._clock.wall_ms
-        pinned_s = entry.pinned_until - now
-        return Meta(
-            key=entry.key,
-            kind=entry.kind,
-            payload_bytes=entry.nbytes,
-            checksum=checksum,
-            generation=generation,
-            level=level,
-            expires_ms=entry.expires_ms,
-            pinned_ms=wall_ms + int(pinned_s * 1000) if pinned_s > 0 else 0,
-            touched_ms=max(0, wall_ms - int((now - entry.touched) * 1000)),
-            priority=entry.priority,
-            tokens=entry.tokens,
-            hits=entry.hits,
-            parent=entry.parent_key,
-        )
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -315,16 +306,25 @@ class Copies(Burials):
             nbytes = slot.slab.slot_bytes
             self.queued_bytes += nbytes
             is_due = self.queued_bytes > self.marks.high
-        self.dirty[entry] = Dirt(nbytes, slot is None, entry.touched)
+        self.dirty_of(entry)[entry] = Dirt(nbytes, slot is None, entry.touched)
         if is_due:
             self.on_work()
+
+    def _pay(self, entry: Entry, but: set[int]) -> None:
+        """Bury what was before the value that has been written now, or will not be.
+
+        but: tiers whose logs know the newer one, which is as good.
+        """
+        end = self.owed.pop(entry, None)
+        if end is not None and end.tiers - but:
+            self.bury(entry.key, end.tiers - but, end.generation, end.level, waits=False)
 
     @staticmethod
     def _lower(entry: Entry) -> None:
         entry.level = max((record.level for record in entry.records), default=Level.MEMORY)
 
     def _take_dirt(self, entry: Entry) -> Dirt | None:
-        dirt = self.dirty.pop(entry, None)
+        dirt = self.dirty_of(entry).pop(entry, None)
         if dirt is None:
             return None
         if dirt.is_small:
@@ -344,17 +344,22 @@ class Copies(Burials):
         if was_behind and not self.is_behind:
             self.on_room()
 
-    def _end(self, entry: Entry) -> tuple[set[int], Level]:
-        """Let go of all copies of a value; return the tiers whose logs know it, and its level."""
+    def _end(self, entry: Entry) -> End:
+        """Let go of all copies of a value, those on their way too, and say which logs know it."""
         records, entry.records = entry.records, ()
-        tiers = {record.tier for record in records}
-        level = max((record.level for record in records), default=Level.MEMORY)
+        tiers, generation, level = self.owed.pop(entry, End(set(), 0, Level.MEMORY))
+        tiers = tiers | {record.tier for record in records}
+        generation = max([generation, entry.generation, *(each.generation for each in records)])
+        level = max([level, *(record.level for record in records)])
         writing = self.writing.get(entry)
         if writing is not None:
             writing.is_void = True
             self._forget_write(writing)
             tiers.add(writing.tier)
             level = max(level, writing.level)
+        for move in self.moving.pop(entry, ()):
+            tiers.add(move.tier)
+            generation, level = max(generation, move.generation), max(level, move.level)
         self._take_dirt(entry)
         if entry.is_cold and records:
             self.raised(entry)
@@ -362,7 +367,7 @@ class Copies(Burials):
             self.tiers[record.tier].free(record)
         self.num_records -= len(records)
         entry.level = Level.MEMORY
-        return tiers, level
+        return End(tiers, generation, level)
 
 
 def _end_all(notes: Iterable[Note], error: str = "") -> None:

@@ -7,16 +7,20 @@ again, offers those that are not to the next slower tier, and says which have go
 import logging
 from functools import partial
 
+import anyio
+
 from respkv.engine.actor import Actor
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
 from respkv.engine.history import Reason
+from respkv.engine.journeys import Move
 from respkv.engine.messages import WriteValues
 from respkv.engine.placement import BATCH_BYTES_MAX, Ages, choose_tier, idle_s
 from respkv.engine.tier import Tier
 from respkv.errors import CacheError
 from respkv.tiers.record import Level, Meta, Record, Value
 
+PATIENCE_S, PAUSE_S = 5.0, 10.0  # a tier that hangs does not take the one above it along
 logger = logging.getLogger(__name__)
 
 _REASONS: dict[str, Reason] = {"evicted": "evicted", "corrupt": "corrupt"}
@@ -32,6 +36,7 @@ class Descent:
         self.tiers = tiers
         self.epochs = [0] * len(tiers)
         self.ages = [Ages() for _ in tiers]
+        self._not_before = [0.0] * len(tiers)
         self._cache = cache
         self._actors = actors
 
@@ -55,7 +60,8 @@ class Descent:
         entry: Entry = record.owner
         if entry is None or record not in entry.records or entry.records[-1] is not record:
             return False  # a slower tier has it too
-        if self._cache.room.is_held(entry) or (entry.level and not entry.is_cold):
+        is_promised = entry.held_until > self._cache.clock.now
+        if is_promised or self._cache.room.is_held(entry) or (entry.level and not entry.is_cold):
             return True
         idle = idle_s(entry, self._cache.clock.now)
         return self.ages[tier].is_worth_keeping(idle, has_level=entry.level > 0)
@@ -68,7 +74,7 @@ class Descent:
             entry: Entry = record.owner
             if entry.position < 0 or record not in entry.records or entry.records[-1] is not record:
                 continue
-            if choose_tier(self.tiers, record.payload_bytes, tier + 1) is None:
+            if self._next_tier(tier, record) is None:
                 continue
             buffer = bytearray(record.payload_bytes)
             try:
@@ -82,24 +88,53 @@ class Descent:
                 batch, nbytes = [], 0
         await self._move_down(tier, batch)
 
+    def _next_tier(self, tier: int, record: Record) -> int | None:
+        to = choose_tier(self.tiers, record.payload_bytes, tier + 1)
+        return None if to is None or self._not_before[to] > self._cache.clock.now else to
+
     async def _move_down(self, tier: int, batch: list[tuple[Record, bytearray]]) -> None:
         groups: dict[tuple[int, Level], list[tuple[Record, bytearray]]] = {}
         for record, buffer in batch:
-            to = choose_tier(self.tiers, record.payload_bytes, tier + 1)
+            to = self._next_tier(tier, record)
             if to is not None and record in record.owner.records:
                 groups.setdefault((to, record.level), []).append((record, buffer))
         for (to, level), group in groups.items():
-            values = [
-                Value(self._describe(record), memoryview(buffer), None, record.owner)
-                for record, buffer in group
-            ]
-            try:
-                attach = partial(
-                    self._attach_moved, to, self.epochs[to], [each for each, _ in group]
+            await self._write_down(tier, to, level, group)
+
+    async def _write_down(
+        self, tier: int, to: int, level: Level, group: list[tuple[Record, bytearray]]
+    ) -> None:
+        copies, sources = self._cache.copies, [source for source, _ in group]
+        values = [self._value_of(source, buffer) for source, buffer in group]
+        moves = [(value.owner, Move(to, value.meta.generation, level)) for value in values]
+        for entry, move in moves:
+            copies.moving.setdefault(entry, []).append(move)
+
+        def is_wanted(number: int) -> bool:
+            return sources[number] in values[number].owner.records
+
+        attach = partial(self._attach_moved, to, self.epochs[to], sources)
+        try:
+            with anyio.move_on_after(PATIENCE_S) as scope:
+                await self._actors[to].ask(WriteValues(values, level, is_wanted, attach))
+            if scope.cancelled_caught:
+                self._not_before[to] = self._cache.clock.now + PAUSE_S
+                logger.warning(
+                    "%s: %s is too slow to move copies to",
+                    self.tiers[tier].name,
+                    self.tiers[to].name,
                 )
-                await self._actors[to].ask(WriteValues(values, level, attach))
-            except CacheError as error:
-                logger.warning("%s: not moved down: %s", self.tiers[tier].name, error)
+        except CacheError as error:
+            logger.warning("%s: not moved down: %s", self.tiers[tier].name, error)
+        finally:
+            for entry, move in moves:
+                copies.end_move(entry, move)
+
+    def _value_of(self, source: Record, buffer: bytearray) -> Value:
+        meta = self._describe(source)
+        if not source.owner.generation:  # some log was told to forget the one that it has
+            meta = meta._replace(generation=self._cache.slabs.next_generation())
+        return Value(meta, memoryview(buffer), None, source.owner)
 
     def _attach_moved(
         self, tier: int, epoch: int, sources: list[Record], records: list[Record | None]

@@ -19,6 +19,9 @@ from respkv.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
+LEAVE_S = 1.0  # for writes that are on their way when the time is up
+CLOSE_S, CLOSE_S_MIN = 10.0, 2.0  # for what has been written to be synced, and a last checkpoint
+
 
 @asynccontextmanager
 async def open_files(
@@ -55,10 +58,13 @@ async def open_files(
             raise
         finally:
             if not tasks.cancel_scope.cancel_called:
+                give_up = anyio.current_time() + settings.shutdown_timeout_s
                 with anyio.CancelScope(shield=True):
                     await mover.drain(settings.shutdown_timeout_s)
-                    await mover.stop()
-                    await _stop(mover.tiers)
+                    with anyio.move_on_after(LEAVE_S):
+                        await mover.stop()
+                    left_s = max(CLOSE_S_MIN, give_up - anyio.current_time())
+                    await _stop(mover.tiers, left_s)
                 tasks.cancel_scope.cancel()
 
 
@@ -85,9 +91,9 @@ async def _start(
     restore.finish()
 
 
-async def _stop(tiers: Sequence[Tier]) -> None:
+async def _stop(tiers: Sequence[Tier], seconds: float = CLOSE_S) -> None:
     for tier in tiers:
         try:
-            await tier.stop()
+            await tier.stop(seconds)
         except CacheError as error:
             logger.error("%s: not closed cleanly: %s", tier.name, error)

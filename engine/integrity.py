@@ -51,17 +51,20 @@ def check_copies(copies: Copies, entries: Iterable[Entry]) -> None:
         tiers = [record.tier for record in entry.records]
         assert tiers == sorted(set(tiers))
         assert all(record.owner is entry for record in entry.records)
-        is_queued = entry in copies.dirty or entry in copies.writing
+        is_queued = entry in copies.dirty_of(entry) or entry in copies.writing
         if copies.is_on and not entry.records:
             assert is_queued or entry.nbytes > copies.payload_bytes_max
-        assert not (entry.records and entry in copies.dirty)
-    assert present.issuperset(copies.dirty)
+        assert not (entry.records and entry in copies.dirty_of(entry))
+    assert present.issuperset(copies.dirty_large)
+    assert present.issuperset(copies.dirty_small)
+    assert present.issuperset(copies.owed)
     assert present.issuperset(copies.urgent)
     assert present.issuperset(copies.kept)
     for entry, writing in copies.writing.items():
         assert entry in present
         assert not writing.is_void
-    dirt = copies.dirty.values()
+    dirt = [*copies.dirty_large.values(), *copies.dirty_small.values()]
+    assert all(not each.is_small for each in copies.dirty_large.values())
     assert copies.queued_bytes == sum(each.nbytes for each in dirt if not each.is_small)
     assert copies.queued_small_bytes == sum(each.nbytes for each in dirt if each.is_small)
     flying = [each.dirt.nbytes for each in copies.writing.values() if each.dirt is not None]

@@ -3,7 +3,7 @@
 All who want one entry share one load. What a load brought stays in memory until every one of them
 has had its turn, and after that only if it is promoted. Loads begin in the order in which they were
 asked for, prefetches after those that somebody waits for, and no more at a time than
-``move_bytes_max``.
+``move_bytes_max`` from each tier, so that one that hangs does not stop those from another.
 """
 
 from collections import OrderedDict
@@ -34,10 +34,22 @@ class Load:
     is_kept: it stays when nobody waits any more.
     """
 
-    __slots__ = ("_event", "entry", "error", "is_done", "is_kept", "num_waiters", "slot")
+    __slots__ = (
+        "_event",
+        "entry",
+        "error",
+        "is_done",
+        "is_kept",
+        "nbytes",
+        "num_waiters",
+        "slot",
+        "tier",
+    )
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
+        self.nbytes = entry.nbytes
+        self.tier = entry.records[0].tier if entry.records else 0  # it is asked first
         self.error: CacheError | None = None
         self.is_done = False
         self.is_kept = False
@@ -64,13 +76,13 @@ class Loader:
 
     def __init__(self, cache: Cache, actors: list[Actor], settings: MoveSettings) -> None:
         self.settings = settings
-        self.bytes_in_flight = 0
+        self.bytes_in_flight = [0] * len(actors)  # by tier
         self._cache = cache
         self._actors = actors
         self._tasks: TaskGroup | None = None
         self._loads: dict[Entry, Load] = {}
-        self._wanted: OrderedDict[Load, None] = OrderedDict()
-        self._advised: OrderedDict[Load, None] = OrderedDict()
+        self._wanted: list[OrderedDict[Load, None]] = [OrderedDict() for _ in actors]
+        self._advised: list[OrderedDict[Load, None]] = [OrderedDict() for _ in actors]
         self._advised_bytes = 0
 
     def __len__(self) -> int:
@@ -84,9 +96,9 @@ class Loader:
     def stop(self) -> None:
         """Begin no more loads; those that wait for their turn fail."""
         self._tasks = None
-        waiting = [*self._wanted, *self._advised]
-        self._wanted.clear()
-        self._advised.clear()
+        waiting = [load for queue in (*self._wanted, *self._advised) for load in queue]
+        for queue in (*self._wanted, *self._advised):
+            queue.clear()
         self._advised_bytes = 0
         for load in waiting:
             del self._loads[load.entry]
@@ -98,15 +110,15 @@ class Loader:
         load = self._loads.get(entry)
         if load is not None:
             self._cache.stats.loads_joined += 1
-            if load in self._advised:
-                del self._advised[load]
-                self._advised_bytes -= entry.nbytes
-                self._wanted[load] = None
+            if load in self._advised[load.tier]:
+                del self._advised[load.tier][load]
+                self._advised_bytes -= load.nbytes
+                self._wanted[load.tier][load] = None
         else:
             load = Load(entry)
             if entry.is_cold and entry.position >= 0:
                 self._loads[entry] = load
-                self._wanted[load] = None
+                self._wanted[load.tier][load] = None
             else:
                 load.is_done = True
         load.num_waiters += 1
@@ -134,8 +146,8 @@ class Loader:
                     continue
                 load = self._loads[entry] = Load(entry)
                 load.is_kept = True
-                self._advised[load] = None
-                self._advised_bytes += entry.nbytes
+                self._advised[load.tier][load] = None
+                self._advised_bytes += load.nbytes
                 self._cache.stats.prefetched += 1
                 count += 1
         self._begin()
@@ -144,24 +156,23 @@ class Loader:
     # -- inside -------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        if self._tasks is None:
-            return
-        while self._wanted or self._advised:
-            queue = self._wanted or self._advised
+        for tier in range(len(self._actors)):
+            self._begin_from(tier)
+
+    def _begin_from(self, tier: int) -> None:
+        while self._tasks is not None and (self._wanted[tier] or self._advised[tier]):
+            queue = self._wanted[tier] or self._advised[tier]
             load = next(iter(queue))
-            nbytes = load.entry.nbytes
-            if (
-                self.bytes_in_flight
-                and self.bytes_in_flight + nbytes > self.settings.move_bytes_max
-            ):
+            in_flight = self.bytes_in_flight[tier]
+            if in_flight and in_flight + load.nbytes > self.settings.move_bytes_max:
                 return
             del queue[load]
-            if queue is self._advised:
-                self._advised_bytes -= nbytes
-            self.bytes_in_flight += nbytes
-            self._tasks.start_soon(self._load, load, nbytes)
+            if queue is self._advised[tier]:
+                self._advised_bytes -= load.nbytes
+            self.bytes_in_flight[tier] += load.nbytes
+            self._tasks.start_soon(self._load, load)
 
-    async def _load(self, load: Load, nbytes: int) -> None:
+    async def _load(self, load: Load) -> None:
         entry = load.entry
         try:
             while entry.is_cold and entry.position >= 0:
@@ -173,7 +184,7 @@ class Loader:
             load.error = error
             self._cache.stats.loads_failed += 1
         finally:
-            self.bytes_in_flight -= nbytes
+            self.bytes_in_flight[load.tier] -= load.nbytes
             del self._loads[entry]
             load.end()
             if not load.num_waiters:
@@ -182,13 +193,11 @@ class Loader:
 
     async def _read_small(self, load: Load) -> None:
         entry, cache = load.entry, self._cache
-        record, buffer = entry.records[0], bytearray(entry.nbytes)
-        touches = record.touches
-        if not await self._read(entry, record, memoryview(buffer), None):
-            return
-        if cache.raise_small(entry, bytes(buffer)):
+        buffer = bytearray(entry.nbytes)
+        record = await self._read(entry, memoryview(buffer), None)
+        if record is not None and cache.raise_small(entry, bytes(buffer)):
             cache.copies.kept.add(entry)
-            self._note_loaded(load, record, touches, cache.room.small_max - cache.room.small_bytes)
+            self._note_loaded(load, record, cache.room.small_max - cache.room.small_bytes)
 
     async def _read_large(self, load: Load) -> None:
         entry, cache = load.entry, self._cache
@@ -196,40 +205,54 @@ class Loader:
         if landing is None:
             return
         try:
-            if not entry.is_cold or entry.position < 0:
-                return  # while it waited for room
-            record, slot = entry.records[0], landing.slot
-            touches = record.touches
-            if await self._read(entry, record, landing.memory, cache.image(slot)):
-                cache.raise_entry(entry, landing, record.checksum)
+            slot = landing.slot
+            if landing.nbytes != entry.nbytes:
+                return  # it is another value by now
+            record = await self._read(entry, landing.memory, cache.image(slot))
+            if record is not None:
+                cache.raise_entry(entry, landing, record)
                 cache.borrow(slot)
                 load.slot = slot
-                free = cache.slabs.budget_bytes - cache.slabs.used_bytes
-                self._note_loaded(load, record, touches, free)
+                self._note_loaded(load, record, cache.slabs.budget_bytes - cache.slabs.used_bytes)
         finally:
             cache.abandon(landing)
 
     async def _read(
-        self, entry: Entry, record: Record, into: memoryview, image: memoryview | None
-    ) -> bool:
-        """Read a copy; False when the entry is not what it was, or has this copy no more.
+        self, entry: Entry, into: memoryview, image: memoryview | None
+    ) -> Record | None:
+        """Read the fastest copy that can be read.
 
+        Returns: the copy that was read; None when the entry is not what it was.
+        Raises TierError when no copy can be read now. What is damaged the tier has dropped itself.
         Cancelled: after the read has ended, because the tier writes into memory that is lent.
         """
-        try:
-            with anyio.CancelScope(shield=True):
-                await self._actors[record.tier].ask(ReadRecord(record, entry.key, into, image))
-        except CacheError:
-            if record in entry.records:
-                self._cache.copies.drop(record)
-            return False
-        return entry.is_cold and entry.position >= 0 and record in entry.records
+        failure: CacheError | None = None
+        for record in entry.records:
+            if record not in entry.records or not entry.is_cold:
+                break
+            touches = record.touches
+            try:
+                with anyio.CancelScope(shield=True):
+                    message = ReadRecord(record, entry.key, into, image)
+                    await self._actors[record.tier].ask(message)
+            except CacheError as error:
+                failure = error
+                continue
+            if entry.is_cold and entry.position >= 0 and record in entry.records:
+                record.touches = max(record.touches, touches + 1)
+                return record
+            return None
+        if failure is not None and entry.is_cold and entry.records and entry.position >= 0:
+            raise failure
+        return None
 
     async def _find_room(self, entry: Entry) -> Landing | None:
         """Wait for a slot, and only after a while take one from what has still to be written.
 
         Returns None when the entry needs none any more. Raises OutOfMemory.
         """
+        if entry.nbytes > self._cache.slabs.payload_bytes_max:
+            return self._cache.reserve(entry.nbytes)  # raises, and says why
         began = anyio.current_time()
         while entry.is_cold and entry.position >= 0:
             waited = anyio.current_time() - began
@@ -241,11 +264,10 @@ class Loader:
             await anyio.sleep(ROOM_PAUSE_S)
         return None
 
-    def _note_loaded(self, load: Load, record: Record, touches: int, free_bytes: int) -> None:
+    def _note_loaded(self, load: Load, record: Record, free_bytes: int) -> None:
         entry, cache = load.entry, self._cache
         cache.stats.loads += 1
         cache.stats.load_bytes += entry.nbytes
-        record.touches = max(record.touches, touches + 1)
         whole = cache.room.small_max if entry.slot is None else cache.slabs.budget_bytes
         if not load.is_kept:
             load.is_kept = is_promoted(self.settings.promote, record.touches, free_bytes, whole)

@@ -31,12 +31,15 @@ class ReadRecord(Ask[None]):
 class WriteValues(Ask[None]):
     """Write values at a level.
 
+    is_wanted: whether the value of this number still is: what was buried while the message waited
+        must not come behind its burial.
     attach: told the records, None for what was not written, in the turn in which the tier returned
     them: an answer may be lost, so nothing is owned by one.
     """
 
     values: Sequence[Value]
     level: Level
+    is_wanted: Callable[[int], bool]
     attach: Callable[[list[Record | None]], None]
 
 

@@ -134,21 +134,22 @@ class Mover:
 
     async def drain(self, seconds: float) -> None:
         """Write what has no copy in a file, for so long at most."""
-        order = drain_order(self._copies.dirty, self._cache.clock.now)
+        dirty = [*self._copies.dirty_large, *self._copies.dirty_small]
+        order = drain_order(dirty, self._cache.clock.now)
         for entry in order:
-            self._copies.dirty.move_to_end(entry)
+            self._copies.dirty_of(entry).move_to_end(entry)
         self._cleaner.is_draining = True
         try:
             with anyio.move_on_after(seconds):
                 while self._copies.can_write and (
-                    self._copies.dirty or self._cleaner.num_writes or self._copies.urgent
+                    self._copies.num_dirty or self._cleaner.num_writes or self._copies.urgent
                 ):
                     self.poke()
                     with anyio.move_on_after(DRAIN_LOOK_S):
                         await self._done.wait()
         finally:
             self._cleaner.is_draining = False
-        left = len(self._copies.dirty)
+        left = self._copies.num_dirty
         if left:
             logger.warning("%d values were not written in %s s and are lost", left, seconds)
 

@@ -16,7 +16,8 @@ from respkv.engine.namespaces import Namespaces, Schema
 from respkv.engine.room import Room, small_cost, with_descendants
 from respkv.engine.stats import Stats
 from respkv.errors import OutOfMemory
-from respkv.tiers.format import Header, hash64, write_header
+from respkv.tiers.format import Header, hash64, read_header, write_header
+from respkv.tiers.record import Level, Record
 from respkv.tiers.slab import SlabAllocator, Slot
 
 RAW = 0  # the codec of bytes as they came
@@ -61,13 +62,21 @@ class Residents(Memory):
             count += 1
         return count
 
-    def raise_entry(self, entry: Entry, landing: Landing, checksum: int) -> None:
-        """Put a cold entry back into memory: its bytes fill a landing."""
+    def renew(self, entry: Entry) -> None:
+        """Give a value in a slot a new generation: logs were told to forget the one it has."""
+        assert entry.slot is not None
+        schema = self.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
+        checksum = read_header(self.header(entry.slot)).checksum
+        entry.generation = self.slabs.next_generation()
+        self._write_header(entry.slot, entry.key, schema, entry.generation, checksum)
+
+    def raise_entry(self, entry: Entry, landing: Landing, record: Record) -> None:
+        """Put a cold entry back into memory: the bytes of a copy fill a landing."""
         assert entry.is_cold
         slot = landing.slot
         self._close(landing)
         schema = self.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
-        self._write_header(slot, entry.key, schema, entry.records[0].generation, checksum)
+        self._write_header(slot, entry.key, schema, record.generation, record.checksum)
         self.copies.raised(entry)
         entry.slot, slot.owner = slot, entry
         self.room.insert(entry)
@@ -113,25 +122,27 @@ class Residents(Memory):
         try:
             return self.room.take(nbytes, may_lose=may_lose)
         except OutOfMemory:
-            self.stats.oom += 1
+            self.stats.oom += may_lose  # else it is tried again, and need not fail
             raise
 
-    def _make_small(self, key: bytes, nbytes: int) -> Entry:
+    def _make_small(self, key: bytes, nbytes: int, level: Level) -> Entry:
         """Return the entry of a key with room on the heap for a value of another size."""
         self.room.take_small(small_cost(key, nbytes))
         entry = self.entries.get(key)  # not before: making room may have evicted it
         if entry is not None:
-            self._replace(entry, "string", nbytes, None)
+            self._replace(entry, "string", nbytes, None, level)
             return entry
         entry = Entry(key, "string", nbytes, self.clock.now)
         self.index.insert(entry)
         self.room.insert(entry)
         return entry
 
-    def _replace(self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None) -> None:
+    def _replace(
+        self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None, level: Level
+    ) -> None:
         is_cold = entry.is_cold
         if self.has_files:
-            self.copies.replaced(entry, by_string=kind == "string")
+            self.copies.replaced(entry, level, by_string=kind == "string")
         if not is_cold:
             self.room.remove(entry)
             self._let_go(entry)

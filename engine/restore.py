@@ -28,6 +28,7 @@ class Restore:
         entry = cache.entries.get(meta.key)
         if entry is not None and entry.generation > meta.generation:
             return False
+        is_newer = entry is None or entry.generation != meta.generation
         if entry is None:
             if cache.copies.num_cold >= cache.copies.cold_max:
                 cache.forget_cold()
@@ -40,7 +41,7 @@ class Restore:
         else:
             record.owner = entry
             cache.copies.attach(entry, record)  # frees those of older values
-        if entry.generation != meta.generation and entry.position >= 0:
+        if is_newer and entry.position >= 0:
             self._describe(entry, meta)
         return record in entry.records
 

@@ -133,8 +133,8 @@ class Room:
     def is_held(self, entry: Entry) -> bool:
         """Whether somebody was promised that the entry stays, or is reading it now."""
         now = self._clock.now
-        if entry.held_until > now or entry.pinned_until > now:
-            return True
+        if entry.pinned_until > now or (entry.held_until > now and not entry.records):
+            return True  # a promise is that it will be found, and in a file it is
         if entry.slot is not None and entry.slot.holders > 1:
             return True
         # What is to survive is not lost before it is written; what was loaded is there to be read.

@@ -13,7 +13,7 @@ from respkv.engine.actor import Actor
 from respkv.engine.messages import ClearTier, ReadRecord, SettleNotes, WriteValues
 from respkv.engine.tier import Tier
 from respkv.errors import TierError
-from respkv.tiers.record import Level
+from respkv.tiers.record import Level, Record
 
 MAILBOX_MAX = 1024
 JOBS_MAX = 512  # a write waits for its sync, so this is more than the depth of the device
@@ -38,8 +38,8 @@ class TierActor(Actor):
         match message:
             case ReadRecord(record, key, into, image):
                 await self.tier.read(record, key, into, image)
-            case WriteValues(values, level, attach):
-                attach(await self.tier.write(values, level))
+            case WriteValues():
+                await self._write(message)
             case SettleNotes(tickets, level):
                 return [await self._settle(ticket, level) for ticket in tickets]
             case ClearTier():
@@ -47,6 +47,14 @@ class TierActor(Actor):
             case _:
                 assert_never(message)
         return None
+
+    async def _write(self, message: WriteValues) -> None:
+        numbers = [i for i in range(len(message.values)) if message.is_wanted(i)]
+        records: list[Record | None] = [None] * len(message.values)
+        written = await self.tier.write([message.values[i] for i in numbers], message.level)
+        for number, record in zip(numbers, written, strict=True):
+            records[number] = record
+        message.attach(records)
 
     async def _settle(self, ticket: int, level: Level) -> str:
         try:

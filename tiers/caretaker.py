@@ -55,10 +55,21 @@ class Caretaker:
         with anyio.CancelScope(shield=True):
             await log.device.replace(SUPERBLOCK_NAME, encode_superblock(superblock))
 
-    async def empty(self) -> None:
-        """Delete all that the tier has in files. Raises OSError."""
-        parts = self._parts
+    async def void(self) -> None:
+        """Say, durably, that all which was written is void. Raises OSError.
+
+        Nobody should be told that a record is gone before: a key may then be put again at MEMORY.
+        """
+        log = self._parts.log
+        log.void_below = log.next_sequence
         await self.write_superblock(is_clean=False)
+        log.is_void = True
+
+    async def empty(self) -> None:
+        """Forget everything, and delete it. Raises OSError."""
+        parts = self._parts
+        await self.void()
+        parts.log.forget(why="lost")
         for name in CHECKPOINT_NAMES:
             await parts.checkpointer.remove(name)
         for segment in list(parts.log.table.segments.values()):
@@ -95,11 +106,11 @@ class Caretaker:
         log = self._parts.log
         if not any(True for _ in log.records()):
             return
-        log.forget(why="lost")
         try:
-            await self.write_superblock(is_clean=False)
+            await self.void()
         except OSError as error:
             logger.error("tier %s could not be voided: %s", log.name, why(error))
+        log.forget(why="lost")
 
     async def _probe(self) -> None:
         parts = self._parts
@@ -107,7 +118,6 @@ class Caretaker:
         parts.reclaimer.is_probing = True
         try:
             if health.state == "off" or await self._is_gone():
-                parts.log.forget(why="lost")
                 await self.empty()
             await self._try()
             health.recover()

@@ -1,14 +1,14 @@
 """Writing checkpoints, now and then, while the log goes on.
 
-Segments are synced before, so that what a checkpoint says is there after a power cut as well. The
-two files are written in turn and in place: the one that is being written counts for nothing until
-it is whole.
+Segments are synced before its end, so that what a checkpoint says is there after a power cut as
+well. The two files are written in turn and in place: the one that is being written counts for
+nothing until it is whole.
 """
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -99,11 +99,11 @@ class Checkpointer:
             if self._is_due() and self._log.health.can_write:
                 await self.try_write()
 
-    async def try_write(self) -> bool:
-        """Write one; what fails is counted and told, and tried again later."""
+    async def try_write(self, *, without: Collection[Record] | None = None) -> bool:
+        """Write one; what fails is counted and told, and tried again later. See ``write``."""
         log = self._log
         try:
-            await self.write()
+            await self.write(without=without)
         except OSError as error:
             log.stats.checkpoint_errors += 1
             logger.error("tier %s: no checkpoint could be written: %s", log.name, why(error))
@@ -112,21 +112,25 @@ class Checkpointer:
             return False
         return True
 
-    async def write(self, *, is_clean: bool = False, has_room: bool = False) -> None:
+    async def write(
+        self, *, is_clean: bool = False, without: Collection[Record] | None = None
+    ) -> None:
         """Write a checkpoint over the older one.
 
-        is_clean: nothing is written to the log any more. has_room: or none is to be made.
+        is_clean: nothing is written to the log any more.
+        without:  records to leave out; then nobody is asked for room: it is reclaim who writes, or
+                  there is no reclaim yet.
         Raises OSError; the other one stays.
         """
         async with self._turn:
             self._last_s = self._log.clock()
-            if not (is_clean or has_room):
+            can_wait = without is None and not is_clean
+            if can_wait:
                 await self.make_room()
             name = min(CHECKPOINT_NAMES, key=lambda each: self.covered[each])
-            blocks, sequence, state = self._encode(is_clean)
-            await self._syncer.sync_all()
+            blocks, sequence, state = self._encode(is_clean, without or ())
             self.covered[name] = 0
-            nbytes = await self._write_blocks(name, blocks)
+            nbytes = await self._write_blocks(name, blocks, can_wait)
             with anyio.CancelScope(shield=True):
                 await self._log.device.sync(name)
             self.covered[name] = sequence
@@ -160,7 +164,9 @@ class Checkpointer:
         log = self._log
         return log.acked, log.table.live_records, log.table.live_bytes
 
-    def _encode(self, is_clean: bool) -> tuple[Iterator[bytes], int, tuple[int, int, int]]:
+    def _encode(
+        self, is_clean: bool, without: Collection[Record]
+    ) -> tuple[Iterator[bytes], int, tuple[int, int, int]]:
         log = self._log
         if log.acked == log.next_sequence - 1:
             # A number of its own, so that of two checkpoints the newer one has the greater.
@@ -175,50 +181,61 @@ class Checkpointer:
             is_clean=is_clean,
         )
         rows = log.table.rows()
-        found = self._found(list(log.records()))
+        found = self._found(list(log.records()), without)
         blocks = encode_checkpoint(head, rows, found, nonce=os.urandom(8))
         return blocks, head.sequence, self._state()
 
-    def _found(self, records: list[Record]) -> Iterator[tuple[Meta, Record]]:
+    def _found(
+        self, records: list[Record], without: Collection[Record]
+    ) -> Iterator[tuple[Meta, Record]]:
         for record in records:
-            if self._log.is_live(record):
+            if record not in without and self._log.is_live(record):
                 yield self._log.describe(record), record
 
-    async def _write_blocks(self, name: str, blocks: Iterator[bytes]) -> int:
+    async def _write_blocks(self, name: str, blocks: Iterator[bytes], can_wait: bool) -> int:
         # What the encoder leaves free at the ends of blocks is little when keys are short.
         nbytes = round_up(self.bytes_max * 5 // 8, BLOCK_BYTES) + BLOCK_BYTES
-        await self._create(name, nbytes)
+        await self._create(name, nbytes, can_wait)
         memory = await self._staging.take(STEP_BYTES)
         try:
             at = used = 0
+            last = next(blocks)
             for block in blocks:
-                memory[used : used + len(block)] = block
-                used += len(block)
-                if used + BLOCK_BYTES > STEP_BYTES:
-                    at, used = await self._put(name, at, memory[:used]), 0
+                memory[used : used + len(last)] = last
+                used += len(last)
+                if used + 2 * BLOCK_BYTES > STEP_BYTES:
+                    at, used = await self._put(name, at, memory[:used], can_wait), 0
                 await checkpoint()
-            return await self._put(name, at, memory[:used]) if used else at
+                last = block
+            # Records that were copied before their turn are left out, for the replay to find: so
+            # the copies must be durable before this checkpoint is whole, which its last block makes
+            # it. What is copied from now on is in it, at the place that stays until the copy is.
+            await self._syncer.sync_all()
+            memory[used : used + len(last)] = last
+            return await self._put(name, at, memory[: used + len(last)], can_wait)
         finally:
             self._staging.give_back(memory)
 
-    async def _put(self, name: str, at: int, data: memoryview) -> int:
+    async def _put(self, name: str, at: int, data: memoryview, can_wait: bool) -> int:
         end = at + data.nbytes
         if end > self.file_bytes[name]:
             self.file_bytes[name] = end + STEP_BYTES
-            await self.make_room()
-            await self._create(name, end + STEP_BYTES)
+            if can_wait:
+                await self.make_room()
+            await self._create(name, end + STEP_BYTES, can_wait)
         with anyio.CancelScope(shield=True):
             await self._log.device.write(name, [Write(at, data)])
         self._log.stats.written_bytes += data.nbytes
         return end
 
-    async def _create(self, name: str, nbytes: int) -> None:
+    async def _create(self, name: str, nbytes: int, can_wait: bool) -> None:
         try:
             with anyio.CancelScope(shield=True):
                 await self._log.device.create(name, nbytes)
         except OSError as error:
             await self.remove(name)
-            if error.errno not in NO_SPACE or not self._space.give_up(nbytes):
+            is_full = error.errno in NO_SPACE
+            if not (can_wait and is_full and self._space.give_up(nbytes)):
                 raise
             await self.make_room()
             with anyio.CancelScope(shield=True):

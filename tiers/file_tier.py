@@ -19,6 +19,7 @@ import anyio
 
 from respkv.errors import TierError
 from respkv.tiers.caretaker import Caretaker
+from respkv.tiers.closing import close_after, finish, leave_clean
 from respkv.tiers.device import Device
 from respkv.tiers.estimate import Estimate
 from respkv.tiers.health import Health, why
@@ -187,33 +188,31 @@ class FileTier:
             self._running = None
             self._ended.set()
 
-    async def stop(self) -> None:
+    async def stop(self, seconds: float = 10.0) -> None:
         """Finish what was asked, write a checkpoint that says all, and let the directory go.
 
-        Cancelled, or when the device fails: it is left like after a crash, which loses little.
+        seconds: after these the device is closed, whatever it has not finished; that takes some
+                 seconds more when it hangs. The tier is then left like after a crash.
         """
-        self._is_stopping = True
-        parts = self._parts
-        if parts is None:
+        if self._is_stopping or self._parts is None:
+            self._is_stopping = True
             return
-        if self._running is not None:
-            await parts.writer.drain()
-            try:
-                await parts.checkpointer.make_room()
-            except OSError as error:
-                logger.error("tier %s: no room for a checkpoint: %s", self.name, why(error))
-        if self._running is not None:
-            self._running.cancel()
-            await self._ended.wait()
-        self._parts = None
+        self._is_stopping = True
+        parts, caretaker = self._parts, self._caretaker
+        assert caretaker is not None
         try:
-            if self.health.can_write:
-                await parts.checkpointer.write(is_clean=True)
-                assert self._caretaker is not None
-                await self._caretaker.write_superblock(is_clean=True)
-        except OSError as error:
-            logger.error("tier %s could not be left clean: %s", self.name, why(error))
+            async with anyio.create_task_group() as group:
+                group.start_soon(close_after, parts, seconds)
+                if self._running is not None:
+                    with anyio.move_on_after(seconds / 2):
+                        await finish(parts)
+                if self._running is not None:
+                    self._running.cancel()
+                    await self._ended.wait()
+                await leave_clean(parts, caretaker)
+                group.cancel_scope.cancel()
         finally:
+            self._parts = None
             with anyio.CancelScope(shield=True):
                 await parts.log.device.close()
 
@@ -236,13 +235,14 @@ class FileTier:
         parts = self._started
         assert self._caretaker is not None
         parts.order.abandon()
-        parts.log.forget(why="lost")
-        self._tickets.clear()
-        parts.reopen()
         try:
             await self._caretaker.empty()
         except OSError as error:
+            parts.log.forget(why="lost")
             self.health.worsen("off", f"it crashed and cannot be emptied: {why(error)}")
+        else:
+            self._tickets.clear()
+        parts.reopen()
 
     # Values
 
@@ -360,6 +360,7 @@ class FileTier:
     def _ask(self, value: Value, level: Level) -> Pending:
         parts = self._started
         meta = value.meta
+        assert value.payload.nbytes == meta.payload_bytes, "a value is not as it is described"
         pending = Pending(
             max(level, Level.WRITTEN),
             parts.log.epoch,

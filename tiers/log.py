@@ -11,6 +11,7 @@ described as it was written.
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from time import monotonic
 
 from respkv.tiers.batch import Bury, Change, Note
@@ -59,6 +60,7 @@ class Log:
     void_below:    records of batches before this sequence are void, and the superblock says so.
     live:          the live records of each segment, each with the bytes of its keys.
     notes:         the notes of each segment that a checkpoint may not cover yet.
+    is_void:       the superblock says so of all that was there, and nothing came since.
     doomed:        segments of whose files a sync failed: nothing in them counts any more.
     """
 
@@ -74,6 +76,7 @@ class Log:
     acked: int = 0
     epoch: int = 0
     void_below: int = 0
+    is_void: bool = False
     next_generation: int = 1
     key_bytes: int = 0
     live: dict[int, dict[Record, int]] = field(default_factory=dict[int, dict[Record, int]])
@@ -92,6 +95,7 @@ class Log:
         """Count a record that is in the log now."""
         self.adopt(record, meta)
         self.table.add(record)
+        self.is_void = False
         self.next_generation = max(self.next_generation, meta.generation + 1)
 
     def adopt(self, record: Record, meta: Meta) -> None:
@@ -116,9 +120,8 @@ class Log:
         self.live.setdefault(segment, {})[record] = key_bytes
 
     def records(self) -> Iterator[Record]:
-        """Yield all live records."""
-        for records in self.live.values():
-            yield from records
+        """Return all live records."""
+        return chain.from_iterable(self.live.values())
 
     def describe(self, record: Record) -> Meta:
         """Return what a live record's value is like now."""
@@ -142,9 +145,13 @@ class Log:
             return
         meta = self.describe(record)
         self.discard(record)
-        self._count(why)
         if meta.level >= Level.WRITTEN and not is_buried:
             self.bury(meta.key, record.generation)
+        self.tell(record, why)
+
+    def tell(self, record: Record, why: str) -> None:
+        """Say that a record is gone."""
+        self._count(why)
         if self.young.pop(record, None) is None:
             self.hooks.dropped(record, why)
 
@@ -152,11 +159,14 @@ class Log:
         """Forget everything that was ever asked; with a reason, tell the engine of each record."""
         self.epoch += 1
         self.void_below = self.next_sequence
-        for record in list(self.records()):
-            self.discard(record)
-            if self.young.pop(record, None) is None and why:
-                self._count(why)
-                self.hooks.dropped(record, why)
+        records = list(self.records()) if why else []
+        self.live.clear()
+        self.key_bytes = self.table.live_bytes = self.table.live_records = 0
+        for segment in self.table.segments.values():
+            segment.live_bytes = segment.live_records = 0
+        for record in records:
+            self.tell(record, why)
+        self.young.clear()
         self.notes.clear()
         self.changes.clear()
         for segment in list(self.table.segments.values()):

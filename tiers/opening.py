@@ -121,7 +121,7 @@ class Opened:
             for segment in parts.log.table.segments.values():
                 if segment.state in ("sealed", "open") and segment.max_sequence:
                     parts.syncer.wrote(segment.id, segment.max_sequence)
-            await parts.checkpointer.write(has_room=True)
+            await parts.checkpointer.write(without=())
             for name, sequence in list(parts.checkpointer.covered.items()):
                 if sequence < parts.log.acked or not sequence:
                     await parts.checkpointer.remove(name)

@@ -116,7 +116,7 @@ def assemble(
         space=space,
         writer=writer,
         copier=copier,
-        reclaimer=Reclaimer(log, space, syncer, copier),
+        reclaimer=Reclaimer(log, space, syncer, copier, checkpointer),
         checkpointer=checkpointer,
         reader=Reader(log, staging, codec, estimate),
     )

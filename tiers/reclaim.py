@@ -11,13 +11,16 @@ new ones, which have a greater sequence and are therefore read by every replay t
 """
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import NamedTuple
 
 import anyio
+from anyio.lowlevel import checkpoint
 
-from respkv.errors import PageCorrupt, TierError
+from respkv.errors import PageCorrupt
 from respkv.tiers.batch import Bury, Change
+from respkv.tiers.checkpoint import CHECKPOINT_NAMES
+from respkv.tiers.checkpointer import Checkpointer
 from respkv.tiers.format import HEADER_BYTES
 from respkv.tiers.health import why
 from respkv.tiers.log import Log, Logged, logger
@@ -27,7 +30,7 @@ from respkv.tiers.record import Level, Record, Value
 from respkv.tiers.segment_head import segment_name
 from respkv.tiers.segments import Segment
 from respkv.tiers.sizes import round_up
-from respkv.tiers.space import Space
+from respkv.tiers.space import RELOCATED, Space
 from respkv.tiers.syncer import Syncer
 from respkv.tiers.writer import Writer
 
@@ -35,6 +38,9 @@ SPAN_BYTES_MAX = 4 << 20  # read at once, unless one record is larger
 GAP_BYTES_MAX = 64 << 10  # of dead bytes, read over rather than around
 _LOOK_S = 1.0
 _BUSY_S = 0.005
+_REST_S = 0.5
+_STEP = 256  # records or notes at a time, before others have their turn
+_NOTE_BYTES = 1024  # more than a note with usual keys takes
 
 
 class Span(NamedTuple):
@@ -51,11 +57,20 @@ class Reclaimer:
     is_probing: also while the tier is not ok.
     """
 
-    def __init__(self, log: Log, space: Space, syncer: Syncer, writer: Writer) -> None:
+    def __init__(
+        self,
+        log: Log,
+        space: Space,
+        syncer: Syncer,
+        writer: Writer,
+        checkpointer: Checkpointer,
+    ) -> None:
         self._log = log
         self._space = space
         self._syncer = syncer
         self._writer = writer
+        self._checkpointer = checkpointer
+        self._resting: dict[Segment, float] = {}  # until when what failed is not tried again
         self.is_probing = False
 
     async def run(self) -> None:
@@ -64,11 +79,10 @@ class Reclaimer:
             with anyio.move_on_after(_LOOK_S):
                 await self._space.wanted.wait()
             self._space.wanted = anyio.Event()
-            while self._has_work():
-                if not await self._advance():
-                    break
-                await anyio.lowlevel.checkpoint()
+            while self._has_work() and await self._advance():
+                await checkpoint()
             self._space.woke(is_used_up=False)
+            await anyio.sleep(_BUSY_S)
 
     def _has_work(self) -> bool:
         log = self._log
@@ -83,39 +97,70 @@ class Reclaimer:
         table = self._log.table
         if table.excess_bytes and (free := table.find_free()) is not None:
             return await self._remove(free)
-        victim = table.choose_victim(self._log.clock())
+        now = self._log.clock()
+        self._resting = {each: until for each, until in self._resting.items() if until > now}
+        victim = table.choose_victim(now, may=lambda each: each not in self._resting)
         if victim is None:
             is_busy = any(each.state in ("sealed", "fenced") for each in table.segments.values())
             self._space.woke(is_used_up=not is_busy)
             await anyio.sleep(_BUSY_S)
             return is_busy
-        return await self.clear(victim)
+        if await self.clear(victim):
+            return True
+        self._resting[victim] = now + _REST_S
+        return False
 
     async def clear(self, segment: Segment) -> bool:
         """Empty a segment and make it free. Returns False when that did not succeed."""
-        log = self._log
-        kept, leaving = self._choose(segment)
+        kept, leaving = await self._choose(segment)
+        if not self._has_room(segment, kept, leaving):
+            kept, leaving = [], kept + leaving
+        if not self._has_room(segment, kept, leaving):
+            return await self._sacrifice(segment)
         await self._copy(segment, kept)
-        leaving += [record for record in kept if self._is_in(record, segment)]
-        if shown := [each for each in leaving if each not in log.young]:
-            await log.hooks.leave(shown)
-        leaving = [record for record in leaving if self._is_in(record, segment)]
-        try:
-            await self._carry(segment, leaving)
-        except TierError as error:
-            logger.error("tier %s: a segment could not be emptied: %s", log.name, error)
+        if any(self._is_in(record, segment) for record in kept):
+            return False  # they are safe where they are
+        leaving = await self._show(segment, leaving)
+        if not await self._carry(segment, leaving):
             return False
-        for record in leaving:
-            if self._is_in(record, segment):
-                log.drop(record, "evicted", is_buried=True)
-        while segment.readers or segment.writers or log.live.get(segment.id):
-            for record in list(log.live.get(segment.id, ())):  # what came behind the choice
-                log.drop(record, "evicted")
-            await anyio.sleep(_BUSY_S)
+        await self._drop(segment, leaving)
         return await self._free(segment)
+
+    async def _sacrifice(self, segment: Segment) -> bool:
+        """Empty a segment without writing to the log, since nothing is left to write to.
+
+        After two checkpoints without what is in it, no recovery looks for anything there.
+        """
+        log = self._log
+        leaving = await self._show(segment, list(log.live.get(segment.id, ())))
+        for _ in CHECKPOINT_NAMES:
+            if not await self._checkpointer.try_write(without=set(leaving)):
+                return False
+        await self._drop(segment, leaving)
+        return await self._free(segment)
+
+    async def _drop(self, segment: Segment, records: list[Record]) -> None:
+        async for record in slowly(records):
+            if self._is_in(record, segment):
+                self._log.drop(record, "evicted", is_buried=True)
+
+    def _has_room(self, segment: Segment, kept: list[Record], leaving: list[Record]) -> bool:
+        """Say whether all that ``clear`` would write has a place to go."""
+        log = self._log
+        nbytes = sum(round_up(each.stored_bytes, log.alignment) + _NOTE_BYTES for each in kept)
+        num_buried = sum(each.level >= Level.WRITTEN for each in leaving)
+        nbytes += _NOTE_BYTES * (num_buried + len(log.notes.get(segment.id, ())))
+        return not nbytes or self._space.has_room(RELOCATED, nbytes)
+
+    async def _show(self, segment: Segment, records: list[Record]) -> list[Record]:
+        """Let the engine take what it wants of what is about to go; return what is still there."""
+        if shown := [each for each in records if each not in self._log.young]:
+            await self._log.hooks.leave(shown)
+        return [record for record in records if self._is_in(record, segment)]
 
     async def _free(self, segment: Segment) -> bool:
         log = self._log
+        await self._is_unused(segment)
         log.notes.pop(segment.id, None)
         log.live.pop(segment.id, None)
         log.stats.reclaimed += 1
@@ -125,6 +170,12 @@ class Reclaimer:
         log.table.release(segment)
         self._space.woke(is_used_up=False)
         return True
+
+    async def _is_unused(self, segment: Segment) -> None:
+        while True:
+            if not (segment.readers or segment.writers):
+                return
+            await anyio.sleep(_BUSY_S)
 
     async def _remove(self, segment: Segment) -> bool:
         try:
@@ -138,13 +189,15 @@ class Reclaimer:
     def _is_in(self, record: Record, segment: Segment) -> bool:
         return record.segment == segment.id and self._log.is_live(record)
 
-    def _choose(self, segment: Segment) -> tuple[list[Record], list[Record]]:
+    async def _choose(self, segment: Segment) -> tuple[list[Record], list[Record]]:
         """Return what to copy, at most half a segment, and what is to leave."""
         log = self._log
         kept: list[Record] = []
         leaving: list[Record] = []
-        for record in list(log.live.get(segment.id, ())):
-            (kept if log.keep(record) else leaving).append(record)
+        async for record in slowly(list(log.live.get(segment.id, ()))):
+            if self._is_in(record, segment):
+                log.describe(record)  # its level may have been raised
+                (kept if log.keep(record) else leaving).append(record)
         kept.sort(key=lambda record: (record.level, record.touches, record.sequence), reverse=True)
         room = log.table.segment_bytes // 2
         fitting = 0
@@ -217,18 +270,32 @@ class Reclaimer:
             is_encoded=True,
         )
 
-    async def _carry(self, segment: Segment, leaving: list[Record]) -> None:
+    async def _carry(self, segment: Segment, leaving: list[Record]) -> bool:
         """Log again, durably, what the notes of a segment say, and that some records are gone."""
-        pendings = list(self.carried(self._log.notes.get(segment.id, ())))
-        for record in leaving:
-            meta = self._log.describe(record)
+        notes = list(self._log.notes.get(segment.id, ()))
+        for at in range(0, len(notes), _STEP):
+            if not await self._carry_out(list(self.carried(notes[at : at + _STEP]))):
+                return False
+        for at in range(0, len(leaving), _STEP):
+            there = [each for each in leaving[at : at + _STEP] if self._is_in(each, segment)]
+            if not await self._carry_out(list(self._burials(there))):
+                return False
+        return True
+
+    async def _carry_out(self, pendings: list[Pending]) -> bool:
+        await self._submit(pendings)
+        errors = [each.done.exception for each in pendings if each.done.exception is not None]
+        if errors and not self._writer.is_stopped:
+            logger.error("tier %s: a segment is not emptied: %s", self._log.name, errors[0])
+        return not errors
+
+    def _burials(self, records: Iterable[Record]) -> Iterator[Pending]:
+        log = self._log
+        for record in records:
+            meta = log.describe(record)
             if meta.level >= Level.WRITTEN:
                 logged = Logged(Bury(meta.key, record.generation))
-                pendings.append(Pending(Level.DURABLE, self._log.epoch, logged=logged))
-        await self._submit(pendings)
-        for pending in pendings:
-            if pending.done.exception is not None:
-                raise pending.done.exception
+                yield Pending(Level.DURABLE, log.epoch, logged=logged)
 
     def carried(self, notes: Iterable[Logged]) -> Iterator[Pending]:
         """Make notes anew that are to be written once more."""
@@ -244,6 +311,14 @@ class Reclaimer:
         with anyio.CancelScope(shield=True):  # the memory is theirs until they are answered
             for pending in pendings:
                 await pending.done.wait()
+
+
+async def slowly(records: Iterable[Record]) -> AsyncIterator[Record]:
+    """Go through very many records without holding up the event loop."""
+    for number, record in enumerate(records):
+        if number % _STEP == _STEP - 1:
+            await checkpoint()
+        yield record
 
 
 def spans(records: Iterable[Record], alignment: int) -> Iterator[Span]:

@@ -277,11 +277,12 @@ class SegmentTable:
     def choose_victim(self, now: float, *, may: Callable[[Segment], bool] = _any) -> Segment | None:
         """Choose the segment to clear: empty ones, then fenced ones, then by benefit and cost.
 
-        Never one that is open or has reads or batches in flight. ``may`` can forbid more.
+        Never one that is open or has batches in flight. There may be reads in flight, which are
+        waited for before it is used again. ``may`` can forbid more.
         """
         best, best_rank = None, (-1, 0.0)
         for segment in self.segments.values():
-            if segment.readers or segment.writers or segment.state not in ("sealed", "fenced"):
+            if segment.writers or segment.state not in ("sealed", "fenced"):
                 continue
             rank = self._rank(segment, now)
             if rank > best_rank and may(segment):

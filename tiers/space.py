@@ -28,6 +28,7 @@ from respkv.tiers.syncer import Syncer
 
 ASKED, RELOCATED = STREAMS = (0, 1)
 GROW_AFTER_S = 5.0
+_LOOK_S = 1.0
 _LEVELS = 16  # of all segments, one in so many is kept ready
 _READY_MAX = 8
 
@@ -71,18 +72,31 @@ class Space:
         """Open another segment for a stream, as soon as there is one.
 
         Raises OSError: its head could not be written, no file could be made and nothing can be
-        reclaimed, or the tier gave up meanwhile.
+        reclaimed, or the tier gave up meanwhile. Reclaim's own stream never waits, because it would
+        wait for itself.
         """
         refusals = self._refusals
         while (segment := await self._find(stream)) is None:
+            if stream == RELOCATED:
+                raise _no_space()
             self.wanted.set()
-            more = self._more
-            await more.wait()
+            with anyio.move_on_after(_LOOK_S):
+                await self._more.wait()
             if self._refusals != refusals or (self.is_used_up and not self.num_ready):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise _no_space()
         await self._open(segment, stream)
         if self.is_low:
             self.wanted.set()
+
+    def has_room(self, stream: int, nbytes: int) -> bool:
+        """Say whether a stream could go on for so many bytes, less than a segment."""
+        table = self._log.table
+        return self.num_ready > 0 or any(
+            segment.state == "open"
+            and segment.stream == stream
+            and segment.offset + nbytes <= table.segment_bytes
+            for segment in table.segments.values()
+        )
 
     def woke(self, *, is_used_up: bool) -> None:
         """Reclaim has done what it could; those who wait look again."""
@@ -122,11 +136,11 @@ class Space:
         """
         table = self._log.table
         table.fence(segment)
-        segment.readers += 1  # so that nobody else takes it for a victim
+        segment.writers += 1  # so that nobody else takes it for a victim
         try:
             await self._log.device.remove(segment_name(segment.id))
         finally:
-            segment.readers -= 1
+            segment.writers -= 1
         self._syncer.forget(segment.id)
         self._log.doomed.discard(segment.id)
         self.short.discard(segment.id)
@@ -193,3 +207,7 @@ class Space:
     def _grow(self) -> None:
         if self._log.clock() - self._full_s >= GROW_AFTER_S:
             self._log.table.capacity_bytes = self._capacity_bytes
+
+
+def _no_space() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

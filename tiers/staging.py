@@ -40,9 +40,8 @@ class Staging:
 
         Cancelled: nothing is taken.
         """
-        assert nbytes > 0
         units = -(-nbytes // UNIT_BYTES)
-        if not self._waiting and (part := self._cut(units)) is not None:
+        if (part := self.take_now(nbytes)) is not None:
             return part
         turn = anyio.Event()
         place = (units, turn)
@@ -57,6 +56,11 @@ class Staging:
         finally:
             self._waiting.remove(place)
             self._wake()
+
+    def take_now(self, nbytes: int) -> memoryview | None:
+        """Take a part as ``take`` does; None when that would have to wait."""
+        assert nbytes > 0
+        return None if self._waiting else self._cut(-(-nbytes // UNIT_BYTES))
 
     def give_back(self, part: memoryview) -> None:
         """Return a part. Nothing may use its memory any more."""

@@ -111,7 +111,7 @@ class Syncer:
         log = self._log
         if segment.id in log.doomed:
             return OSError("an earlier sync of the file failed")
-        segment.readers += 1  # it must not be removed meanwhile
+        segment.writers += 1  # it must not be emptied meanwhile
         try:
             with anyio.CancelScope(shield=True):
                 await log.device.sync(segment_name(segment.id))
@@ -123,7 +123,7 @@ class Syncer:
             self._failed(segment)
             return error
         finally:
-            segment.readers -= 1
+            segment.writers -= 1
 
 
 def _set(done: "Future[OSError | None]", error: OSError | None) -> None:

@@ -109,7 +109,8 @@ class Tickets:
         logged = Logged(note)
         pending = Pending(Level.WRITTEN, log.epoch, logged=logged)
         self._notes[self._last] = pending
-        if len(key) > KEY_BYTES_MAX:  # it never was in the log
+        is_needless = log.health.state == "off" and log.is_void
+        if is_needless or len(key) > KEY_BYTES_MAX:  # nothing in the log has this key
             pending.answer(None)
         elif not log.health.can_write:
             pending.fail(f"tier {log.name} is {log.health.state}: {log.health.reason}")

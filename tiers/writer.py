@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import anyio
 
-from respkv.tiers.batch import ITEMS_MAX, Batch
+from respkv.tiers.batch import Batch
 from respkv.tiers.device import Write
 from respkv.tiers.health import NO_SPACE, why
 from respkv.tiers.log import Log
@@ -22,12 +22,13 @@ from respkv.tiers.order import Flight, Order
 from respkv.tiers.pending import Pending
 from respkv.tiers.record import Meta
 from respkv.tiers.segment_head import segment_name
-from respkv.tiers.space import Space
+from respkv.tiers.space import ASKED, Space
 from respkv.tiers.staging import Staging
 
 BATCH_BYTES_MAX = 8 << 20
 FLIGHT_BYTES_MAX = 128 << 20
 GATHER_BYTES = 256 << 10  # a batch of so much is worth a write of its own
+GROUP_MAX = 512  # values and notes of a batch: more would hold up the event loop
 _TRIES_MAX = 2
 
 
@@ -149,13 +150,14 @@ class Writer:
         """Take the next batch from the queue: one of any size, or as many as are not too large."""
         group: list[Pending] = []
         nbytes = 0
-        while self._queue and len(group) < ITEMS_MAX:
+        while self._queue and len(group) < GROUP_MAX:
             first = self._queue[0].nbytes
             if group and nbytes + first > self._batch_bytes_max:
                 break
             nbytes += first
             group.append(self._queue.popleft())
-        self._queued_bytes -= nbytes
+        # What waits may have been changed since it was counted.
+        self._queued_bytes = self._queued_bytes - nbytes if self._queue else 0
         return group
 
     async def _write(self, group: list[Pending], nbytes: int) -> None:
@@ -195,14 +197,16 @@ class Writer:
         """
         async with self._placing:
             while True:
-                batch, _, _ = self._draft(group)
-                if not batch.num_items:
-                    return None, []
-                memory = await self._staging.take(batch.staging_bytes)
                 batch, members, rest = self._draft(group)
                 if not batch.num_items:
-                    self._staging.give_back(memory)
                     return None, []
+                memory = self._staging.take_now(batch.staging_bytes)
+                if memory is None:
+                    memory = await self._staging.take(batch.staging_bytes)
+                    batch, members, rest = self._draft(group)
+                    if not batch.num_items:
+                        self._staging.give_back(memory)
+                        return None, []
                 start = self._start(batch, members, memory)
                 if start is not None:
                     return start, rest
@@ -281,7 +285,7 @@ class Writer:
         is_last = any(each.tries + 1 >= _TRIES_MAX for each in group)
         if error.errno not in NO_SPACE:
             log.health.write_failed(error)
-        elif is_last:
+        elif is_last and self._stream == ASKED:
             log.health.worsen("read-only", f"there is no space: {why(error)}")
         else:
             self._space.met_the_end()

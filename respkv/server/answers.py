@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+import anyio
+
 from respkv.engine.supervisor import contain
 from respkv.errors import CacheError, CommandError
 from respkv.tiers.slab import Slot
@@ -63,7 +65,27 @@ class Answers:
     out:       parts of replies that are to be sent; handlers append to it.
     out_bytes: of the larger ones among them.
     promises:  while there are any, nothing may leave.
+    is_closing: close once the output has left.
     """
+
+    __slots__ = (
+        "_has_sent",
+        "_is_sealed",
+        "_kept",
+        "_sending",
+        "_skip_from",
+        "_skips",
+        "cache",
+        "is_closing",
+        "is_draining",
+        "is_lost",
+        "out",
+        "out_bytes",
+        "promises",
+        "protocol",
+        "server",
+        "wire",
+    )
 
     def __init__(self, server: "Server", wire: Wire) -> None:
         self.server = server
@@ -73,11 +95,18 @@ class Answers:
         self.out: Buffers = []
         self.out_bytes = 0
         self.promises: deque[Promise] = deque()
+        self.is_closing = self.is_lost = self.is_draining = False
+        self._has_sent: anyio.Event | None = None
         self._is_sealed = False  # no more commands before all promises are kept
         self._kept: int | None = None  # CLIENT REPLY OFF: only so many parts of out are sent
         self._skips = 0  # CLIENT REPLY SKIP: 2 for itself, 1 for the command it silences
         self._skip_from = 0
         self._sending: list[Slot] = []
+
+    @property
+    def may_close(self) -> bool:
+        """Whether the last byte has left that the client is to be told."""
+        return self.is_closing and not self.is_draining and not self.promises
 
     @property
     def is_muted(self) -> bool:
@@ -147,7 +176,16 @@ class Answers:
         since, start = copies.ticket, len(self.out)
         yield
         if copies.ticket != since:
-            self._promise(since, start)
+            self.promise(since, start)
+
+    async def make_room(self) -> None:
+        """Wait until more may be answered. For the one command that waits."""
+        if self.out_bytes > OUTPUT_BYTES_SOFT:
+            self.wire.wake()
+        while self.is_draining or self.out_bytes > OUTPUT_BYTES_SOFT:
+            self._has_sent = anyio.Event()
+            await self._has_sent.wait()
+            self._has_sent = None
 
     # -- for the session ----------------------------------------------------------------------
 
@@ -159,7 +197,7 @@ class Answers:
             or len(self.out) > PARTS_HELD_BACK_MAX
         )
 
-    def _promise(self, since: int, start: int) -> None:
+    def promise(self, since: int, start: int) -> None:
         """Let the parts from ``start`` on wait for what was noted since then."""
         ticket, stop = self.cache.copies.ticket, len(self.out)
         self.promises.append(Promise(since, ticket, start, stop))

@@ -68,6 +68,8 @@ def _look_at(server: Server, session: Session, now: float) -> None:
         if now - session.last_active >= config.output_timeout:
             server.num_idle_closed += 1
             _disconnect(server, session.number, "stopped in the middle of a value")
+    elif session.promises:
+        return  # it is not the client who is slow
     elif config.timeout and session.wants_input and now - session.last_active >= config.timeout:
         server.num_idle_closed += 1
         _disconnect(server, session.number, "idle")

@@ -10,22 +10,28 @@ Every load keeps its value in memory until it is released, which is once its com
 not run because the connection is lost, or stands behind a client that takes nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from operator import length_hint
 from typing import TYPE_CHECKING
 
 import anyio
 
 from respkv.engine.entry import Entry
 from respkv.errors import TierError
+from respkv.server.body import LAND_MIN
+from respkv.server.registry import one_key
 from respkv.wire.parser import Args
 
 if TYPE_CHECKING:
     from respkv.engine.cache import Cache
     from respkv.engine.loads import Load
     from respkv.engine.mover import Mover
-    from respkv.server.registry import Handler
+    from respkv.server.registry import Handler, Later
+    from respkv.server.session import Session
+    from respkv.server.state import Server
 
 AHEAD_MAX = 64
 
@@ -65,7 +71,26 @@ class Budget:
         assert self.used >= 0
 
 
-class Loading:
+class Delay(ABC):
+    """What a command has to wait for before it can run."""
+
+    @abstractmethod
+    async def wait(self) -> None:
+        """Wait; the command is tried again afterwards."""
+
+
+class Pause(Delay):
+    """A wait for values to be written, before one more is added to those that are not."""
+
+    def __init__(self, server: "Server") -> None:
+        self._server = server
+
+    async def wait(self) -> None:
+        """Wait until there are few enough of them, for a second at most."""
+        await self._server.wait_for_writes()
+
+
+class Loading(Delay):
     """The loads for one command.
 
     share:   of the budget, taken when they were begun ahead of their turn.
@@ -129,10 +154,47 @@ class Loads:
         self._share = 0  # of the budget
         self._begun: dict[int, Loading] = {}
         self._looked = 0  # number of the first command that was not looked at
+        self._todo: Iterator[Args] = iter(())
+        self._num_todo = 0
+        self._paused = -1  # number of the last command that had a pause
         self.next_number = 0  # of the next command to run
 
-    def missing(self, cache: "Cache", found: "Handler", args: Args, count: int) -> Loading | None:
-        """Return what the ``count``-th of the next commands has to wait for.
+    def begin_turn(self, todo: Iterator[Args], count: int) -> None:
+        """Note that the next ``count`` commands are taken from ``todo``."""
+        self._todo, self._num_todo = todo, count
+
+    def handle(self, session: "Session", found: "Handler", args: Args) -> "Later | None":
+        """Run the command last taken in this turn, or say what it has to wait for first."""
+        cache = session.cache
+        copies = cache.copies
+        delay: Delay | None = None
+        if copies.num_cold and len(args) >= found.reads_from:
+            if found.reads is not one_key:
+                delay = self._missing(cache, found, args)
+            else:  # as GET, which is to be quick
+                entry = cache.entries.get(args[1])
+                if entry is not None and entry.value is None and entry.slot is None:
+                    delay = self._missing(cache, found, args)
+        if delay is None and found.payload_at:
+            value = args[found.payload_at]
+            if type(value) is bytes and len(value) >= LAND_MIN and copies.is_behind:
+                delay = self._pause(session.server)
+        if delay is not None:
+            return delay
+        since, start = copies.ticket, len(session.out)
+        try:
+            return found.handle(session, args)
+        finally:
+            if copies.ticket != since:
+                session.promise(since, start)
+
+    @property
+    def _number(self) -> int:
+        """Of the command last taken in this turn."""
+        return self.next_number + self._num_todo - length_hint(self._todo) - 1
+
+    def _missing(self, cache: "Cache", found: "Handler", args: Args) -> Loading | None:
+        """Return what the command last taken has to wait for.
 
         None: it may run; what is cold then it will not get. Raises the reason if it would change
         what it cannot read.
@@ -141,7 +203,7 @@ class Loads:
         cold = cold_entries(cache, found.reads(args)) if found.streams != "always" else []
         if not cold or (found.streams == "large" and _nbytes(cold) > self._budget.each_max):
             return None
-        number = self.next_number + count - 1
+        number = self._number
         loading = self._begun.get(number)
         if loading is None or not loading.is_over:
             loading = self._begin(number, cold)
@@ -153,6 +215,14 @@ class Loads:
             loading.check()
             raise TierError("the value could not be read in time; try again")
         return None
+
+    def _pause(self, server: "Server") -> Pause | None:
+        """Return a pause for the command last taken; None: it has had one."""
+        number = self._number
+        if self._paused == number:
+            return None
+        self._paused = number
+        return Pause(server)
 
     def _begin(self, number: int, cold: Iterable[Entry]) -> Loading:
         """Begin what a command needs; return all of it."""

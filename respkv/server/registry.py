@@ -14,19 +14,22 @@ from respkv.wire.commands import COMMANDS, Command, find_command, look_up
 from respkv.wire.parser import Args
 
 if TYPE_CHECKING:
-    from respkv.server.loads import Loading
+    from respkv.server.loads import Delay
     from respkv.server.session import Session
 
 logger = logging.getLogger(__name__)
 
 # What a handler returns when it has not answered yet: an iterator that appends to the output step
 # by step, or an awaitable that ends with the answer appended. Instead of a handler's answer there
-# may be what has to be loaded before it can run.
-Later: TypeAlias = "Iterator[None] | Awaitable[None] | Loading"
+# may be what has to be waited for before it can run.
+Later: TypeAlias = "Iterator[None] | Awaitable[None] | Delay"
 Handle: TypeAlias = "Callable[[Session, Args], Later | None]"
 Reads: TypeAlias = Callable[[Args], Sequence[bytes]]
 Streams: TypeAlias = Literal["never", "large", "always"]
 Within: TypeAlias = Callable[[Args], float | None]
+
+
+NEVER = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Handler:
     reads: Reads | None = None
     streams: Streams = "never"
     within: Within | None = None
+    reads_from: int = NEVER  # the number of arguments from which on it reads
+    payload_at: int = 0  # the first argument that may be large; 0: none
 
 
 BY_NAME: dict[str, Handler] = {}
@@ -65,10 +70,11 @@ def command(
     *,
     streams: Streams = "never",
     within: Within | None = None,
+    reads_from: int = 0,
 ) -> Callable[[Handle], Handle]:
     """Make a function the handler of a command, or of a subcommand as ``client|id``.
 
-    reads, streams, within: see ``Handler``.
+    reads, streams, within, reads_from: see ``Handler``.
     """
     outer, _, sub = name.partition("|")
     row = COMMANDS[outer].subcommands[sub] if sub else COMMANDS[outer]
@@ -77,7 +83,9 @@ def command(
 
     def register(handle: Handle) -> Handle:
         assert name not in BY_NAME, f"{name} has two handlers"
-        handler = Handler(handle, least, most, row, reads, streams, within)
+        payload_at = row.payload[0] if row.payload is not None else 0
+        from_ = NEVER if reads is None else reads_from
+        handler = Handler(handle, least, most, row, reads, streams, within, from_, payload_at)
         BY_NAME[name] = handler
         if not row.subcommands and not sub:
             for table in (HANDLERS, UNAUTHENTICATED_HANDLERS):

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import length_hint
 from typing import TYPE_CHECKING
 
 import anyio
@@ -29,8 +28,8 @@ from respkv.engine.supervisor import contain
 from respkv.errors import CacheError, ProtocolError
 from respkv.server.answers import OUTPUT_BYTES_SOFT, Answers, Wire
 from respkv.server.intake import Intake
-from respkv.server.loads import Loading, Loads
-from respkv.server.registry import HANDLERS, UNAUTHENTICATED_HANDLERS, Handler, Later, resolve
+from respkv.server.loads import Delay, Loads
+from respkv.server.registry import HANDLERS, UNAUTHENTICATED_HANDLERS, Later, resolve
 from respkv.wire import reply
 from respkv.wire.parser import UNAUTHENTICATED, Args, Limits
 
@@ -41,7 +40,27 @@ UNAUTHENTICATED_OUTPUT_MAX = 64 * 1024  # of answers in one turn (CVE-2025-21605
 
 
 class Session(Answers):
-    """The state of one connection. is_closing: close once the output has left."""
+    """The state of one connection."""
+
+    __slots__ = (
+        "_backlog",
+        "_handlers",
+        "_intake",
+        "_is_waiting",
+        "_loads",
+        "_scope",
+        "_stream",
+        "_unsent",
+        "address",
+        "created",
+        "is_authenticated",
+        "last_active",
+        "last_command",
+        "library",
+        "local",
+        "name",
+        "number",
+    )
 
     def __init__(self, server: "Server", number: int, address: str, local: str, wire: Wire) -> None:
         super().__init__(server, wire)
@@ -52,9 +71,6 @@ class Session(Answers):
         self.library = (b"", b"")
         self.created = self.last_active = server.clock.now
         self.last_command = ""
-        self.is_closing = False
-        self.is_lost = False
-        self.is_draining = False
         self.is_authenticated = True
         self._handlers = HANDLERS
         self._intake = Intake(server, server.limits, self._resume, wire.abort)
@@ -66,7 +82,6 @@ class Session(Answers):
             self._loads = Loads(server.mover, server.budget)
         self._unsent = (0, 0.0)  # bytes, and since when it is so many
         self._scope: anyio.CancelScope | None = None
-        self._has_sent: anyio.Event | None = None
         if server.config.requirepass:
             self.demand_password(True)
 
@@ -84,11 +99,6 @@ class Session(Answers):
             or self.is_closing
             or (self.promises and self._is_choked())
         )
-
-    @property
-    def may_close(self) -> bool:
-        """Whether the last byte has left that the client is to be told."""
-        return self.is_closing and not self.is_draining and not self.promises
 
     @property
     def is_busy(self) -> bool:
@@ -190,6 +200,8 @@ class Session(Answers):
         """Be as a new connection is."""
         self.protocol = 2
         self.name = b""
+        if self._kept is not None:
+            self._cut(self._kept)
         self._kept = None
         self._skips = 0
         self.demand_password(bool(self.server.config.requirepass))
@@ -204,15 +216,6 @@ class Session(Answers):
                 yield
             finally:
                 self._scope = None
-
-    async def make_room(self) -> None:
-        """Wait until more may be answered. For the one command that waits."""
-        if self.out_bytes > OUTPUT_BYTES_SOFT:
-            self.wire.wake()
-        while self.is_draining or self.out_bytes > OUTPUT_BYTES_SOFT:
-            self._has_sent = anyio.Event()
-            await self._has_sent.wait()
-            self._has_sent = None
 
     def stop_reading_ahead(self) -> None:
         """Give back what was loaded for commands that a slow reader keeps from running."""
@@ -272,6 +275,8 @@ class Session(Answers):
             self._backlog.extend(todo)
             return
         handlers, found, loads = self._handlers, None, self._loads
+        if loads is not None:
+            loads.begin_turn(todo, len(commands))
         for args in todo:
             found = handlers.get(args[0])
             try:
@@ -280,13 +285,13 @@ class Session(Answers):
                 if loads is None:
                     later = found.handle(self, args)
                 else:
-                    later = self._handle(found, args, loads, len(commands) - length_hint(todo))
+                    later = loads.handle(self, found, args)
             except CacheError as error:
                 self._answer_error(error)
                 later = None
             if later is not None:
                 self._wait_for(later)
-                if isinstance(later, Loading):  # the command is still to be run
+                if isinstance(later, Delay):  # the command is still to be run
                     self._backlog.append(args)
             if self._skips and not self._is_waiting:
                 self._skip()
@@ -302,20 +307,6 @@ class Session(Answers):
         self.last_command = "" if found is None else found.command.name
         if self._intake.has_landed:
             self._drop_unused(commands[:num_run])
-
-    def _handle(self, found: Handler, args: Args, loads: Loads, count: int) -> "Later | None":
-        """Run the ``count``-th command on a server with file tiers, or have its values brought."""
-        copies = self.cache.copies
-        if found.reads is not None and copies.num_cold:
-            loading = loads.missing(self.cache, found, args, count)
-            if loading is not None:
-                return loading
-        since, start = copies.ticket, len(self.out)
-        try:
-            return found.handle(self, args)
-        finally:
-            if copies.ticket != since:
-                self._promise(since, start)
 
     def _move_on(self, loads: Loads, num_run: int) -> None:
         loads.advance(num_run)
@@ -338,8 +329,8 @@ class Session(Answers):
             self._pump()
         else:
             self._is_waiting = True
-            if isinstance(later, Loading):
-                work = partial(self._load, later)
+            if isinstance(later, Delay):
+                work = partial(self._delay, later)
             else:
                 work = partial(self._finish, later)
             self.server.spawn(contain, work, self.wire.abort)
@@ -364,10 +355,10 @@ class Session(Answers):
             self._skip()
         self._resume()
 
-    async def _load(self, loading: Loading) -> None:
-        """Wait for values from files, then go on with the command that needs them."""
+    async def _delay(self, delay: Delay) -> None:
+        """Wait for what a command needs, then go on with it."""
         try:
-            await loading.wait()
+            await delay.wait()
         finally:
             self._is_waiting = False
         self._resume()

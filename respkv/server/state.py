@@ -128,6 +128,19 @@ class Server:
                 return None
             raise
 
+    async def wait_for_writes(self) -> None:
+        """Wait, but not for long, while too much in memory has no copy in a file."""
+        with anyio.move_on_after(PATIENCE_S_MAX):
+            while self.cache.copies.is_behind:
+                await self._wait_for_news(ROOM_PAUSE_S)
+
+    async def _wait_for_news(self, seconds: float) -> None:
+        if self._room.is_set():  # it is shared: all who wait look again
+            self._room = anyio.Event()
+        # Promises lapse without anybody saying so, hence the look now and then.
+        with anyio.move_on_after(seconds):
+            await self._room.wait()
+
     async def wait_for_room(self, nbytes: int, has_gone: Callable[[], bool]) -> Landing | None:
         """Wait up to reserve-timeout for a slot; None when there is none, or the asker has gone.
 
@@ -148,13 +161,8 @@ class Server:
                 except OutOfMemory:
                     if cache.has_files and not is_patient and not cache.is_waiting_useful(nbytes):
                         return None
-                if self._room.is_set():  # it is shared: all who wait look again
-                    self._room = anyio.Event()
-                # Promises lapse without anybody saying so, hence the look now and then, and ever
-                # more rarely, because a look in vain is long.
-                with anyio.move_on_after(pause_s):
-                    await self._room.wait()
-                pause_s = min(2 * pause_s, ROOM_PAUSE_S_MAX)
+                await self._wait_for_news(pause_s)
+                pause_s = min(2 * pause_s, ROOM_PAUSE_S_MAX)  # a look in vain is long
         return None
 
 

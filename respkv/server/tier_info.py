@@ -61,7 +61,7 @@ def file_fields(server: "Server") -> dict[str, Field]:
         "kv_cold": copies.num_cold,
         "kv_cold_bytes": copies.cold_bytes,
         "kv_copies": copies.num_records,
-        "kv_dirty": len(copies.dirty),
+        "kv_dirty": copies.num_dirty,
         "kv_dirty_bytes": copies.queued_bytes + copies.queued_small_bytes,
         "kv_writing": len(copies.writing),
         "kv_writing_bytes": copies.writing_bytes,

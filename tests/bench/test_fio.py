@@ -1,11 +1,12 @@
 """fio does what it is asked, or the comparison ends."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.fio import Fio, Job, Word, engine, filled_file
+from bench.fio import Fio, Job, Word, engine, filled_file, is_direct
 from bench.servers import BenchError
 
 MIB = 1 << 20
@@ -32,6 +33,15 @@ def test_a_job_that_cannot_be_done_names_its_command(tmp_path: Path) -> None:
     job = Job(tmp_path / "none" / "file", MIB, "read", 4096, 1, 1)
     with pytest.raises(BenchError, match=f"--ioengine={engine()}"):
         Fio(job).measure()
+
+
+def test_a_folder_in_memory_is_no_obstacle() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert not list(Path(folder).iterdir())
+        is_direct(Path(folder))  # either, by the age of the kernel
+        assert not list(Path(folder).iterdir())
+        with filled_file(Path(folder), 4 * MIB) as file:
+            assert Fio(Job(file, 4 * MIB, "read", 64 << 10, 4, 1024)).measure() > 0
 
 
 def test_a_job_is_named_by_its_size_and_depth() -> None:

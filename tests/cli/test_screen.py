@@ -25,9 +25,14 @@ TIERS = [
 NOW = Rates(commands=12_345.6, in_bytes=1.5 * 2**30, out_bytes=0, evicted=2, hit_rate=0.973)
 
 
-def drawn(width: int = 100, history: Sequence[float] = (), note: str = "") -> list[str]:
+def drawn(
+    width: int = 100,
+    history: Sequence[float] = (),
+    note: str = "",
+    tiers: Sequence[Tier] = TIERS,
+) -> list[str]:
     """Return the lines of a frame, of which none may be wider than the terminal."""
-    look = Sample(at_s=0.0, info=INFO, stats=STATS, tiers=TIERS)
+    look = Sample(at_s=0.0, info=INFO, stats=STATS, tiers=list(tiers))
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=None)
     console.print(frame("host:7379", look, NOW, history, width=width, note=note))
@@ -46,6 +51,13 @@ def test_a_frame_says_what_the_server_does() -> None:
     assert "in 1.5 GiB/s leases 3" in text
     assert "out 0 B/s evicted 1,234, 2/s" in text
     assert "hit rate 97.3% of all 90.0%" in text
+
+
+def test_a_tier_that_ails_says_so_on_a_line_of_its_own() -> None:
+    ill = [*TIERS[:1], Tier("nvme", 5, 10, 1, "read-only: no space left on device")]
+    lines = drawn(tiers=ill)
+    (line,) = [number for number, line in enumerate(lines) if "read-only: no space" in line]
+    assert "nvme" in lines[line - 1]
 
 
 def test_a_bar_is_as_full_as_its_tier() -> None:

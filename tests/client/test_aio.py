@@ -99,7 +99,7 @@ def test_a_client_may_go_from_one_loop_to_the_next(redis: RedisServer) -> None:
 
 
 async def test_other_tasks_run_while_calls_are_answered_at_once(redis: RedisServer) -> None:
-    turns = 0
+    turns = seen = 0
 
     async def count() -> None:
         nonlocal turns

@@ -111,10 +111,12 @@ class FakeTier:
         self.crash = error
         self._wake.set()
 
-    async def stop(self) -> None:
+    async def stop(self, seconds: float = 10.0) -> None:
         await anyio.lowlevel.checkpoint()
         self._is_running = False
         self._wake.set()
+        if self.gate is not None:
+            self.open_gate()
         kept = [Logged(self.describe(record), each.data) for record, each in self.records.items()]
         self.log.values, self.log.clean = kept, kept
         self.log.buried.clear()

@@ -36,7 +36,7 @@ async def opened(
 async def until(is_so: Callable[[], bool]) -> None:
     """Let others run until something is so; a test that waits for ever is ended by the clock."""
     with anyio.fail_after(5):
-        while not is_so():
+        while not is_so():  # noqa: ASYNC110 (many things end a wait; none of them says so)
             await anyio.sleep(0.001)
 
 
@@ -48,7 +48,7 @@ async def settled(cache: Cache, mover: Mover, since: int = 0) -> None:
 async def clean(cache: Cache, mover: Mover) -> None:
     """Write everything that is dirty."""
     await mover.drain(5)
-    assert not cache.copies.dirty
+    assert not cache.copies.num_dirty
 
 
 async def make_cold(cache: Cache, mover: Mover) -> None:

@@ -573,3 +573,73 @@ def test_hit_rates_of_a_real_trace_are_those_of_other_simulators(
         replay.serve(request)
     assert replay.hit_rate == pytest.approx(hit_rate, abs=0.01)
     replay.policy.check(list(replay.entries.values()))
+
+
+class Writable(Shelf):
+    """A shelf whose entries are set aside while they are ``unwritten``."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.unwritten: set[str] = set()
+
+    def verdict(self, entry: Entry) -> Verdict:
+        answer = super().verdict(entry)
+        if answer is Verdict.EVICT and entry.key.decode() in self.unwritten:
+            return Verdict.UNWRITTEN
+        return answer
+
+    def evict_last(self) -> str | None:
+        victim = self.policy.last_resort(super().verdict)
+        if victim is None:
+            return None
+        self.delete(victim)
+        return victim.key.decode()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_not_written_is_passed_over_and_comes_back_when_it_is(name: str) -> None:
+    shelf = Writable(name)
+    for key in "abcd":
+        shelf.put(key)
+    shelf.unwritten = {"a", "b"}
+    assert shelf.evict() == "c"
+    shelf.check()
+    shelf.unwritten = {"b"}
+    shelf.policy.insert(shelf.entries["a"])
+    assert shelf.evict() == "a"
+    assert shelf.evict() == "d"
+    assert shelf.evict() is None
+    assert shelf.evict_last() == "b"
+    shelf.check()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_last_resort_is_the_one_passed_over_first_that_may_go(name: str) -> None:
+    shelf = Writable(name)
+    for key in "abcd":
+        shelf.put(key)
+    shelf.unwritten = set("abcd")
+    assert shelf.evict() is None
+    shelf.held.add(shelf.entries["a"])
+    assert shelf.evict_last() == "b"
+    shelf.delete(shelf.entries["c"])
+    assert shelf.evict_last() == "d"
+    assert shelf.evict_last() is None
+    shelf.check()
+    shelf.held.clear()
+    shelf.unwritten.clear()
+    assert shelf.evict() == "a"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_when_nobody_writes_any_more_all_stand_in_line_again(name: str) -> None:
+    shelf = Writable(name)
+    for key in "abc":
+        shelf.put(key)
+    shelf.unwritten = set("abc")
+    assert shelf.evict() is None
+    shelf.unwritten.clear()
+    assert shelf.evict() is None
+    shelf.policy.release()
+    shelf.check()
+    assert shelf.drain() == ["a", "b", "c"]

@@ -6,7 +6,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from respkv.engine.entry import Put
+from respkv.engine.entry import Entry, Put
 from respkv.engine.files import open_files
 from respkv.engine.placement import MoveSettings
 from respkv.errors import OutOfMemory, TierError
@@ -86,7 +86,7 @@ async def test_small_values_become_cold_too() -> None:
         for number in range(200):
             cache.put(b"k%d" % number, b"%d" % number)
             clock.advance(1)
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             await until(lambda: cache.copies.queued_small_bytes <= 10_000)
         assert len(cache.entries) == 200
         assert cache.num_cold > 100
@@ -545,19 +545,32 @@ async def test_a_damaged_copy_is_never_served_and_the_next_one_is_tried() -> Non
         assert cache.history.find(b"k") == "corrupt"
 
 
-async def test_a_copy_that_cannot_be_read_is_given_up() -> None:
+async def test_a_copy_that_cannot_be_read_now_is_an_error_and_stays() -> None:
     cache, _ = make_cache()
-    async with opened(cache, tier := FakeTier()) as mover:
-        cache.put(b"k", b"v" * 5000)
+    nvme, disk = FakeTier(), FakeTier(name="disk")
+    async with opened(cache, nvme, disk) as mover:
+        entry = cache.put(b"k", b"v" * 5000)
         await make_cold(cache, mover)
-        tier.read_error = TierError("EIO")
-        assert await get(cache, mover, b"k") is None
-        assert cache.history.find(b"k") == "lost"
-        assert not tier.records
+        nvme.read_error = TierError("no memory")
+        with pytest.raises(TierError, match="no memory"):
+            await get(cache, mover, b"k")
+        assert entry.is_cold
+        assert cache.stats.loads_failed == 1
+        await nvme_leaves(nvme, entry)
+        assert await get(cache, mover, b"k") == b"v" * 5000
+        assert disk.reads == [b"k"]
+        nvme.read_error = None
+
+
+async def nvme_leaves(nvme: FakeTier, entry: Entry) -> None:
+    """Move an entry down although its tier does not read now."""
+    error, nvme.read_error = nvme.read_error, None
+    await nvme.leave(list(entry.records))
+    nvme.read_error = error
 
 
 async def test_a_load_waits_for_room_and_says_when_there_is_none() -> None:
-    cache, clock = make_cache(1 << 20)
+    cache, _ = make_cache(1 << 20)
     async with opened(cache, FakeTier()) as mover:
         entry = cache.put(b"k", b"v" * 400_000)
         await make_cold(cache, mover)
@@ -569,7 +582,8 @@ async def test_a_load_waits_for_room_and_says_when_there_is_none() -> None:
         await found.wait()
         assert not entry.is_cold
         mover.release(found)
-        cache.demote(entry) if not entry.is_cold else None
+        if not entry.is_cold:
+            cache.demote(entry)
         held = cache.reserve(900_000)
         found = mover.start_load(entry)
         await found.wait()
@@ -591,7 +605,7 @@ async def test_loads_are_bounded_and_keep_their_order_with_advice_behind_them() 
         assert cache.stats.prefetch_dropped == 2
         others = [mover.start_load(entries[5])]
         await until(lambda: len(tier.reads) == 1)
-        assert mover.loader.bytes_in_flight == 5000
+        assert mover.loader.bytes_in_flight == [5000]
         tier.open_gate()
         for each in (*first, *others):
             await each.wait()
@@ -634,7 +648,7 @@ async def test_what_a_tier_drops_is_dirty_again_while_it_is_in_memory() -> None:
         entry = cache.put(b"k", b"v" * 5000)
         await clean(cache, mover)
         tier.drop(entry.records[0], "evicted")
-        assert entry in cache.copies.dirty
+        assert entry in cache.copies.dirty_large
         kept = cache.put(b"kept", b"v", DURABLE)
         await settled(cache, mover)
         tier.drop(kept.records[0], "evicted")

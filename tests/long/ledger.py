@@ -12,6 +12,7 @@ back again after a crash, but it has these bytes or none.
 import hashlib
 import random
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ LEVEL_WORDS: list[tuple[bytes, ...]] = [(), (b"WRITTEN",), (b"DURABLE",)]
 
 SIZES = [20, 300, 449, 4000, 20_000, 65_536, 70_000, 300_000, 1_000_000]
 DIGEST_BYTES = 16
+STORY_MAX = 12
 NOISE_BYTES = 4 << 20
 REPLY_S_MAX = 60.0
 TTL_SLACK_S = 0.4  # how far a server that was just asked may be from our clock
@@ -57,6 +59,7 @@ class Key:
     allowed:  after a crash at this moment; None among them when it may be absent.
     expiries: for each version, the times at which it may expire.
     is_live_deleted: deleted, and only a crash may bring it back.
+    story:    the last that was done to it.
     """
 
     name: bytes
@@ -66,6 +69,11 @@ class Key:
     allowed: set[State] = field(default_factory=lambda: {None})
     expiries: dict[int, list[Window]] = field(default_factory=dict)
     is_live_deleted: bool = False
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_MAX))
+
+    def note(self, what: str) -> None:
+        """Remember what was done, for an error to tell."""
+        self.story.append(f"{time.time() % 1000:.3f} {what}")
 
 
 class Wrong(AssertionError):
@@ -102,10 +110,12 @@ class Ledger:
         soon = time.time() + (px_ms or 0) / 1000
         window = NEVER if px_ms is None else (soon, soon + REPLY_S_MAX)
         key.expiries.setdefault(version, []).append(window)
+        key.note(f"put {version}, level {level}, px {px_ms}")
         return version
 
     def end_put(self, key: Key, version: int, level: int, px_ms: int | None = None) -> None:
         """The put was acknowledged."""
+        key.note("ok")
         if not key.is_content:
             key.allowed = {version} if self._is_kept(level) else {version, None}
             first, _ = key.expiries[version][0]
@@ -116,10 +126,12 @@ class Ledger:
 
     def begin_delete(self, key: Key) -> None:
         """DEL is about to be sent."""
+        key.note("delete")
         key.allowed.add(None)
 
     def end_delete(self, key: Key) -> None:
         """DEL was acknowledged."""
+        key.note("ok")
         key.is_live_deleted = True
         if not key.is_content:
             self._forget(key)
@@ -128,6 +140,7 @@ class Ledger:
         """PEXPIRE, or PERSIST for None, is about to be sent; return when it will have expired."""
         soon = time.time() + (px_ms or 0) / 1000
         window = NEVER if px_ms is None else (soon, soon + REPLY_S_MAX)
+        key.note(f"expire {px_ms}")
         for version in key.allowed:
             if version is not None:
                 key.expiries[version].append(window)
@@ -135,6 +148,7 @@ class Ledger:
 
     def end_expire(self, key: Key, px_ms: int | None, window: Window, was_there: bool) -> None:
         """It was acknowledged."""
+        key.note(f"ok: {was_there}")
         if not was_there:
             self.check(key, None)
             return
@@ -147,11 +161,13 @@ class Ledger:
     def begin_flush(self) -> None:
         """FLUSHALL is about to be sent, and nothing else is under way."""
         for key in self.keys:
+            key.note("flush")
             key.allowed.add(None)
 
     def end_flush(self) -> None:
         """FLUSHALL was acknowledged; not even a crash brings anything back."""
         for key in self.keys:
+            key.note("ok")
             self._forget(key)
 
     # What clients and the tester see.
@@ -170,6 +186,7 @@ class Ledger:
             self._forget(key)
         was_kept = None not in key.allowed
         state = self._find(key, value, self._allowed_now(key))
+        key.note(f"found {state} after a {'stop' if clean else 'crash'}")
         key.is_live_deleted = False
         if state is not None:
             if was_kept or clean:
@@ -210,7 +227,9 @@ class Ledger:
                     return None
             elif value == self.values.of(key.number, state):
                 return state
-        raise Wrong(f"{key.name!r} is {self._name(key, value)}, not {wanted(allowed)}")
+        raise Wrong(
+            f"{key.name!r} is {self._name(key, value)}, not {wanted(allowed)}; {list(key.story)}"
+        )
 
     def _name(self, key: Key, value: bytes | None) -> str:
         """Say what this is, for an error."""

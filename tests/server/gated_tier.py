@@ -5,7 +5,7 @@ from typing import Any
 
 import anyio
 
-from respkv.errors import TierError
+from respkv.errors import PageCorrupt, TierError
 from respkv.tiers.health import Health
 from respkv.tiers.record import Level, Meta, Record, Value
 
@@ -49,23 +49,28 @@ class Gate:
         self._changed = anyio.Event()
 
 
+def _unset(*_: object) -> Any:
+    raise AssertionError("the engine sets its hooks")
+
+
 class GatedTier:
     """Values in a dict. reads, writes and notes are the gates; writes are known by their keys."""
 
     name, letter = "nvme", "n"
     payload_bytes_max = 1 << 30
     next_generation = 1
-    describe: Callable[[Record], Meta]
-    keep: Callable[[Record], bool]
-    leave: Callable[[list[Record]], Awaitable[None]]
-    dropped: Callable[[Record, str], None]
-    generation: Callable[[], int]
 
     def __init__(self) -> None:
+        self.describe: Callable[[Record], Meta] = _unset
+        self.keep: Callable[[Record], bool] = _unset
+        self.leave: Callable[[list[Record]], Awaitable[None]] = _unset
+        self.dropped: Callable[[Record, str], None] = _unset
+        self.generation: Callable[[], int] = _unset
         self.health = Health(self.name)
         self.values: dict[Record, bytes] = {}
         self.reads, self.writes, self.notes = Gate(), Gate(), Gate()
         self.batches: list[list[bytes]] = []  # keys of the writes that clients waited for
+        self.corrupt: set[bytes] = set()
         self.num_clears = 0
         self._ticket = 0
 
@@ -98,6 +103,10 @@ class GatedTier:
         self, record: Record, key: bytes, into: memoryview, image: memoryview | None
     ) -> None:
         await self.reads.go_through(key)
+        if key in self.corrupt:
+            del self.values[record]
+            self.dropped(record, "corrupt")
+            raise PageCorrupt("a bit has flipped")
         if record not in self.values:
             raise TierError("it is gone")
         into[:] = self.values[record]
@@ -117,6 +126,7 @@ class GatedTier:
         await self.notes.go_through(b"note")
 
     async def clear(self) -> None:
+        await self.notes.go_through(b"clear")
         self.num_clears += 1
         self.values.clear()
 

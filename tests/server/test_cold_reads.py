@@ -127,13 +127,32 @@ async def test_a_flush_while_values_are_read_leaves_nothing_to_serve() -> None:
 # -- failures ---------------------------------------------------------------------------------------
 
 
-async def test_a_copy_that_cannot_be_read_is_a_miss_and_the_next_command_goes_on() -> None:
+async def test_a_corrupt_copy_is_gone_for_everybody() -> None:
+    async with cold_server() as cold:
+        await cold.put({b"a": b"A", b"b": b"B"})
+        cold.tier.corrupt |= {b"a", b"b"}
+        wire = FakeWire(cold.server)
+        commands = [("GET", "a"), ("EXISTS", "a"), ("GETSET", "b", "new"), ("GET", "b")]
+        wire.feed(pipeline([*commands, ("KV.EXPLAIN", "a")]))
+        *found, explained = await replies(wire, 5)
+        assert found == [None, 0, None, b"new"]
+        assert explained[0] == b"corrupt"
+
+
+async def test_a_copy_that_cannot_be_read_now_is_a_miss_and_no_change_is_made_without_it() -> None:
     async with cold_server() as cold:
         await cold.put({b"a": b"A", b"b": b"B"})
         cold.tier.reads.errors[b"a"] = "EIO"
         wire = FakeWire(cold.server)
-        wire.feed(pipeline([("GET", "a"), ("GET", "b"), ("GETSET", "a", "new"), ("GET", "a")]))
-        assert await replies(wire, 4) == [None, b"B", None, b"new"]
+        commands = [("GET", "a"), ("GET", "b"), ("GETSET", "a", "new"), ("SET", "a", "x", "GET")]
+        wire.feed(pipeline([*commands, ("GETDEL", "a"), ("MGET", "b", "a"), ("STRLEN", "a")]))
+        found = await replies(wire, 7)
+        assert found[:2] == [None, b"B"]
+        assert [str(each)[:7] for each in found[2:5]] == ["KVTIER "] * 3
+        assert found[5:] == [[b"B", None], 1]
+        del cold.tier.reads.errors[b"a"]
+        wire.feed(request("GETSET", "a", "new"))
+        assert await replies(wire, 1) == [b"A"]
 
 
 async def test_without_room_readers_see_a_miss_and_writers_an_error_and_the_value_stays() -> None:

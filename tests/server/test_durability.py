@@ -279,11 +279,20 @@ async def test_a_stream_behind_a_put_that_waits_leaves_with_it() -> None:
         assert await replies(wire, 4) == [b"OK", values[b"k1"], list(values.values()), b"OK"]
 
 
-async def test_a_flush_that_a_tier_refuses_is_an_error_and_memory_is_empty() -> None:
+async def test_a_flush_is_answered_when_the_files_know_it_or_refuse() -> None:
     async with cold_server() as cold:
         await cold.put({b"a": b"A"})
+        cold.tier.notes.shut()
         wire = FakeWire(cold.server)
         wire.feed(pipeline([("SET", "b", "1"), ("FLUSHALL",), ("DBSIZE",)]))
-        assert await replies(wire, 3) == [b"OK", b"OK", 0]
+        await settle()
+        assert parsed(wire.drain()) == [b"OK"]
+        cold.tier.notes.open()
+        assert await replies(wire, 2) == [b"OK", 0]
         assert cold.tier.num_clears == 1
         assert not cold.tier.values
+        cold.tier.notes.errors[b"clear"] = "EIO"
+        wire.feed(pipeline([("SET", "b", "1"), ("FLUSHDB",), ("DBSIZE",)]))
+        ok, error, size = await replies(wire, 3)
+        assert (ok, size) == (b"OK", 0)
+        assert str(error).startswith("KVTIER ")

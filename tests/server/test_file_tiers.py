@@ -1,7 +1,6 @@
 """Servers with file tiers over sockets: what they tell, what they refuse, what their clients see."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,21 +14,19 @@ import pytest
 import redis as redis_py
 
 from respkv.client import AsyncClient, Client
-from respkv.client.commands import Match
 from respkv.errors import ServerError
 from respkv.server import schema_files
-from tests.server.conftest import Connect
-from tests.server.raw import Raw, error_of
+from tests.server.raw import Raw, error_of, pipeline
 from tests.server_process import ServerProcess
 
 MIB = 1 << 20
-PAGE = 1024
+PAGE = 2048
 SHAPE = {"layers": 2, "heads": 2, "dim": 16, "tokens": 4, "dtype": "float32"}
 Start = Callable[..., ServerProcess]
 KINDS: dict[str, dict[str, object]] = {
-    "io_uring": {"nvme_path": "a", "nvme_bytes": "64mb", "nvme_engine": "io_uring"},
-    "threads": {"nvme_path": "a", "nvme_bytes": "64mb", "nvme_engine": "threads"},
-    "disk": {"disk_path": "a", "disk_bytes": "64mb"},
+    "io_uring": {"nvme_path": "a", "nvme_bytes": "256mb", "nvme_engine": "io_uring"},
+    "threads": {"nvme_path": "a", "nvme_bytes": "256mb", "nvme_engine": "threads"},
+    "disk": {"disk_path": "a", "disk_bytes": "256mb"},
 }
 
 
@@ -66,6 +63,10 @@ def letter_of(server: ServerProcess) -> str:
     return "n" if "kv_nvme_state" in server.info() else "d"
 
 
+def page_of(number: int) -> memoryview:
+    return memoryview(bytes([number]) * MIB)
+
+
 def fill(client: Client, count: int = 48) -> None:
     """Store pages of 1 MiB that are three times as much as memory holds; the first are cold then."""
     for number, key in enumerate(keys_of(count)):
@@ -82,7 +83,7 @@ def test_pages_beyond_memory_are_read_by_every_command(tiered: ServerProcess) ->
         assert found.tiers.endswith("c")
         assert found.load_us > 1000
         for number in (0, 47, 1):
-            assert client.get(keys[number]) == bytes([number]) * MIB
+            assert client.get(keys[number]) == page_of(number)
         pages = client.mget(keys)
         assert [page and page[0] for page in pages] == list(range(48))
         assert all(page is not None and len(page) == MIB for page in pages)
@@ -90,7 +91,7 @@ def test_pages_beyond_memory_are_read_by_every_command(tiered: ServerProcess) ->
         client.mget(keys[5:8], into=into)
         assert [buffer[MIB - 1] for buffer in into] == [5, 6, 7]
         assert client.exists(*keys) == 48
-        with client.pipeline() if False else Client(tiered.url) as other:
+        with Client(tiered.url) as other:
             assert other.command("GET", keys[3]) == bytes([3]) * MIB
         assert client.get(b"ns:absent") is None
 
@@ -101,12 +102,12 @@ def test_a_deadline_is_kept_and_a_prefetch_is_there_for_it(tiered: ServerProcess
         fill(client)
         assert client.get(keys[0], deadline_ms=0) is None
         assert client.mget([keys[47], keys[1]], deadline_ms=0)[1] is None
-        assert client.get(keys[2], deadline_ms=5000) == bytes([2]) * MIB
+        assert client.get(keys[2], deadline_ms=5000) == page_of(2)
         assert client.prefetch([keys[5], keys[6], b"ns:no"]) == 2
         deadline = time.monotonic() + 5
         while client.match(keys[5:7]).tiers != "cc":
             assert time.monotonic() < deadline
-        assert client.get(keys[5], deadline_ms=0) == bytes([5]) * MIB
+        assert client.get(keys[5], deadline_ms=0) == page_of(5)
         assert client.prefetch([keys[5]]) == 0
 
 
@@ -118,9 +119,10 @@ def test_the_other_face_of_the_client_has_the_same_words(tiered: ServerProcess) 
             assert found is not None
             assert found["durability"] == "written"
             key = keys_of(1)[0]
-            assert await client.put(key, b"x" * PAGE, durability="durable")
-            assert await client.get(key, deadline_ms=1000) == b"x" * PAGE
-            assert await client.mget([key], deadline_ms=1000) == [b"x" * PAGE]
+            page = memoryview(b"x" * PAGE)
+            assert await client.put(key, page, durability="durable")
+            assert await client.get(key, deadline_ms=1000) == page
+            assert await client.mget([key], deadline_ms=1000) == [page]
             assert await client.prefetch([key]) == 0
             assert (await client.match([key])).tiers == "c"
 
@@ -128,6 +130,7 @@ def test_the_other_face_of_the_client_has_the_same_words(tiered: ServerProcess) 
 
 
 def test_redis_py_reads_what_only_files_have(tiered: ServerProcess) -> None:
+    client: Any
     with redis_py.Redis(port=tiered.port) as client:
         for number in range(30):
             client.set(f"k{number}", bytes([number]) * MIB)
@@ -158,20 +161,23 @@ def test_what_is_told_about_a_cold_page(tiered: ServerProcess) -> None:
         fill(client)
         info: Any = client.command("KV.INFO", key)
         assert (info[b"tier"], info[b"tiers"], info[b"level"]) == (tier, [tier], b"memory")
-        reason, text = client.command("KV.EXPLAIN", key)  # type: ignore[misc]
-        assert reason == b"cold"
-        assert tier in text
-        cpu, file_tier = client.command("KV.TIERS")  # type: ignore[misc]
+        explained: Any = client.command("KV.EXPLAIN", key)
+        assert explained[0] == b"cold"
+        assert tier in explained[1]
+        tiers: Any = client.command("KV.TIERS")
+        cpu, file_tier = tiers
         assert cpu[b"name"] == b"cpu"
         assert (file_tier[b"name"], file_tier[b"state"]) == (tier, b"ok")
         assert file_tier[b"pages"] >= 30
-        assert 0 < file_tier[b"used_bytes"] <= 64 * MIB == file_tier[b"capacity_bytes"]
+        assert 0 < file_tier[b"used_bytes"] <= 256 * MIB == file_tier[b"capacity_bytes"]
         stats: Any = client.command("KV.STATS")
         assert stats[b"cold"] >= 30
         assert stats[tier + b"_state"] == b"ok"
         info_text = client.info()
         assert int(info_text["kv_dirty_bytes"]) >= 0
-        assert float(info_text[f"kv_{tier.decode()}_write_amplification"]) >= 1.0
+        # The bytes of a page are all alike here: a codec makes next to nothing of them.
+        least = 1.0 if tier == b"nvme" else 0.0
+        assert float(info_text[f"kv_{tier.decode()}_write_amplification"]) >= least
 
 
 # -- schemas ----------------------------------------------------------------------------------------
@@ -236,7 +242,9 @@ def test_a_directory_that_cannot_be_had_is_one_line(name: str, tmp_path: Path) -
     file = tmp_path / "file"
     file.write_text("")
     option, size = f"--{name}-path", (f"--{name}-bytes", "64mb")
-    assert refusal(option, file, *size) == f"{name}-path {file}: it is a file; a directory is needed"
+    assert (
+        refusal(option, file, *size) == f"{name}-path {file}: it is a file; a directory is needed"
+    )
     deep = tmp_path / "no" / "such"
     assert refusal(option, deep, *size) == (
         f"{name}-path {deep}: there is no {tmp_path / 'no'} to make it in"
@@ -297,15 +305,18 @@ def test_levels_that_contradict_are_refused(words: tuple[str, ...], start: Start
 
 def test_what_waits_for_a_commit_is_answered_before_a_stop(tiered: ServerProcess) -> None:
     with Raw(tiered.connect()) as raw:
-        for number in range(200):
-            raw.send("KV.PUT", f"k{number}", b"x" * 10_000, "DURABLE")
+        puts = [("KV.PUT", f"k{number}", b"x" * 1000, "DURABLE") for number in range(200)]
+        raw.socket.sendall(pipeline(puts))
+        deadline = time.monotonic() + 5
+        with Client(tiered.url) as client:
+            while not client.exists("k199"):
+                assert time.monotonic() < deadline
         tiered.process.send_signal(signal.SIGTERM)
-        found = [raw.next() for _ in range(200)] if os.environ.get("NEVER") else []
-        assert raw.wait_closed().count(b"+OK\r\n") + len(found) >= 1
+        assert raw.wait_closed() == b"+OK\r\n" * 200
     assert tiered.process.wait(timeout=20) == 0
 
 
-def test_a_warm_start_has_what_was_in_memory(start: Start, connect: Connect) -> None:
+def test_a_warm_start_has_what_was_in_memory(start: Start) -> None:
     server = start(nvme_path="a", nvme_bytes="64mb")
     with Raw(server.connect()) as raw:
         for number in range(100):

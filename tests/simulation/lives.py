@@ -36,10 +36,11 @@ from tests.simulation.virtual import Jump, run
 from tests.tiers.faulty_device import FaultyDevice
 from tests.tiers.memory_device import Files, Kind, MemoryDevice
 
-ARENA_BYTES = 1 << 20
+ARENA_BYTES = 512 << 10
 SEGMENT_BYTES = 160 << 10
 CLIENTS = 4
 LIVES = 4
+LIFE_S_MAX = 300.0
 STEPS = 120  # of each client in a life
 End = Literal["clean", "kill", "power"]
 
@@ -145,7 +146,9 @@ class Life:
 
     def _add_tier(self, name: str, alignment: int, files: Files) -> None:
         capacity = (24 if name == "nvme" else 40) * SEGMENT_BYTES + (512 << 10)
-        device = MemoryDevice(files, alignment=alignment, capacity_bytes=capacity, pause=self._pause)
+        device = MemoryDevice(
+            files, alignment=alignment, capacity_bytes=capacity, pause=self._pause
+        )
         faulty = FaultyDevice(device, self.rng.randrange)
         config = TierConfig(
             name,
@@ -192,7 +195,9 @@ class Life:
                     raise
         self._count()
         if end == "clean":
-            left = [{name: bytes(data) for name, data in each.files.items()} for each in self.devices]
+            left = [
+                {name: bytes(data) for name, data in each.files.items()} for each in self.devices
+            ]
             self._keep_what_is_true()
         return left
 
@@ -208,9 +213,11 @@ class Life:
                 each.add("error", "write", code=errno.EIO, name="segment", one_in=30)
                 each.add("error", "read", code=errno.EIO, name="segment", one_in=60)
                 each.add("flip", "read", name="segment", one_in=60)
-        async with anyio.create_task_group() as tasks:
-            for _ in range(CLIENTS):
-                tasks.start_soon(self._be_client, mover)
+        with anyio.move_on_after(LIFE_S_MAX) as scope:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(CLIENTS):
+                    tasks.start_soon(self._be_client, mover)
+        assert not scope.cancelled_caught, f"a client hangs for {LIFE_S_MAX} s"
         if self.has_faults:
             for each in self.faulty:
                 each.heal()
@@ -262,7 +269,7 @@ class Life:
                 return
             if entry.slot is not None:
                 header = cache.header(entry.slot)
-                check_page(header, cache.payload(entry.slot), key=key, generation=entry.generation)
+                check_page(header, cache.payload(entry.slot), key=key)
             history.see(key, cache.copy(entry), self.clock.wall_ms, crashed=crashed)
         finally:
             mover.release(load)
@@ -341,11 +348,15 @@ class Life:
         choose = self.rng.randrange
         left = [device.after_crash(device.num_events, end, choose) for device in self.devices]
         least = Level.WRITTEN if end == "kill" else Level.DURABLE
-        self.promised = [] if self.has_faults else [
-            entry.key
-            for entry in self.cache.entries.values()
-            if self._is_promised(entry, least)
-        ]
+        self.promised = (
+            []
+            if self.has_faults
+            else [
+                entry.key
+                for entry in self.cache.entries.values()
+                if self._is_promised(entry, least)
+            ]
+        )
         return left
 
     def _is_promised(self, entry: Entry, least: Level) -> bool:

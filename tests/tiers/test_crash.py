@@ -165,7 +165,7 @@ class World:
         elif choice < 94:
             assert self.tier._parts is not None
             askers.start_soon(self.tier._parts.checkpointer.try_write)
-        elif choice < 98:
+        elif choice < 96:
             keeps = self.rng.choice([lambda record: True, lambda record: record.offset % 3 > 0])
             self.shelf.keeps = keeps
         elif not self.busy:
@@ -301,11 +301,11 @@ async def run(seed: int, *, lives: int, steps: int, crashes: int) -> None:
     await world.start()
     for _ in range(lives):
         await world.live(rng.randrange(steps))
-        events = sorted(rng.randrange(world.now + 1) for _ in range(crashes))
+        events = [world.now, *(rng.randrange(world.now + 1) for _ in range(crashes))]
         kinds: list[Crash] = [rng.choice(CRASHES) for _ in events]
         others = [
             await recovered(world, event, crash, rng)
-            for event, crash in zip([*events, world.now], [*kinds, CRASHES[1]], strict=True)
+            for event, crash in zip(events, kinds, strict=True)
         ]
         world = rng.choice(others)
 

@@ -75,6 +75,7 @@ KV_KEYS = [
     ("kv.mget 3 a a b", "a a b"),
     ("KV.MATCH 1 a", "a"),
     ("KV.TOUCH 2 a b", "a b"),
+    ("KV.PREFETCH 2 a b TO cpu", "a b"),
     ("KV.LEASE 2 a b MS 100", "a b"),
     ("KV.INFO k", "k"),
     ("KV.PIN k 100", "k"),
@@ -98,7 +99,7 @@ def test_every_kv_command_with_keys_has_a_case_above() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["KV.MGET", "KV.MATCH", "KV.TOUCH", "KV.LEASE"])
+@pytest.mark.parametrize("name", ["KV.MGET", "KV.MATCH", "KV.TOUCH", "KV.LEASE", "KV.PREFETCH"])
 @pytest.mark.parametrize(
     ("count", "message"),
     [

@@ -79,7 +79,7 @@ def _key_if_get(args: Args) -> Sequence[bytes]:
     return args[1:2] if is_asked else ()
 
 
-@command("set", _key_if_get)
+@command("set", _key_if_get, reads_from=4)
 def set_(session: Session, args: Args) -> None:
     """Store a value, with all options of Redis 7."""
     if len(args) == 3:

@@ -1,0 +1,31 @@
+"""Lives of an engine with file tiers, ended by stops, kills and power cuts, each decided by a seed."""
+
+import pytest
+
+from tests.simulation.lives import play_lives
+
+HISTORIES = 5  # a test
+
+
+@pytest.mark.parametrize("first", range(1, 41, HISTORIES))
+def test_no_life_shows_a_wrong_or_stale_byte_nor_loses_what_was_promised(first: int) -> None:
+    for seed in range(first, first + HISTORIES):
+        play_lives(seed)
+
+
+def test_no_life_on_trio_does_either() -> None:
+    for seed in range(1001, 1001 + HISTORIES):
+        play_lives(seed, backend="trio")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_seed_decides_everything(backend: str) -> None:
+    results = [play_lives(1, backend=backend) for _ in range(2)]
+    assert results[0] == results[1]
+    assert results[0].loads > 50
+
+
+def test_a_history_that_fails_says_how_to_play_it_again() -> None:
+    with pytest.raises(LookupError) as found:
+        play_lives(7, backend="no such loop")
+    assert "play_lives(7, " in found.value.__notes__[0]
