@@ -235,14 +235,20 @@ class Cache(Residents):
         self.stats.lapsed += before - len(self.leases) + len(overdue)
         return overdue
 
-    def flush(self) -> None:
-        """Remove everything. Readers keep what they are reading."""
+    def flush(self, *, frees: bool = True) -> None:
+        """Remove everything. Readers keep what they are reading.
+
+        frees: whether file tiers are told of each copy; otherwise they have to be cleared.
+        """
         removed = self.index.clear()
         for entry in removed[-FLUSHED_NOTED_MAX:]:
             self.history.note(entry.key, "flushed")
+        if self.has_files:
+            if frees:
+                for entry in removed:
+                    self.copies.removed(entry, "flushed")
+            self.copies.flushed(removed)
         for entry in removed:
-            if self.has_files:
-                self.copies.removed(entry, "flushed")
             slot, entry.slot = entry.slot, None
             if slot is not None:
                 slot.owner = None

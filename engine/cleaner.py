@@ -84,7 +84,7 @@ class Cleaner:
                 continue
             tier = choose_tier(self.tiers, entry.nbytes)
             if tier is None:
-                self._copies.refuse(entry, self._why_not(entry.nbytes))
+                self._copies.refuse(entry, f"not written: {self.why_not(entry.nbytes)}")
             else:
                 groups.setdefault((tier, entry.level), []).append(entry)
         for (tier, level), entries in groups.items():
@@ -107,15 +107,20 @@ class Cleaner:
             self._raising.discard(entry)
             self._loader.release(load)
 
-    def _why_not(self, nbytes: int) -> str:
+    def why_not(self, nbytes: int = 0) -> str:
+        """Say why no tier takes a value of this size now."""
         healths = [
             f"{tier.name} is {tier.health.state}"
             + (f" ({tier.health.reason})" if tier.health.reason else "")
-            if tier.health.state != "ok"
-            else f"{tier.name} takes values of at most {tier.payload_bytes_max} bytes, not {nbytes}"
             for tier in self.tiers
+            if tier.health.state != "ok"
         ]
-        return "not written: " + ("; ".join(healths) or "there is no file tier")
+        sizes = [
+            f"{tier.name} takes values of at most {tier.payload_bytes_max} bytes, not {nbytes}"
+            for tier in self.tiers
+            if tier.health.state == "ok" and nbytes > tier.payload_bytes_max
+        ]
+        return "; ".join([*healths, *sizes]) or "there was no time"
 
     def _write_dirty(self) -> None:
         """Start writing as much as the watermarks ask for and may be on its way at a time."""
@@ -248,6 +253,7 @@ class Cleaner:
             return
         if not writing.notes and not writing.level:
             return
+        self._copies.doubt(writing)
         following = choose_tier(self.tiers, entry.nbytes, writing.tier + 1)
         if following is None or entry.is_cold:
             self._copies.fail(writing, reason)

@@ -8,80 +8,42 @@ memory is short. What a client wants to survive is urgent and goes first.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from respkv.engine.burials import Burials
+from respkv.engine.backlog import Backlog
 from respkv.engine.clock import Clock
 from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.history import Reason
-from respkv.engine.journeys import Dirt, End, Move, Writing
+from respkv.engine.journeys import End, Move, Writing
 from respkv.engine.notes import Note
-from respkv.engine.placement import Watermarks
-from respkv.engine.tier import Tier
 from respkv.tiers.meta import is_content_addressed
 from respkv.tiers.record import Level, Record
 
 RECORD_BYTES = 360  # what a record costs on the heap, its place in the tier's tables included
 
 
-class Copies(Burials):
+class Copies(Backlog):
     """The dirty, the clean and the cold.
 
     lose:    removes an entry that has no copy left.
     requeue: told of an entry in memory that became clean.
-    on_room: called when there is no need any more to wait with values.
     """
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
-        self.is_on = False
-        self.payload_bytes_max = -1
         self.num_cold = self.cold_bytes = self.num_records = 0
         self.cold_max = 2_000_000
-        self.dirty_large: OrderedDict[Entry, Dirt] = OrderedDict()
-        self.dirty_small: OrderedDict[Entry, Dirt] = OrderedDict()
-        self.queued_bytes = self.queued_small_bytes = 0  # of those in them
-        self.writing_bytes = 0  # of those on their way, both kinds
-        self.hurried_bytes = 0  # of those that eviction has passed over
-        self.writing: dict[Entry, Writing] = {}
         self.moving: dict[Entry, list[Move]] = {}  # copies on their way from tier to tier
         self.owed: dict[Entry, End] = {}  # to be buried when the value after it is written
         self.urgent: OrderedDict[Entry, list[Note]] = OrderedDict()
         self.kept: set[Entry] = set()  # small values that a load brought and somebody waits for
-        self.marks, self.small_marks = Watermarks(), Watermarks()
         self.lose: Callable[[Entry, Reason], None] = lambda entry, reason: None
         self.requeue: Callable[[Entry], None] = lambda entry: None
-        self.on_room: Callable[[], None] = lambda: None
-
-    def use(self, tiers: Iterable[Tier]) -> None:
-        """Keep copies in these tiers from now on, fastest first."""
-        self.tiers = tuple(tiers)
-        self.is_on = bool(self.tiers)
-        self.payload_bytes_max = max((tier.payload_bytes_max for tier in self.tiers), default=-1)
-
-    def dirty_of(self, entry: Entry) -> OrderedDict[Entry, Dirt]:
-        """Return the queue that an entry in memory is in while it is dirty."""
-        return self.dirty_small if entry.slot is None else self.dirty_large
-
-    @property
-    def num_dirty(self) -> int:
-        """How many entries wait to be written."""
-        return len(self.dirty_small) + len(self.dirty_large)
-
-    @property
-    def can_write(self) -> bool:
-        """Whether some tier takes values now."""
-        return any(tier.health.state == "ok" for tier in self.tiers)
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether larger values should wait, because too much in memory has no copy yet."""
-        return self.queued_bytes + self.writing_bytes > self.marks.high and self.can_write
 
     # -- told by the cache --------------------------------------------------------------------
 
     def stored(self, entry: Entry, level: Level) -> None:
         """Note that an entry has a new value, of which there is no copy yet."""
         if entry not in (self.dirty_small if entry.slot is None else self.dirty_large):
-            self._add(entry)
+            self.queue(entry)
         if level:
             self.want(entry, level)
         elif entry in self.urgent:
@@ -136,6 +98,21 @@ class Copies(Burials):
         elif waits and (self.leaving or self.unburied):
             self.wait_for_burial(entry)
 
+    def flushed(self, entries: Iterable[Entry]) -> None:
+        """Note that the index is empty. The tiers are cleared as a whole, or free each record."""
+        for entry in entries:
+            entry.records, entry.level = (), Level.MEMORY
+        for writing in self.writing.values():
+            writing.is_void = True
+        for notes in self.urgent.values():
+            _end_all(notes)
+        for queue in (self.dirty_large, self.dirty_small, self.writing, self.urgent):
+            queue.clear()
+        for each in (self.given_up, self.moving, self.owed, self.kept):
+            each.clear()
+        self.queued_bytes = self.queued_small_bytes = self.writing_bytes = self.hurried_bytes = 0
+        self.num_cold = self.cold_bytes = self.num_records = 0
+
     def changed(self, entry: Entry) -> None:
         """Note that an entry's TTL, pin or priority changed."""
         if not entry.level:
@@ -161,25 +138,11 @@ class Copies(Burials):
         self.num_cold -= 1
         self.cold_bytes -= ENTRY_BYTES + len(entry.key)
 
-    def spares(self, entry: Entry) -> bool:
-        """Whether an entry is better evicted later, because a tier can still take its value."""
-        return (entry in self.dirty_of(entry) or entry in self.writing) and self.can_write
-
-    def hurry(self, entry: Entry) -> None:
-        """Have an entry written soon: it would be evicted if there were a copy."""
-        dirty = self.dirty_of(entry)
-        dirt = dirty.get(entry)
-        if dirt is not None and dirt.touched >= 0:
-            dirty[entry] = dirt._replace(touched=-1.0)
-            dirty.move_to_end(entry, last=False)
-            self.hurried_bytes += dirt.nbytes
-            self.on_work()
-
     # -- told by the mover --------------------------------------------------------------------
 
     def begin_write(self, entry: Entry, tier: int, level: Level, generation: int) -> Writing:
         """Take an entry out of its queues: its value, of this generation, is being written."""
-        dirt = self._take_dirt(entry)
+        dirt = self.take_out(entry)
         notes = self.urgent.pop(entry, [])
         entry.generation = generation
         writing = Writing(entry, tier, level, generation, dirt, notes)
@@ -190,7 +153,7 @@ class Copies(Burials):
     def end_write(self, writing: Writing, record: Record | None) -> None:
         """Attach the record of a written value, or free it if that is not the value any more."""
         entry = writing.entry
-        self._forget_write(writing)
+        self.forget_write(writing)
         if record is not None:
             record.tier = writing.tier
             if writing.is_void:
@@ -204,16 +167,25 @@ class Copies(Burials):
             _end_all(writing.notes)
             writing.notes = []
         elif not writing.is_void and not entry.is_cold and not entry.records:
-            self._add(entry)
+            self.queue(entry)
         _end_all(writing.changes)
 
     def fail(self, writing: Writing, reason: str) -> None:
         """Tell those who wait that a value will not be written at its level."""
         assert not writing.is_void
+        self.doubt(writing)
         self._lower(writing.entry)
         self._pay(writing.entry, set())
         _end_all(writing.notes, reason)
         writing.notes = []
+
+    def doubt(self, writing: Writing) -> None:
+        """Note that a write failed, and that its log may have the value all the same."""
+        entry, level = writing.entry, writing.level
+        if level and not is_content_addressed(entry.key, entry.kind):
+            tiers, generation, before = self.unburied.get(entry.key, (set(), 0, level))
+            tiers, generation = tiers | {writing.tier}, max(generation, writing.generation)
+            self.unburied[entry.key] = tiers, generation, max(level, before)
 
     def hand_on(self, writing: Writing) -> None:
         """Let those who wait for a value that was overwritten wait for the one after it."""
@@ -254,7 +226,7 @@ class Copies(Burials):
         entry.generation = max(entry.generation, record.generation)
         entry.records = tuple(sorted([*kept, record], key=_tier_of))
         if not entry.is_cold:
-            self._take_dirt(entry)
+            self.take_out(entry)
             self.requeue(entry)
 
     def detach(self, record: Record, reason: Reason) -> None:
@@ -265,7 +237,7 @@ class Copies(Burials):
         entry.records = tuple(each for each in entry.records if each is not record)
         self.num_records -= 1
         is_mutable = not is_content_addressed(entry.key, entry.kind)
-        if record.level and is_mutable and self.tiers[record.tier].health.state == "ok":
+        if record.level and is_mutable:
             self.bury(entry.key, {record.tier}, record.generation, record.level, waits=False)
         if record.level:
             entry.generation = 0  # the log forgets it, so it is written under another one
@@ -274,8 +246,14 @@ class Copies(Burials):
         if entry.is_cold:
             self.raised(entry)
             self.lose(entry, reason)
-        elif entry not in self.writing:
-            self._add(entry)
+        elif entry in self.writing:
+            pass  # there will be another copy
+        elif reason == "evicted" and entry not in self.urgent:
+            # Writing it again would push out the next one. It has time until memory gives it up.
+            entry.level = Level.MEMORY
+            self.given_up[entry] = None
+        else:
+            self.queue(entry)
             if entry.level:
                 self.urgent.setdefault(entry, [])
                 self.on_work()
@@ -289,26 +267,30 @@ class Copies(Burials):
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _add(self, entry: Entry) -> None:
-        """Queue an entry that became dirty. What is being written is not its value any more."""
+    def _end(self, entry: Entry) -> End:
+        """Let go of all copies of a value, those on their way too, and say which logs know it."""
+        records, entry.records = entry.records, ()
+        tiers, generation, level = self.owed.pop(entry, End(set(), 0, Level.MEMORY))
+        tiers = tiers | {record.tier for record in records}
+        generation = max([generation, entry.generation, *(each.generation for each in records)])
+        level = max([level, *(record.level for record in records)])
         writing = self.writing.get(entry)
         if writing is not None:
             writing.is_void = True
-            self._forget_write(writing)
-        if entry.nbytes > self.payload_bytes_max:
-            return
-        slot = entry.slot
-        if slot is None:
-            nbytes = len(entry.key) + entry.nbytes + ENTRY_BYTES
-            self.queued_small_bytes += nbytes
-            is_due = self.queued_small_bytes > self.small_marks.high
-        else:
-            nbytes = slot.slab.slot_bytes
-            self.queued_bytes += nbytes
-            is_due = self.queued_bytes > self.marks.high
-        self.dirty_of(entry)[entry] = Dirt(nbytes, slot is None, entry.touched)
-        if is_due:
-            self.on_work()
+            self.forget_write(writing)
+            tiers.add(writing.tier)
+            level = max(level, writing.level)
+        for move in self.moving.pop(entry, ()):
+            tiers.add(move.tier)
+            generation, level = max(generation, move.generation), max(level, move.level)
+        self.take_out(entry)
+        if entry.is_cold and records:
+            self.raised(entry)
+        for record in records:
+            self.tiers[record.tier].free(record)
+        self.num_records -= len(records)
+        entry.level = Level.MEMORY
+        return End(tiers, generation, level)
 
     def _pay(self, entry: Entry, but: set[int]) -> None:
         """Bury what was before the value that has been written now, or will not be.
@@ -322,52 +304,6 @@ class Copies(Burials):
     @staticmethod
     def _lower(entry: Entry) -> None:
         entry.level = max((record.level for record in entry.records), default=Level.MEMORY)
-
-    def _take_dirt(self, entry: Entry) -> Dirt | None:
-        dirt = self.dirty_of(entry).pop(entry, None)
-        if dirt is None:
-            return None
-        if dirt.is_small:
-            self.queued_small_bytes -= dirt.nbytes
-        else:
-            self.queued_bytes -= dirt.nbytes
-        if dirt.touched < 0:
-            self.hurried_bytes -= dirt.nbytes
-        return dirt
-
-    def _forget_write(self, writing: Writing) -> None:
-        if self.writing.get(writing.entry) is not writing:
-            return
-        was_behind = self.is_behind
-        del self.writing[writing.entry]
-        self.writing_bytes -= 0 if writing.dirt is None else writing.dirt.nbytes
-        if was_behind and not self.is_behind:
-            self.on_room()
-
-    def _end(self, entry: Entry) -> End:
-        """Let go of all copies of a value, those on their way too, and say which logs know it."""
-        records, entry.records = entry.records, ()
-        tiers, generation, level = self.owed.pop(entry, End(set(), 0, Level.MEMORY))
-        tiers = tiers | {record.tier for record in records}
-        generation = max([generation, entry.generation, *(each.generation for each in records)])
-        level = max([level, *(record.level for record in records)])
-        writing = self.writing.get(entry)
-        if writing is not None:
-            writing.is_void = True
-            self._forget_write(writing)
-            tiers.add(writing.tier)
-            level = max(level, writing.level)
-        for move in self.moving.pop(entry, ()):
-            tiers.add(move.tier)
-            generation, level = max(generation, move.generation), max(level, move.level)
-        self._take_dirt(entry)
-        if entry.is_cold and records:
-            self.raised(entry)
-        for record in records:
-            self.tiers[record.tier].free(record)
-        self.num_records -= len(records)
-        entry.level = Level.MEMORY
-        return End(tiers, generation, level)
 
 
 def _end_all(notes: Iterable[Note], error: str = "") -> None:

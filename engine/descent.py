@@ -6,6 +6,7 @@ again, offers those that are not to the next slower tier, and says which have go
 
 import logging
 from functools import partial
+from itertools import islice
 
 import anyio
 
@@ -16,10 +17,12 @@ from respkv.engine.history import Reason
 from respkv.engine.journeys import Move
 from respkv.engine.messages import WriteValues
 from respkv.engine.placement import BATCH_BYTES_MAX, Ages, choose_tier, idle_s
+from respkv.engine.room import descendants
 from respkv.engine.tier import Tier
 from respkv.errors import CacheError
 from respkv.tiers.record import Level, Meta, Record, Value
 
+RELATIVES_MAX = 256  # pages behind one that are looked at before it is dropped
 PATIENCE_S, PAUSE_S = 5.0, 10.0  # a tier that hangs does not take the one above it along
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,14 @@ class Descent:
         is_promised = entry.held_until > self._cache.clock.now
         if is_promised or self._cache.room.is_held(entry) or (entry.level and not entry.is_cold):
             return True
+        if any(self._must_stay(each) for each in islice(descendants(entry), RELATIVES_MAX)):
+            return True
         idle = idle_s(entry, self._cache.clock.now)
         return self.ages[tier].is_worth_keeping(idle, has_level=entry.level > 0)
+
+    def _must_stay(self, entry: Entry) -> bool:
+        is_promised = entry.held_until > self._cache.clock.now
+        return is_promised or entry.level > 0 or self._cache.room.is_held(entry)
 
     async def _leave(self, tier: int, records: list[Record]) -> None:
         """Copy what a tier is about to drop to a slower one."""
@@ -110,10 +119,21 @@ class Descent:
         for entry, move in moves:
             copies.moving.setdefault(entry, []).append(move)
 
+        epoch, has_begun = self.epochs[to], False
+
         def is_wanted(number: int) -> bool:
+            nonlocal has_begun
+            has_begun = True
             return sources[number] in values[number].owner.records
 
-        attach = partial(self._attach_moved, to, self.epochs[to], sources)
+        def attach(records: list[Record | None]) -> None:
+            self._attach_moved(to, epoch, sources, records)
+            end()
+
+        def end() -> None:
+            for entry, move in moves:
+                copies.end_move(entry, move)
+
         try:
             with anyio.move_on_after(PATIENCE_S) as scope:
                 await self._actors[to].ask(WriteValues(values, level, is_wanted, attach))
@@ -127,8 +147,8 @@ class Descent:
         except CacheError as error:
             logger.warning("%s: not moved down: %s", self.tiers[tier].name, error)
         finally:
-            for entry, move in moves:
-                copies.end_move(entry, move)
+            if not has_begun:  # else it goes on, however long that takes, and ends with attach
+                end()
 
     def _value_of(self, source: Record, buffer: bytearray) -> Value:
         meta = self._describe(source)

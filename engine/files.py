@@ -84,11 +84,11 @@ async def _start(
         cache.copies.use(mover.tiers)  # what they take is known only now
         if started is not None:
             await started(mover)
+        restore.finish()
     except BaseException:
         with anyio.CancelScope(shield=True):
             await _stop(opened)
         raise
-    restore.finish()
 
 
 async def _stop(tiers: Sequence[Tier], seconds: float = CLOSE_S) -> None:

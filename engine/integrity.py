@@ -51,13 +51,17 @@ def check_copies(copies: Copies, entries: Iterable[Entry]) -> None:
         tiers = [record.tier for record in entry.records]
         assert tiers == sorted(set(tiers))
         assert all(record.owner is entry for record in entry.records)
-        is_queued = entry in copies.dirty_of(entry) or entry in copies.writing
+        is_queued = (
+            entry in copies.dirty_of(entry) or entry in copies.writing or entry in copies.given_up
+        )
         if copies.is_on and not entry.records:
             assert is_queued or entry.nbytes > copies.payload_bytes_max
         assert not (entry.records and entry in copies.dirty_of(entry))
     assert present.issuperset(copies.dirty_large)
     assert present.issuperset(copies.dirty_small)
     assert present.issuperset(copies.owed)
+    assert present.issuperset(copies.given_up)
+    assert not any(entry.records for entry in copies.given_up)
     assert present.issuperset(copies.urgent)
     assert present.issuperset(copies.kept)
     for entry, writing in copies.writing.items():

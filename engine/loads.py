@@ -22,7 +22,8 @@ from respkv.errors import CacheError, OutOfMemory, TierError
 from respkv.tiers.record import Record
 from respkv.tiers.slab import Slot
 
-ROOM_PAUSE_S = 0.005
+ROOM_PAUSE_S, ROOM_PAUSE_S_MAX = 0.005, 0.05
+ARENA_SHARE = 4  # loads from one tier take one in so many bytes of the arena at a time
 SPARE_S = 1.0  # for so long a load waits before it evicts what has still to be written
 PREFETCH_SHARE = 2  # prefetches take one in so many bytes on their way
 
@@ -160,11 +161,13 @@ class Loader:
             self._begin_from(tier)
 
     def _begin_from(self, tier: int) -> None:
+        whole = self._cache.slabs.budget_bytes
+        limit = min(self.settings.move_bytes_max, whole // ARENA_SHARE)
         while self._tasks is not None and (self._wanted[tier] or self._advised[tier]):
             queue = self._wanted[tier] or self._advised[tier]
             load = next(iter(queue))
             in_flight = self.bytes_in_flight[tier]
-            if in_flight and in_flight + load.nbytes > self.settings.move_bytes_max:
+            if in_flight and in_flight + load.nbytes > limit:
                 return
             del queue[load]
             if queue is self._advised[tier]:
@@ -253,15 +256,18 @@ class Loader:
         """
         if entry.nbytes > self._cache.slabs.payload_bytes_max:
             return self._cache.reserve(entry.nbytes)  # raises, and says why
+        cache, pause_s = self._cache, ROOM_PAUSE_S
         began = anyio.current_time()
         while entry.is_cold and entry.position >= 0:
             waited = anyio.current_time() - began
             try:
-                return self._cache.reserve(entry.nbytes, may_lose=waited >= SPARE_S)
+                return cache.adopt(cache.room.take(entry.nbytes, may_lose=waited >= SPARE_S))
             except OutOfMemory:
-                if waited >= self.settings.reserve_timeout_s and waited >= SPARE_S:
+                if waited >= max(SPARE_S, self.settings.reserve_timeout_s):
+                    cache.stats.oom += 1
                     raise
-            await anyio.sleep(ROOM_PAUSE_S)
+            await anyio.sleep(pause_s)
+            pause_s = min(2 * pause_s, ROOM_PAUSE_S_MAX)
         return None
 
     def _note_loaded(self, load: Load, record: Record, free_bytes: int) -> None:

@@ -115,7 +115,7 @@ class Mover:
         """
         self._paused += 1
         try:
-            self._cache.flush()
+            self._cache.flush(frees=False)
             while (
                 self._cleaner.num_writes
             ):  # or what is being written now would be there after a restart
@@ -134,6 +134,7 @@ class Mover:
 
     async def drain(self, seconds: float) -> None:
         """Write what has no copy in a file, for so long at most."""
+        self._copies.recall()
         dirty = [*self._copies.dirty_large, *self._copies.dirty_small]
         order = drain_order(dirty, self._cache.clock.now)
         for entry in order:
@@ -151,7 +152,9 @@ class Mover:
             self._cleaner.is_draining = False
         left = self._copies.num_dirty
         if left:
-            logger.warning("%d values were not written in %s s and are lost", left, seconds)
+            logger.warning(
+                "%d values are in no file and are lost: %s", left, self._cleaner.why_not()
+            )
 
     # -- work ---------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ in a file is found. A dirty one is lost with its key. So only losing has to care
 stand behind it.
 """
 
+from itertools import islice
+
 from respkv.engine.clock import Clock
 from respkv.engine.copies import Copies
 from respkv.engine.entry import Entry, Kind
@@ -13,7 +15,7 @@ from respkv.engine.index import Index
 from respkv.engine.landing import Landing
 from respkv.engine.memory import Memory
 from respkv.engine.namespaces import Namespaces, Schema
-from respkv.engine.room import Room, small_cost, with_descendants
+from respkv.engine.room import Room, descendants, small_cost, with_descendants
 from respkv.engine.stats import Stats
 from respkv.errors import OutOfMemory
 from respkv.tiers.format import Header, hash64, read_header, write_header
@@ -21,6 +23,7 @@ from respkv.tiers.record import Level, Record
 from respkv.tiers.slab import SlabAllocator, Slot
 
 RAW = 0  # the codec of bytes as they came
+RELATIVES_MAX = 256  # pages behind one that are looked at before they are lost with it
 COLD_LOOKS = 64  # entries among which the one used longest ago is forgotten
 
 
@@ -204,8 +207,9 @@ class Residents(Memory):
 
     def _lose_copy(self, entry: Entry, reason: Reason) -> None:
         """Remove a cold entry whose last copy went, and never leave a hole when there was a choice."""
-        if reason != "evicted":
-            self._remove(entry, reason)
+        behind = islice(descendants(entry), RELATIVES_MAX)
+        if reason != "evicted" or any(each.level or self.room.is_held(each) for each in behind):
+            self._remove(entry, reason)  # it may come again; who stands behind it cannot
             return
         for doomed in reversed(with_descendants(entry)):
             self._lose(doomed)

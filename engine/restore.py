@@ -50,7 +50,8 @@ class Restore:
         cache = self._cache
         for name in cache.namespaces.names():
             schema = cache.namespaces.find(name)
-            if schema is not None:
+            largest = cache.slabs.payload_bytes_max  # memory may be smaller than it was
+            if schema is not None and schema.geometry.page_bytes <= largest:
                 cache.slabs.add_class(schema.geometry.page_bytes)
         for entry in cache.entries.values():
             if entry.kind == "kvpage":

@@ -366,6 +366,15 @@ def with_descendants(entry: Entry) -> list[Entry]:
     return found
 
 
+def descendants(entry: Entry) -> Iterator[Entry]:
+    """Yield the pages behind an entry, nearest first for each."""
+    todo = list(entry.children or ())
+    while todo:
+        each = todo.pop()
+        yield each
+        todo += each.children or ()
+
+
 def small_cost(key: bytes, nbytes: int) -> int:
     """Bytes that a value on the heap takes, its key and entry included."""
     return len(key) + nbytes + ENTRY_BYTES

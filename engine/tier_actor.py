@@ -51,10 +51,13 @@ class TierActor(Actor):
     async def _write(self, message: WriteValues) -> None:
         numbers = [i for i in range(len(message.values)) if message.is_wanted(i)]
         records: list[Record | None] = [None] * len(message.values)
-        written = await self.tier.write([message.values[i] for i in numbers], message.level)
-        for number, record in zip(numbers, written, strict=True):
-            records[number] = record
-        message.attach(records)
+        try:
+            values = [message.values[i] for i in numbers]
+            written = await self.tier.write(values, message.level)
+            for number, record in zip(numbers, written, strict=True):
+                records[number] = record
+        finally:
+            message.attach(records)
 
     async def _settle(self, ticket: int, level: Level) -> str:
         try:

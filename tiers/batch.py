@@ -12,7 +12,8 @@ its own offset, and is sealed.
 Recovery must not serve what was buried. A lost value is only forgotten, but a lost note would bring
 back an older value: so the head of a batch with notes is written twice, at both ends of the head,
 and one flipped bit loses none. Wider damage is noticed: each head says which batches were
-acknowledged when it was written and which batch of its segment had notes last (recovery.py).
+acknowledged when it was written, and which batch of its segment was the last that had notes, or a
+value that stands in for one because it replaces an older value of its key (recovery.py).
 """
 
 import struct
@@ -26,8 +27,8 @@ from respkv.tiers.format import (
     read_header,
     write_header,
 )
-from respkv.tiers.meta import KEY_BYTES_MAX, META, meta_bytes, pack_meta
-from respkv.tiers.record import Meta
+from respkv.tiers.meta import KEY_BYTES_MAX, META, is_content_addressed, meta_bytes, pack_meta
+from respkv.tiers.record import Level, Meta
 from respkv.tiers.sizes import round_up
 
 NONCE_BYTES = 8
@@ -130,6 +131,7 @@ class Batch:
         self.alignment = alignment
         self.num_items = 0
         self.has_notes = False
+        self.may_supersede = False  # its loss might let an older value of a key come back
         self._used_bytes = HEAD_PREFIX_BYTES
         self._staged_bytes = 0  # of images behind the head
         self._pieces_bytes = 0  # of images that are pieces of their own
@@ -197,6 +199,8 @@ class Batch:
             self._pieces_bytes += self._padded(payload)
             self._num_apart += image is None
         self._images.append(value)
+        if meta.level >= Level.WRITTEN and not is_content_addressed(meta.key, meta.kind):
+            self.may_supersede = True
 
     def add_note(self, note: Note) -> None:
         """Add a note. It holds for what any earlier batch says, and for the values of this one."""
@@ -206,7 +210,7 @@ class Batch:
         else:
             self._count(1 + meta_bytes(note.meta), note.meta)
         self._notes.append(note)
-        self.has_notes = True
+        self.has_notes = self.may_supersede = True
 
     def encode(
         self, into: memoryview, *, offset: int, nonce: bytes, sequence: int, acked: int, noted: int

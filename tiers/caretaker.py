@@ -38,22 +38,27 @@ class Caretaker:
     def __init__(self, config: TierConfig, parts: Parts) -> None:
         self._config = config
         self._parts = parts
+        self._turn = anyio.Lock()
 
     async def write_superblock(self, *, is_clean: bool) -> None:
-        """Say, durably, how the directory is left and what is void. Raises OSError."""
+        """Say, durably, how the directory is left and what is void. Raises OSError.
+
+        One at a time: the last to be written is the one that knows most.
+        """
         log = self._parts.log
-        superblock = Superblock(
-            tier=self._config.name,
-            alignment=self._config.alignment,
-            segment_bytes=log.table.segment_bytes,
-            is_clean=is_clean,
-            boot_id=self._config.boot_id,
-            void_below=log.void_below,
-            next_sequence=log.next_sequence,
-            next_generation=log.next_generation,
-        )
-        with anyio.CancelScope(shield=True):
-            await log.device.replace(SUPERBLOCK_NAME, encode_superblock(superblock))
+        async with self._turn:
+            superblock = Superblock(
+                tier=self._config.name,
+                alignment=self._config.alignment,
+                segment_bytes=log.table.segment_bytes,
+                is_clean=is_clean,
+                boot_id=self._config.boot_id,
+                void_below=log.void_below,
+                next_sequence=log.next_sequence,
+                next_generation=log.next_generation,
+            )
+            with anyio.CancelScope(shield=True):
+                await log.device.replace(SUPERBLOCK_NAME, encode_superblock(superblock))
 
     async def void(self) -> None:
         """Say, durably, that all which was written is void. Raises OSError.

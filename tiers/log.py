@@ -84,7 +84,8 @@ class Log:
     notes: dict[int, list[Logged]] = field(default_factory=dict[int, list[Logged]])
     changes: dict[int, Logged] = field(default_factory=dict[int, Logged])
     doomed: set[int] = field(default_factory=set[int])
-    bury: Callable[[bytes, int], object] = lambda key, generation: None  # set by FileTier
+    bury: Callable[[bytes, int], object] = lambda key, generation: None  # set by Tickets
+    unwritten: Callable[[], list[Bury]] = list["Bury"]  # the burials that wait, set by Tickets
 
     # Records
 

@@ -18,6 +18,7 @@ from respkv.tiers.caretaker import Caretaker
 from respkv.tiers.checkpoint import CHECKPOINT_NAMES
 from respkv.tiers.checkpointer import SMALL_FILES_BYTES
 from respkv.tiers.device import Device
+from respkv.tiers.health import NO_SPACE
 from respkv.tiers.log import Logged
 from respkv.tiers.parts import SEGMENTS_MIN, Parts, TierConfig
 from respkv.tiers.record import Meta, Record
@@ -121,13 +122,40 @@ class Opened:
             for segment in parts.log.table.segments.values():
                 if segment.state in ("sealed", "open") and segment.max_sequence:
                     parts.syncer.wrote(segment.id, segment.max_sequence)
-            await parts.checkpointer.write(without=())
+            await self._write_checkpoint()
             for name, sequence in list(parts.checkpointer.covered.items()):
                 if sequence < parts.log.acked or not sequence:
                     await parts.checkpointer.remove(name)
         for segment in self._surplus:
             await parts.space.remove(segment)
         await caretaker.write_superblock(is_clean=False)
+
+    async def _write_checkpoint(self) -> None:
+        """Write one, if need be at the expense of segments: a full disk must not end the tier.
+
+        A power cut may bring back files that had been deleted, so there can be more than before.
+        """
+        while True:
+            try:
+                return await self.parts.checkpointer.write(without=())
+            except OSError as error:
+                if error.errno not in NO_SPACE or not await self._delete_one():
+                    raise
+
+    async def _delete_one(self) -> bool:
+        """Delete the segment that is missed least; what is in it will be in no checkpoint."""
+        log = self.parts.log
+        for segment in list(log.table.segments.values()):
+            if segment.state == "open":
+                log.table.seal(segment)
+        found = self._surplus.pop() if self._surplus else log.table.find_free()
+        found = found or log.table.choose_victim(log.clock())
+        if found is None:
+            return False
+        for record in list(log.live.get(found.id, ())):
+            log.drop(record, "evicted", is_buried=True)
+        await self.parts.space.remove(found)
+        return True
 
     def _choose_surplus(self) -> None:
         """Choose segments to delete when the cap was lowered, and forget what is in them."""

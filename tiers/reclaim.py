@@ -17,7 +17,7 @@ from typing import NamedTuple
 import anyio
 from anyio.lowlevel import checkpoint
 
-from respkv.errors import PageCorrupt
+from respkv.errors import PageCorrupt, TierError
 from respkv.tiers.batch import Bury, Change
 from respkv.tiers.checkpoint import CHECKPOINT_NAMES
 from respkv.tiers.checkpointer import Checkpointer
@@ -124,7 +124,24 @@ class Reclaimer:
         if not await self._carry(segment, leaving):
             return False
         await self._drop(segment, leaving)
-        return await self._free(segment)
+        return await self._secure() and await self._free(segment)
+
+    async def _secure(self) -> bool:
+        """See that what was buried until now stays buried without the batches of a segment.
+
+        A value keeps older ones of its key away, until its batch is gone. Whoever freed one of this
+        segment has asked for its burial in the same step; so that is in the queue, or in the log.
+        """
+        burials = self._log.unwritten()
+        for at in range(0, len(burials), _STEP):
+            pendings = [self._burial(each) for each in burials[at : at + _STEP]]
+            if not await self._carry_out(pendings):
+                return False
+        try:
+            await self._syncer.cover_all()
+        except TierError:
+            return False
+        return True
 
     async def _sacrifice(self, segment: Segment) -> bool:
         """Empty a segment without writing to the log, since nothing is left to write to.
@@ -149,7 +166,8 @@ class Reclaimer:
         log = self._log
         nbytes = sum(round_up(each.stored_bytes, log.alignment) + _NOTE_BYTES for each in kept)
         num_buried = sum(each.level >= Level.WRITTEN for each in leaving)
-        nbytes += _NOTE_BYTES * (num_buried + len(log.notes.get(segment.id, ())))
+        num_notes = len(log.notes.get(segment.id, ())) + len(log.unwritten())
+        nbytes += _NOTE_BYTES * (num_buried + num_notes)
         return not nbytes or self._space.has_room(RELOCATED, nbytes)
 
     async def _show(self, segment: Segment, records: list[Record]) -> list[Record]:
@@ -290,12 +308,13 @@ class Reclaimer:
         return not errors
 
     def _burials(self, records: Iterable[Record]) -> Iterator[Pending]:
-        log = self._log
         for record in records:
-            meta = log.describe(record)
+            meta = self._log.describe(record)
             if meta.level >= Level.WRITTEN:
-                logged = Logged(Bury(meta.key, record.generation))
-                yield Pending(Level.DURABLE, log.epoch, logged=logged)
+                yield self._burial(Bury(meta.key, record.generation))
+
+    def _burial(self, note: Bury) -> Pending:
+        return Pending(Level.DURABLE, self._log.epoch, logged=Logged(note))
 
     def carried(self, notes: Iterable[Logged]) -> Iterator[Pending]:
         """Make notes anew that are to be written once more."""

@@ -185,6 +185,7 @@ class _Recovery:
         if not self.is_clean:
             await self._scan(rows)
             replay.apply(self._scans.values())
+            self._notice_lost_ends()
             self._drop_mutable()
         self._forget_lost()
         self._make_table(rows, now)
@@ -232,6 +233,24 @@ class _Recovery:
                     # It may have had notes: torn writes leave a blank head or one of two copies.
                     replay.lost_notes_below = _EVERYTHING
                     replay.damaged += file.is_readable
+
+    def _notice_lost_ends(self) -> None:
+        """Look for what each segment's head says of the end of the one before it.
+
+        A write that the disk never carried out, or put elsewhere, leaves nothing that is damaged.
+        """
+        replay = self._replay
+        heads = {file.id: file.head for file in self.survey.files if file.head is not None}
+        there = {batch.head.sequence for scan in self._scans.values() for batch in scan.batches}
+        for head in heads.values():
+            noted = head.before_noted
+            if not replay.sequence < noted <= replay.acked or noted in there:
+                continue
+            before = heads.get(head.before)
+            # Used again since, or deleted, it had been emptied by reclaim.
+            is_same_use = before is not None and before.nonce == head.before_nonce
+            if before is not None and (is_same_use or before.sequence <= noted):
+                replay.lost_notes_below = max(replay.lost_notes_below, noted + 1)
 
     # -- deciding -----------------------------------------------------------------------------
 

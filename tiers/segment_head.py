@@ -8,8 +8,8 @@ from respkv.tiers.format import Buffer, hash64
 
 SEGMENT_HEAD_BYTES = 4096  # the first batch starts behind it
 MAGIC = b"RKVseg1\n"
-# magic, version, alignment, segment, nonce, sequence, seal
-_HEAD = struct.Struct("<8sIIQ8sQQ")
+# magic, version, alignment, segment, nonce, sequence, the segment before, its nonce and noted, seal
+_HEAD = struct.Struct("<8sIIQ8sQQ8sQQ")
 _SEALED_BYTES = _HEAD.size - 8
 _TWIN_AT = SEGMENT_HEAD_BYTES // 2
 _VERSION = 1
@@ -22,11 +22,17 @@ class SegmentHead(NamedTuple):
 
     nonce:    drawn anew at each use; batches with another one belong to an earlier use.
     sequence: of the next batch of the log when this use began.
+    before, before_nonce, before_noted: the segment that its stream had filled last, and the last
+        batch there that may supersede an older value: nothing behind it in that segment says so.
+        0 noted: none.
     """
 
     id: int
     nonce: bytes
     sequence: int
+    before: int = 0
+    before_nonce: bytes = bytes(8)
+    before_noted: int = 0
 
 
 def segment_name(segment_id: int) -> str:
@@ -43,7 +49,7 @@ def segment_id_of(name: str) -> int | None:
 
 def encode_segment_head(head: SegmentHead, *, alignment: int) -> bytes:
     """Return the first SEGMENT_HEAD_BYTES of a segment; what they say is there twice."""
-    data = bytearray(_HEAD.pack(MAGIC, _VERSION, alignment, head.id, head.nonce, head.sequence, 0))
+    data = bytearray(_HEAD.pack(MAGIC, _VERSION, alignment, *head, 0))
     data[_SEALED_BYTES:] = hash64(memoryview(data)[:_SEALED_BYTES]).to_bytes(8, "little")
     return bytes(data.ljust(_TWIN_AT, b"\0") * 2)
 

@@ -49,7 +49,7 @@ class Segment:
     settled:      all below is in batches that were acknowledged.
     live_bytes:   of the images of the records that are wanted; live_records: how many.
     written_s:    when a batch was last written, by the caller's clock.
-    max_sequence: of its last batch; noted: of its last batch with notes. 0 for none.
+    max_sequence: of its last batch; noted: of its last one that may supersede an older value.
     readers, writers: reads and batches in flight; while there are any it is not used again.
     stream:       of ``allocate``, while it is open.
     """
@@ -91,6 +91,7 @@ class SegmentTable:
         self.live_bytes = 0
         self.live_records = 0
         self._open: dict[int, Segment] = {}  # by stream
+        self.filled: dict[int, Segment] = {}  # the one that a stream had open last
 
     @property
     def file_bytes(self) -> int:
@@ -188,14 +189,14 @@ class SegmentTable:
         segment.offset = offset + nbytes
         return segment, offset
 
-    def begin_write(self, segment: Segment, *, sequence: int, has_notes: bool, now: float) -> None:
+    def begin_write(self, segment: Segment, *, sequence: int, is_noted: bool, now: float) -> None:
         """A batch with this sequence is on its way into a segment."""
         assert segment.state in ("open", "sealed")
         assert sequence > segment.max_sequence
         segment.writers += 1
         segment.max_sequence = sequence
         segment.written_s = now
-        if has_notes:
+        if is_noted:
             segment.noted = sequence
 
     def end_write(self, segment: Segment, settled: int) -> None:
@@ -218,7 +219,7 @@ class SegmentTable:
     def seal(self, segment: Segment) -> None:
         """Take no more batches into an open segment."""
         assert segment.state == "open"
-        del self._open[segment.stream]
+        self.filled[segment.stream] = self._open.pop(segment.stream)
         segment.state = "sealed"
 
     def fence(self, segment: Segment) -> None:

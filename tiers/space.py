@@ -187,6 +187,11 @@ class Space:
     async def _open(self, segment: Segment, stream: int) -> None:
         log = self._log
         head = SegmentHead(segment.id, os.urandom(8), log.next_sequence)
+        filled = log.table.filled.get(stream)
+        if filled is not None and filled is not segment:
+            head = head._replace(
+                before=filled.id, before_nonce=filled.nonce, before_noted=filled.noted
+            )
         log.table.open(
             segment, nonce=head.nonce, sequence=head.sequence, now=log.clock(), stream=stream
         )

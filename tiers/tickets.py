@@ -29,6 +29,7 @@ class Tickets:
         self._latest: dict[int, int] = {}  # by generation: the ticket of its last change
         self._last = 0
         parts.log.bury = self.bury
+        parts.log.unwritten = self.unwritten
 
     def value_asked(self, pending: Pending) -> None:
         """A value is on its way until ``value_ended``."""
@@ -65,6 +66,16 @@ class Tickets:
         self._latest[meta.generation] = ticket
         self._notes[ticket].values = values
         return ticket
+
+    def unwritten(self) -> list[Bury]:
+        """Return the burials that may not be in the log yet."""
+        return [
+            each.logged.note
+            for each in self._notes.values()
+            if each.done.status is Future.Status.PENDING
+            and each.logged is not None
+            and isinstance(each.logged.note, Bury)
+        ]
 
     async def settle(self, ticket: int, level: Level) -> None:
         """Do what FileTier.settle says. A ticket that is not known holds."""

@@ -253,7 +253,7 @@ class Writer:
             noted=segment.noted,
         )
         log.table.begin_write(
-            segment, sequence=sequence, has_notes=batch.has_notes, now=log.clock()
+            segment, sequence=sequence, is_noted=batch.may_supersede, now=log.clock()
         )
         flight = Flight(segment, sequence, offset + batch.total_bytes, members, encoded.places)
         self._order.begin(flight)

@@ -642,18 +642,37 @@ async def test_the_time_to_load_counts_what_is_cold() -> None:
 # -- tiers that lose, move down and crash ---------------------------------------------------------
 
 
-async def test_what_a_tier_drops_is_dirty_again_while_it_is_in_memory() -> None:
+async def test_what_a_tier_loses_is_written_again_while_it_is_in_memory() -> None:
     cache, _ = make_cache()
     async with opened(cache, tier := FakeTier()) as mover:
-        entry = cache.put(b"k", b"v" * 5000)
-        await clean(cache, mover)
-        tier.drop(entry.records[0], "evicted")
-        assert entry in cache.copies.dirty_large
-        kept = cache.put(b"kept", b"v", DURABLE)
+        entry, kept = cache.put(b"k", b"v" * 5000), cache.put(b"kept", b"v" * 5000, DURABLE)
         await settled(cache, mover)
-        tier.drop(kept.records[0], "evicted")
+        await clean(cache, mover)
+        before = kept.generation
+        tier.drop(entry.records[0], "corrupt")
+        tier.drop(kept.records[0], "corrupt")
+        assert entry in cache.copies.dirty_large
         await until(lambda: bool(kept.records))
         assert kept.records[0].level == Level.DURABLE
+        assert kept.generation > before, "the log was told to forget the other one"
+
+
+async def test_what_reclaim_drops_is_written_again_when_memory_gives_it_up() -> None:
+    cache, clock = make_cache(1 << 20)
+    async with opened(cache, tier := FakeTier()) as mover:
+        entry = cache.put(b"k", b"v" * 60_000, DURABLE)
+        await settled(cache, mover)
+        tier.drop(entry.records[0], "evicted")
+        assert entry.level == Level.MEMORY
+        num_writes = len(tier.writes)
+        await anyio.sleep(0.01)
+        assert len(tier.writes) == num_writes
+        while not entry.is_cold:
+            clock.advance(1)
+            cache.put(b"%d" % clock.wall_ms, b"v" * 60_000)
+            await anyio.sleep(0.001)
+        assert entry.position >= 0
+        assert await get(cache, mover, b"k") == b"v" * 60_000
 
 
 async def test_a_page_that_leaves_the_last_tier_takes_those_behind_it_along() -> None:

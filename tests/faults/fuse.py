@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from tests.faults.table import Call, Faults, Rule, Table, lay_out
 
-THREADS = 32
+THREADS = 96  # more than the server ever has in flight: what hangs must not stop the rest
 MAX_WRITE_BYTES = 1 << 20
 PLACE_BYTES = 4096
 ROOT = 1
@@ -98,7 +98,7 @@ class PassThrough:
     def _init(self, request: Request) -> bytes:
         pages = MAX_WRITE_BYTES // PLACE_BYTES
         return _INIT.pack(
-            7, 31, MAX_WRITE_BYTES, _INIT_FLAGS, 64, 48, MAX_WRITE_BYTES, 1, pages, 0, 0, 0
+            7, 31, MAX_WRITE_BYTES, _INIT_FLAGS, 512, 384, MAX_WRITE_BYTES, 1, pages, 0, 0, 0
         )
 
     def _path(self, node: int) -> Path:

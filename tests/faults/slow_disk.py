@@ -26,6 +26,7 @@ HOT = {b"hot:%d" % index: bytes([index]) * 1000 for index in range(50)}
 COLD_BYTES = 64 << 10
 COLD = 600
 READERS = 8
+SETTLE_S = 2.0  # until what was put is written
 FACTOR_MAX = 2.0
 
 
@@ -108,6 +109,7 @@ def factor(tier: str, seconds: float) -> float:
             with Raw(server.connect()) as raw:
                 for index in range(COLD):
                     assert raw.ask("SET", b"cold:%d" % index, cold_value(index)) == b"OK"
+            time.sleep(SETTLE_S)
             quiet = hot.measure(seconds)
             disk.set("slow", "read", delay_s=READ_S)
             disk.set("slow", "write", "sync", delay_s=WRITE_S)

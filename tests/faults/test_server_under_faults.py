@@ -234,7 +234,8 @@ def test_no_byte_is_wrong_and_nothing_stops(
             lambda: all(load.counts[each] > before[each] + 40 for each in ("hits", "puts, memory")),
             "it does not serve",
         )
-        if kind == "short":
+        # Linux makes EIO of a short write that io_uring sends to FUSE.
+        if kind == "short" and (trial.disk.environment or calls == ("read",)):
             assert trial.info("state") == "ok"
             assert int(trial.info("corrupt")) == corrupt
         trial.disk.heal()

@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.long.ledger import WRITTEN, Ledger, Values, make_keys
+from tests.long.ledger import WRITTEN, Ledger, Values, Wrong, make_keys
 from tests.long.load import Load, check_all
 from tests.server.raw import Raw
 from tests.server_process import ServerProcess
@@ -96,8 +96,8 @@ class Round:
             time.sleep(self.rng.uniform(*LOAD_S))
             self._was_clean = self._end(server, load, end)
             assert "Traceback" not in server.log, "an exception in the log"
-        except BaseException:
-            print(f"--- {end}, log:\n{server.log[-5000:]}\n---", flush=True)
+        except BaseException as error:
+            tell(server, error, f"round {index}, {end}")
             raise
         finally:
             server.stop(signal.SIGKILL)
@@ -124,6 +124,17 @@ class Round:
         status = server.process.wait(timeout=30)
         assert status in (0, -signal.SIGKILL), f"it ended with {status}"
         return status == 0
+
+
+def tell(server: ServerProcess, error: BaseException, when: str) -> None:
+    """Print what a server that failed has to say."""
+    print(f"--- {when}, log:\n{server.log[-5000:]}", flush=True)
+    if server.process.poll() is None:
+        with suppress(AssertionError, OSError), Raw(server.connect()) as raw:
+            if isinstance(error, Wrong):
+                print(raw.ask("KV.EXPLAIN", error.key.name), raw.ask("KV.INFO", error.key.name))
+            print({name: value for name, value in server.info().items() if name[:3] == "kv_"})
+    print("---", flush=True)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class Values:
 class Key:
     """One key: what it may hold now.
 
+    level:    of the last put that was acknowledged.
     allowed:  after a crash at this moment; None among them when it may be absent.
     expiries: for each version, the times at which it may expire.
     is_live_deleted: deleted, and only a crash may bring it back.
@@ -66,6 +67,7 @@ class Key:
     number: int
     is_content: bool
     last_version: int = 0
+    level: int = MEMORY
     allowed: set[State] = field(default_factory=lambda: {None})
     expiries: dict[int, list[Window]] = field(default_factory=dict)
     is_live_deleted: bool = False
@@ -77,7 +79,11 @@ class Key:
 
 
 class Wrong(AssertionError):
-    """The server gave what it may not give."""
+    """The server gave what it may not give. ``key``: for which key."""
+
+    def __init__(self, key: "Key", text: str) -> None:
+        super().__init__(text)
+        self.key = key
 
 
 class Ledger:
@@ -104,7 +110,9 @@ class Ledger:
         if not key.is_content:
             key.last_version += 1
             version = key.last_version
-            if not self._is_kept(level):
+            # An overwrite that is answered may say less than what it replaces, and then takes it
+            # away first; otherwise one of the two is always there.
+            if not self._is_kept(level) or level < key.level:
                 key.allowed.add(None)
         key.allowed.add(version)
         soon = time.time() + (px_ms or 0) / 1000
@@ -118,6 +126,7 @@ class Ledger:
         key.note("ok")
         if not key.is_content:
             key.allowed = {version} if self._is_kept(level) else {version, None}
+            key.level = level
             first, _ = key.expiries[version][0]
             last = float("inf") if px_ms is None else time.time() + px_ms / 1000
             key.expiries = {version: [(first, last)]}
@@ -228,7 +237,8 @@ class Ledger:
             elif value == self.values.of(key.number, state):
                 return state
         raise Wrong(
-            f"{key.name!r} is {self._name(key, value)}, not {wanted(allowed)}; {list(key.story)}"
+            key,
+            f"{key.name!r} is {self._name(key, value)}, not {wanted(allowed)}; {list(key.story)}",
         )
 
     def _name(self, key: Key, value: bytes | None) -> str:
@@ -260,7 +270,7 @@ class Ledger:
         windows = [
             (first - time.time(), last - time.time()) for first, last in key.expiries[version]
         ]
-        raise Wrong(f"{key.name!r} expires in {pttl_ms} ms, not in any of {windows} s")
+        raise Wrong(key, f"{key.name!r} expires in {pttl_ms} ms, not in any of {windows} s")
 
 
 def wanted(states: Iterable[State]) -> str:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.long.crash import tell
 from tests.long.ledger import DURABLE, Ledger, Values, make_keys
 from tests.long.load import Load, check_all
 from tests.long.mounts import (
@@ -90,8 +91,8 @@ class Disk:
             assert "Traceback" not in server.log, "an exception in the log"
             server.process.kill()
             load.wait()
-        except BaseException:
-            print(f"--- log:\n{server.log[-5000:]}\n---", flush=True)
+        except BaseException as error:
+            tell(server, error, f"round {index}")
             raise
         finally:
             server.stop(signal.SIGKILL)

@@ -39,8 +39,13 @@ STORIES: list[tuple[str, list[tuple[Story, dict[str, object]]], set[int]]] = [
     ("put over", [(put, {"level": DURABLE}), (put, {"level": MEMORY})], {0, 2}),
     (
         "put over, no answer",
-        [(put, {"level": DURABLE}), (put, {"level": WRITTEN, "acknowledged": False})],
+        [(put, {"level": WRITTEN}), (put, {"level": DURABLE, "acknowledged": False})],
         {1, 2},
+    ),
+    (
+        "put over for less, no answer",
+        [(put, {"level": DURABLE}), (put, {"level": WRITTEN, "acknowledged": False})],
+        {0, 1, 2},
     ),
     (
         "put over in memory, no answer",

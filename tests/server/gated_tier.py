@@ -130,7 +130,7 @@ class GatedTier:
         self.num_clears += 1
         self.values.clear()
 
-    async def stop(self) -> None:
+    async def stop(self, seconds: float = 0.0) -> None:
         self.values.clear()
 
     async def reset(self) -> None:

@@ -83,8 +83,12 @@ class SmallLog:
             segment = self.table.end_create(segment_id)
             self.files[segment_name(segment.id)] = bytearray(self.segment_bytes)
         nonce = self.random.randbytes(8)
+        filled = self.table.filled.get(0)
+        before = (0, bytes(8), 0)
+        if filled is not None and filled is not segment:
+            before = (filled.id, filled.nonce, filled.noted)
         self.table.open(segment, nonce=nonce, sequence=self.sequence, now=self.now)
-        head = SegmentHead(segment.id, nonce, self.sequence)
+        head = SegmentHead(segment.id, nonce, self.sequence, *before)
         data = encode_segment_head(head, alignment=self.alignment)
         self.files[segment_name(segment.id)][: len(data)] = data
         return segment
@@ -108,7 +112,9 @@ class SmallLog:
             acked=sequence - 1 if self.acked_all else 0,
             noted=segment.noted,
         )
-        self.table.begin_write(segment, sequence=sequence, has_notes=batch.has_notes, now=self.now)
+        self.table.begin_write(
+            segment, sequence=sequence, is_noted=batch.may_supersede, now=self.now
+        )
         file = self.files[segment_name(segment.id)]
         for piece in encoded.pieces:
             file[piece.offset : piece.offset + piece.data.nbytes] = piece.data

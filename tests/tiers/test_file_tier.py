@@ -111,6 +111,19 @@ async def test_all_that_was_flushed_stays_away(make: Make) -> None:
         assert shelf.held.keys() == {b"c"}
 
 
+async def test_flushes_at_the_same_time_all_hold(make: Make) -> None:
+    async with running(make(), is_clean=False) as (shelf, _):
+        for round_ in range(5):
+            await shelf.put(b"%d" % round_, level=Level.DURABLE)
+            shelf.held.clear()
+            async with anyio.create_task_group() as group:
+                for _ in range(4):
+                    group.start_soon(shelf.tier.clear)
+        assert shelf.tier.health.state == "ok"
+    async with running(make()) as (shelf, _):
+        assert not shelf.held
+
+
 async def test_the_cap_holds_and_reclaim_makes_room(make: Make, tmp_path: Path) -> None:
     async with running(make()) as (shelf, _):
         async with anyio.create_task_group() as group:

@@ -623,3 +623,21 @@ def test_values_that_were_encoded_are_checked_as_stored() -> None:
     assert (record.codec, record.stored_bytes) == (1, 71)
     log.files[segment_name(0)][record.offset + 66] ^= 1
     assert set(metas(log.recover().found)) == {page_key(2)}
+
+
+@pytest.mark.parametrize("is_segment_full", [False, True])
+def test_a_lost_write_takes_what_it_may_have_replaced_with_it(is_segment_full: bool) -> None:
+    """A disk that says a write is done, and never does it, leaves nothing that is damaged."""
+    log = SmallLog()
+    log.batch([string(b"k", b"old", 1), page(1, payload(1), 2)])
+    before = {name: bytes(data) for name, data in log.files.items()}
+    log.batch([string(b"k", b"new", 3)])
+    for name, data in before.items():
+        log.files[name][:] = data
+    if is_segment_full:
+        log.open_segment()
+    log.batch([page(2, payload(2), 4)])
+    log.batch([page(3, payload(3), 5)])
+    recovered = log.recover()
+    assert set(metas(recovered.found)) == {page_key(1), page_key(2), page_key(3)}
+    assert recovered.counts.dropped_mutable == 1

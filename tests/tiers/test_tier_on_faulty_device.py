@@ -19,7 +19,7 @@ from respkv.tiers.lossless import decode, encode
 from respkv.tiers.parts import TierConfig
 from respkv.tiers.record import Level, Meta, Record, Value
 from tests.simulation import virtual
-from tests.tiers.faulty_device import FaultyDevice
+from tests.tiers.faulty_device import Call, FaultyDevice, Kind
 from tests.tiers.memory_device import MemoryDevice
 
 CAPACITY_BYTES = 12 << 20
@@ -160,34 +160,37 @@ class Engine:
                 await anyio.sleep(self.rng.random() * 0.1)
 
 
+BROKEN: list[tuple[Call, ...]] = [
+    ("write",),
+    ("read",),
+    ("sync",),
+    ("create", "replace"),
+    ("remove",),
+    ("names", "open"),
+]
+HUNG: list[Call] = ["read", "write", "sync", "create"]
+LIES: list[Kind] = ["torn", "dropped", "misdirected", "flip"]
+
+
 def break_it(faulty: FaultyDevice, rng: random.Random, *, may_lie: bool) -> None:
     """Let something go wrong from now on."""
     code = rng.choice([errno.EIO, errno.ENOSPC, errno.EROFS])
-    every = {"one_in": rng.choice([1, 2, 10]), "skip": rng.randrange(5)}
     match rng.choice(["error", "short", "slow", "hang", "gone", *(["lie"] * 3 if may_lie else [])]):
         case "error":
-            calls = rng.choice(
-                [
-                    ["write"],
-                    ["read"],
-                    ["sync"],
-                    ["create", "replace"],
-                    ["remove"],
-                    ["names", "open"],
-                ]
-            )
-            faulty.add("error", *calls, code=code, **every)
+            fault = faulty.add("error", *rng.choice(BROKEN), code=code)
         case "short":
-            faulty.add("short", "read", "write", code=code, **every)
+            fault = faulty.add("short", "read", "write", code=code)
         case "slow":
-            faulty.add("slow", "read", "write", "sync", "create", delay_s=0.3, **every)
+            fault = faulty.add("slow", "read", "write", "sync", "create", delay_s=0.3)
         case "hang":
-            faulty.add("hang", rng.choice(["read", "write", "sync", "create"]), **every)
+            fault = faulty.add("hang", rng.choice(HUNG))
         case "gone":
             faulty.vanish()
+            return
         case _:
-            kind = rng.choice(["torn", "dropped", "misdirected", "flip"])
-            faulty.add(kind, rng.choice(["read", "write"]), **every)
+            moves: list[Call] = ["read", "write"]
+            fault = faulty.add(rng.choice(LIES), rng.choice(moves))
+    fault.one_in, fault.skip = rng.choice([1, 2, 10]), rng.randrange(5)
 
 
 async def history(seed: int, alignment: int, *, may_lie: bool) -> Counter[str]:
@@ -254,7 +257,8 @@ def run(seed: int, backend: str, alignment: int, *, may_lie: bool) -> Counter[st
     async def main(jump: virtual.Jump) -> Counter[str]:
         return await history(seed, alignment, may_lie=may_lie)
 
-    return virtual.run(main, backend=backend, seed=seed)
+    counts: Counter[str] = virtual.run(main, backend=backend, seed=seed)
+    return counts
 
 
 @pytest.mark.parametrize("alignment", [4096, 64])

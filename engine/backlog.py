@@ -1,0 +1,129 @@
+"""What is in memory alone: the values that file tiers have still to take, oldest first.
+
+There are two queues, because small values on the heap and those in the arena have budgets of their
+own and neither may wait behind the other.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from respkv.engine.burials import Burials
+from respkv.engine.clock import Clock
+from respkv.engine.entry import ENTRY_BYTES, Entry
+from respkv.engine.journeys import Dirt, Writing
+from respkv.engine.placement import Watermarks
+from respkv.engine.tier import Tier
+
+
+class Backlog(Burials):
+    """The dirty, and what is being written of them.
+
+    on_room: called when there is no need any more to wait with values.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.is_on = False
+        self.payload_bytes_max = -1
+        self.dirty_large: OrderedDict[Entry, Dirt] = OrderedDict()
+        self.dirty_small: OrderedDict[Entry, Dirt] = OrderedDict()
+        self.queued_bytes = self.queued_small_bytes = 0  # of those in them
+        self.writing_bytes = 0  # of those on their way, both kinds
+        self.hurried_bytes = 0  # of those that eviction has passed over
+        self.writing: dict[Entry, Writing] = {}
+        self.given_up: dict[Entry, None] = {}  # in memory, and reclaim has dropped their copies
+        self.marks, self.small_marks = Watermarks(), Watermarks()
+        self.on_room: Callable[[], None] = lambda: None
+
+    def use(self, tiers: Iterable[Tier]) -> None:
+        """Keep copies in these tiers from now on, fastest first."""
+        self.tiers = tuple(tiers)
+        self.is_on = bool(self.tiers)
+        self.payload_bytes_max = max((tier.payload_bytes_max for tier in self.tiers), default=-1)
+
+    def dirty_of(self, entry: Entry) -> OrderedDict[Entry, Dirt]:
+        """Return the queue that an entry in memory is in while it is dirty."""
+        return self.dirty_small if entry.slot is None else self.dirty_large
+
+    @property
+    def num_dirty(self) -> int:
+        """How many entries wait to be written."""
+        return len(self.dirty_small) + len(self.dirty_large)
+
+    @property
+    def can_write(self) -> bool:
+        """Whether some tier takes values now."""
+        return any(tier.health.state == "ok" for tier in self.tiers)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether larger values should wait, because too much in memory has no copy yet."""
+        return self.queued_bytes + self.writing_bytes > self.marks.high and self.can_write
+
+    def spares(self, entry: Entry) -> bool:
+        """Whether an entry is better evicted later, because a tier can still take its value."""
+        is_dirty = entry in self.dirty_of(entry) or entry in self.writing or entry in self.given_up
+        return is_dirty and self.can_write
+
+    def hurry(self, entry: Entry) -> None:
+        """Have an entry written soon: it would be evicted if there were a copy."""
+        if entry in self.given_up:
+            self.queue(entry)
+        dirty = self.dirty_of(entry)
+        dirt = dirty.get(entry)
+        if dirt is not None and dirt.touched >= 0:
+            dirty[entry] = dirt._replace(touched=-1.0)
+            dirty.move_to_end(entry, last=False)
+            self.hurried_bytes += dirt.nbytes
+            self.on_work()
+
+    def recall(self) -> None:
+        """Queue what was given up: this is the last time that it can be written."""
+        for entry in list(self.given_up):
+            self.queue(entry)
+
+    def queue(self, entry: Entry) -> None:
+        """Queue an entry that became dirty. What is being written is not its value any more."""
+        self.given_up.pop(entry, None)
+        writing = self.writing.get(entry)
+        if writing is not None:
+            writing.is_void = True
+            self.forget_write(writing)
+        if entry.nbytes > self.payload_bytes_max:
+            return
+        slot = entry.slot
+        if slot is None:
+            nbytes = len(entry.key) + entry.nbytes + ENTRY_BYTES
+            self.queued_small_bytes += nbytes
+            is_due = self.queued_small_bytes > self.small_marks.high
+        else:
+            nbytes = slot.slab.slot_bytes
+            self.queued_bytes += nbytes
+            is_due = self.queued_bytes > self.marks.high
+        self.dirty_of(entry)[entry] = Dirt(nbytes, slot is None, entry.touched)
+        if is_due:
+            self.on_work()
+
+    def take_out(self, entry: Entry) -> Dirt | None:
+        """Take an entry out of its queue, before its value changes or goes."""
+        dirt = self.dirty_of(entry).pop(entry, None)
+        if dirt is None:
+            self.given_up.pop(entry, None)
+            return None
+        if dirt.is_small:
+            self.queued_small_bytes -= dirt.nbytes
+        else:
+            self.queued_bytes -= dirt.nbytes
+        if dirt.touched < 0:
+            self.hurried_bytes -= dirt.nbytes
+        return dirt
+
+    def forget_write(self, writing: Writing) -> None:
+        """Count a value no longer as one that is being written."""
+        if self.writing.get(writing.entry) is not writing:
+            return
+        was_behind = self.is_behind
+        del self.writing[writing.entry]
+        self.writing_bytes -= 0 if writing.dirt is None else writing.dirt.nbytes
+        if was_behind and not self.is_behind:
+            self.on_room()
