@@ -284,7 +284,6 @@ class Model(RuleBasedStateMachine):
         victim = self.segments.choose_victim(self.now)
         if victim is None:
             return
-        assert victim.id not in self.reads
         assert victim not in self.writes
         for record in [each for each in self.records if each.segment == victim.id]:
             place = self.segments.allocate(record.stored_bytes, stream=1)
@@ -294,6 +293,8 @@ class Model(RuleBasedStateMachine):
             segment, offset = place
             assert segment is not victim
             self.segments.move(record, segment=segment.id, offset=offset, sequence=self.sequence)
+        if victim.id in self.reads:
+            return  # it is free when they have ended
         if victim.state == "sealed":
             self.segments.release(victim)
         else:
