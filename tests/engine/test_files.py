@@ -417,6 +417,23 @@ async def test_a_value_that_changes_while_it_is_written_is_written_again(nbytes:
         assert await get(cache, mover, b"k") == b"b" * nbytes
 
 
+@pytest.mark.parametrize("nbytes", [5, 5000])
+async def test_a_value_that_nobody_waits_for_may_change_while_it_is_written(nbytes: int) -> None:
+    cache, _ = make_cache()
+    async with opened(cache, tier := FakeTier()) as mover:
+        tier.close_gate()
+        cache.put(b"k", b"a" * nbytes)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(mover.drain, 5)
+            await until(lambda: bool(tier.writes))
+            cache.put(b"k", b"b" * nbytes)
+            assert not cache.copies.writing
+            tier.open_gate()
+        await make_cold(cache, mover)
+        assert await get(cache, mover, b"k") == b"b" * nbytes
+        assert len(tier.records) == 1
+
+
 async def test_a_put_over_one_that_waits_answers_both_when_the_second_is_written() -> None:
     cache, _ = make_cache()
     async with opened(cache, tier := FakeTier()) as mover:

@@ -94,6 +94,8 @@ class Round:
             self.counts += found
             load = Load(self._ledger, self._shares, server.connect, f"{self._seed}/{index}")
             time.sleep(self.rng.uniform(*LOAD_S))
+            if not self._ledger.may_evict:
+                self._check_kept(server.info())
             self._was_clean = self._end(server, load, end)
             assert "Traceback" not in server.log, "an exception in the log"
         except BaseException as error:
@@ -103,6 +105,11 @@ class Round:
             server.stop(signal.SIGKILL)
         self.counts += load.counts
         self.counts[end] += 1
+
+    def _check_kept(self, info: dict[str, str]) -> None:
+        """Assert that the last of the file tiers has evicted nothing."""
+        evicted = info.get("kv_disk_evicted") or info["kv_nvme_evicted"]
+        assert evicted == "0", f"{evicted} values evicted from a tier that can hold them all"
 
     def _start_and_kill(self) -> None:
         """Start a server and kill it on its way."""
