@@ -49,20 +49,27 @@ class Blocks:
 
     async def _measure(self) -> float:
         job = self._job
-        device = await open_device(job.file.parent, self._engine, job.depth)
-        try:
-            device.register(self._memory)
-            await device.open(job.file.name)
-            num_blocks = job.file_bytes // job.block_bytes
-            places = (self._random.randrange(num_blocks) for _ in range(job.count))
-            start = perf_counter()
-            async with anyio.create_task_group() as tasks:
-                for index in range(job.depth):
-                    block = self._memory[index * job.block_bytes :][: job.block_bytes]
-                    tasks.start_soon(self._move, device, block, places)
-            return (perf_counter() - start) / job.count
-        finally:
-            await device.close()
+        with tier_folder(job.file.parent) as folder:
+            device = await open_device(folder, self._engine, job.depth)
+            # A directory with files that are not a tier's would be refused.
+            os.link(job.file, folder / job.file.name)
+            try:
+                device.register(self._memory)
+                await device.open(job.file.name)
+                return await self._run(device)
+            finally:
+                await device.close()
+
+    async def _run(self, device: Device) -> float:
+        job = self._job
+        num_blocks = job.file_bytes // job.block_bytes
+        places = (self._random.randrange(num_blocks) for _ in range(job.count))
+        start = perf_counter()
+        async with anyio.create_task_group() as tasks:
+            for index in range(job.depth):
+                block = self._memory[index * job.block_bytes :][: job.block_bytes]
+                tasks.start_soon(self._move, device, block, places)
+        return (perf_counter() - start) / job.count
 
     async def _move(self, device: Device, block: memoryview, places: Iterator[int]) -> None:
         name, nbytes = self._job.file.name, self._job.block_bytes
@@ -92,7 +99,7 @@ class Blocks:
 def device_blocks(bench: Bench) -> Iterator[Result]:
     """Read and write blocks of every size at every depth."""
     scale = bench.scale.files
-    with tier_folder(bench.folder) as folder, filled_file(folder, scale.file_bytes) as file:
+    with filled_file(bench.folder, scale.file_bytes) as file:
         for block_bytes in scale.block_bytes:
             for depth in scale.depths:
                 count = max(scale.turn_bytes // block_bytes, 2 * depth)

@@ -28,6 +28,7 @@ class Backlog(Burials):
         self.dirty_large: OrderedDict[Entry, Dirt] = OrderedDict()
         self.dirty_small: OrderedDict[Entry, Dirt] = OrderedDict()
         self.queued_bytes = self.queued_small_bytes = 0  # of those in them
+        self.num_queued = 0  # how many ever were
         self.writing_bytes = 0  # of those on their way, both kinds
         self.hurried_bytes = 0  # of those that eviction has passed over
         self.writing: dict[Entry, Writing] = {}
@@ -89,6 +90,7 @@ class Backlog(Burials):
         if writing is not None:
             writing.is_void = True
             self.forget_write(writing)
+        self.num_queued += 1
         if entry.nbytes > self.payload_bytes_max:
             return
         slot = entry.slot

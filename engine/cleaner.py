@@ -27,6 +27,7 @@ from respkv.tiers.record import Level, Record, Value
 from respkv.tiers.slab import Slot
 
 BATCH_VALUES_MAX = 2048
+ARENA_SHARE = 4  # one in so many bytes of it may be on its way to files
 CHANCES_MAX = 256  # values that a batch passes over because they were used
 RETRY_S = 0.2
 
@@ -36,6 +37,7 @@ class Cleaner:
 
     epochs:      of each tier, how often it was emptied.
     on_end:      called when a write has ended.
+    idle_bytes:  so much more is to be written, because there is nothing else to do.
     is_draining: everything is to be written, whatever the watermarks say.
     """
 
@@ -50,6 +52,7 @@ class Cleaner:
     ) -> None:
         self.settings = MoveSettings()
         self.is_draining = False
+        self.idle_bytes = 0
         self.num_writes = 0
         self.tiers = tiers
         self._cache = cache
@@ -124,24 +127,30 @@ class Cleaner:
 
     def _write_dirty(self) -> None:
         """Start writing as much as the watermarks ask for and may be on its way at a time."""
-        while self._write_bytes < self.settings.move_bytes_max:
-            batches = self._next_batches()
+        # What is being written cannot be evicted: the rest must do for those who need room.
+        share = self._cache.slabs.budget_bytes // ARENA_SHARE
+        limit = min(self.settings.move_bytes_max, share)
+        while self._write_bytes < limit:
+            batches = self._next_batches(limit - self._write_bytes)
             if not batches:
                 return
             for tier, entries in batches.items():
                 self._start_write(tier, entries, Level.MEMORY)
 
-    def _next_batches(self) -> dict[int, list[Entry]]:
+    def _next_batches(self, limit: int) -> dict[int, list[Entry]]:
         """Choose the next dirty values to write, by tier."""
         copies = self._copies
         large, small = copies.queued_bytes, copies.queued_small_bytes
         wanted = copies.marks.excess(large), copies.small_marks.excess(small)
-        left = max(wanted[0], copies.hurried_bytes), wanted[1]
+        left = (
+            max(wanted[0], copies.hurried_bytes, self.idle_bytes),
+            max(wanted[1], self.idle_bytes),
+        )
         if self.is_draining:
             left = large, small
         batches: dict[int, list[Entry]] = {}
-        self._choose(copies.dirty_large, min(left[0], BATCH_BYTES_MAX), batches)
-        self._choose(copies.dirty_small, min(left[1], BATCH_BYTES_MAX), batches)
+        self._choose(copies.dirty_large, min(left[0], limit, BATCH_BYTES_MAX), batches)
+        self._choose(copies.dirty_small, min(left[1], limit, BATCH_BYTES_MAX), batches)
         return batches
 
     def _choose(
@@ -166,6 +175,7 @@ class Cleaner:
                 continue
             batches.setdefault(tier, []).append(entry)
             limit -= dirt.nbytes
+            self.idle_bytes = max(0, self.idle_bytes - dirt.nbytes)
             count += 1
 
     def _start_write(self, tier: int, entries: list[Entry], level: Level) -> None:

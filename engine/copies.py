@@ -9,10 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from respkv.engine.backlog import Backlog
+from respkv.engine.burials import Unburied
 from respkv.engine.clock import Clock
 from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.history import Reason
-from respkv.engine.journeys import End, Move, Writing
+from respkv.engine.journeys import End, Move, Writing, ghost_of
 from respkv.engine.notes import Note
 from respkv.tiers.meta import is_content_addressed
 from respkv.tiers.record import Level, Record
@@ -30,9 +31,10 @@ class Copies(Backlog):
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
         self.num_cold = self.cold_bytes = self.num_records = 0
-        self.cold_max = 2_000_000
+        self.cold_max = 2_000_000  # the mover knows better when it runs
         self.moving: dict[Entry, list[Move]] = {}  # copies on their way from tier to tier
         self.owed: dict[Entry, End] = {}  # to be buried when the value after it is written
+        self.ghosts: set[Entry] = set()  # which have their copies until then
         self.urgent: OrderedDict[Entry, list[Note]] = OrderedDict()
         self.kept: set[Entry] = set()  # small values that a load brought and somebody waits for
         self.lose: Callable[[Entry, Reason], None] = lambda entry, reason: None
@@ -67,19 +69,19 @@ class Copies(Backlog):
         """
         is_named = is_content_addressed(entry.key, entry.kind)
         end = self._end(entry)
-        if not end.tiers or not (end.level or is_named):
+        if end.tiers and end.level and level >= end.level and not is_named:
+            self.owed[entry] = self._keep(entry, end)
             return
-        if end.level and level >= end.level and not is_named:
-            self.owed[entry] = end
-        else:
+        self._free(end)
+        if end.tiers and (end.level or is_named):
             waits = by_string if is_named else True
             self.bury(entry.key, end.tiers, end.generation, end.level, waits=waits)
 
     def removed(self, entry: Entry, reason: Reason) -> None:
         """Note that an entry has left the index, or is about to."""
         is_named = is_content_addressed(entry.key, entry.kind)
-        writing, is_owed = self.writing.get(entry), entry in self.owed
-        end = self._end(entry)
+        writing, end = self.writing.get(entry), self._end(entry)
+        self._free(end)
         self.kept.discard(entry)
         is_meant = reason in ("deleted", "flushed", "expired", "schema")
         error = "" if is_meant else f"the value is gone: {reason}"
@@ -88,12 +90,10 @@ class Copies(Backlog):
             _end_all(notes, error)
         if entry in self.urgent:
             _end_all(self.urgent.pop(entry), error)
-        if reason == "flushed":
-            return
         waits = reason == "deleted" and not is_named
         if reason != "deleted" and is_named:
             return
-        if end.tiers and (reason != "expired" or is_owed) and (end.level or is_named):
+        if end.tiers and (end.level or is_named):
             self.bury(entry.key, end.tiers, end.generation, end.level, waits=waits)
         elif waits and (self.leaving or self.unburied):
             self.wait_for_burial(entry)
@@ -102,13 +102,15 @@ class Copies(Backlog):
         """Note that the index is empty. The tiers are cleared as a whole, or free each record."""
         for entry in entries:
             entry.records, entry.level = (), Level.MEMORY
+        for ghost in self.ghosts:
+            ghost.records = ()
         for writing in self.writing.values():
             writing.is_void = True
         for notes in self.urgent.values():
             _end_all(notes)
         for queue in (self.dirty_large, self.dirty_small, self.writing, self.urgent):
             queue.clear()
-        for each in (self.given_up, self.moving, self.owed, self.kept):
+        for each in (self.given_up, self.moving, self.owed, self.kept, self.ghosts):
             each.clear()
         self.queued_bytes = self.queued_small_bytes = self.writing_bytes = self.hurried_bytes = 0
         self.num_cold = self.cold_bytes = self.num_records = 0
@@ -157,7 +159,7 @@ class Copies(Backlog):
         if record is not None:
             record.tier = writing.tier
             if writing.is_void:
-                self.tiers[writing.tier].free(record)
+                self.let_go(writing.ghost, record)
             else:
                 self.attach(entry, record)
                 for note in writing.changes:
@@ -183,9 +185,9 @@ class Copies(Backlog):
         """Note that a write failed, and that its log may have the value all the same."""
         entry, level = writing.entry, writing.level
         if level and not is_content_addressed(entry.key, entry.kind):
-            tiers, generation, before = self.unburied.get(entry.key, (set(), 0, level))
-            tiers, generation = tiers | {writing.tier}, max(generation, writing.generation)
-            self.unburied[entry.key] = tiers, generation, max(level, before)
+            self.suspect(entry.key, Unburied({writing.tier: writing.generation}, level))
+            if not entry.records:
+                entry.generation = 0  # it may be buried up to that one
 
     def hand_on(self, writing: Writing) -> None:
         """Let those who wait for a value that was overwritten wait for the one after it."""
@@ -222,6 +224,8 @@ class Copies(Backlog):
         for each in entry.records:
             if each not in kept:
                 self.tiers[each.tier].free(each)
+                if each.generation < record.generation:
+                    self.bury_copy(entry, each)
         self.num_records += 1 + len(kept) - len(entry.records)
         entry.generation = max(entry.generation, record.generation)
         entry.records = tuple(sorted([*kept, record], key=_tier_of))
@@ -229,16 +233,29 @@ class Copies(Backlog):
             self.take_out(entry)
             self.requeue(entry)
 
+    def let_go(self, ghost: Entry | None, record: Record) -> None:
+        """Take a copy that has come too late; it is kept as long as the ghost of its value."""
+        if ghost is not None and ghost in self.ghosts:
+            record.owner = ghost
+            ghost.records = (*ghost.records, record)
+        else:
+            self.tiers[record.tier].free(record)
+
+    def bury_copy(self, entry: Entry, record: Record) -> None:
+        """Have a log forget one copy of a value, in the turn in which that is freed or gone."""
+        if record.level and not is_content_addressed(entry.key, entry.kind):
+            self.bury(entry.key, {record.tier}, record.generation, record.level, waits=False)
+
     def detach(self, record: Record, reason: Reason) -> None:
         """Note that a copy is gone; an entry without any other copy goes too."""
         entry: Entry = record.owner
         if entry is None or record not in entry.records:
             return
         entry.records = tuple(each for each in entry.records if each is not record)
+        self.bury_copy(entry, record)
+        if entry in self.ghosts:
+            return
         self.num_records -= 1
-        is_mutable = not is_content_addressed(entry.key, entry.kind)
-        if record.level and is_mutable:
-            self.bury(entry.key, {record.tier}, record.generation, record.level, waits=False)
         if record.level:
             entry.generation = 0  # the log forgets it, so it is written under another one
         if entry.records:
@@ -270,7 +287,8 @@ class Copies(Backlog):
     def _end(self, entry: Entry) -> End:
         """Let go of all copies of a value, those on their way too, and say which logs know it."""
         records, entry.records = entry.records, ()
-        tiers, generation, level = self.owed.pop(entry, End(set(), 0, Level.MEMORY))
+        owed = self.owed.pop(entry, End(set(), 0, Level.MEMORY))
+        tiers, generation, level = owed.tiers, owed.generation, owed.level
         tiers = tiers | {record.tier for record in records}
         generation = max([generation, entry.generation, *(each.generation for each in records)])
         level = max([level, *(record.level for record in records)])
@@ -286,11 +304,27 @@ class Copies(Backlog):
         self.take_out(entry)
         if entry.is_cold and records:
             self.raised(entry)
-        for record in records:
-            self.tiers[record.tier].free(record)
         self.num_records -= len(records)
+        return End(tiers, generation, level, owed.ghosts, records, writing)
+
+    def _keep(self, entry: Entry, end: End) -> End:
+        """Keep the copies of a value that is being replaced until it may be buried."""
+        ghost = ghost_of(entry, end.records)
+        self.ghosts.add(ghost)
+        if end.writing is not None:
+            end.writing.ghost = ghost
         entry.level = Level.MEMORY
-        return End(tiers, generation, level)
+        return end._replace(ghosts=(*end.ghosts, ghost), records=(), writing=None)
+
+    def _free(self, end: End) -> None:
+        """Free the copies of a value, in the turn in which its burial is asked for."""
+        for record in end.records:
+            self.tiers[record.tier].free(record)
+        for ghost in end.ghosts:
+            records, ghost.records = ghost.records, ()
+            self.ghosts.discard(ghost)
+            for record in records:
+                self.tiers[record.tier].free(record)
 
     def _pay(self, entry: Entry, but: set[int]) -> None:
         """Bury what was before the value that has been written now, or will not be.
@@ -298,7 +332,10 @@ class Copies(Backlog):
         but: tiers whose logs know the newer one, which is as good.
         """
         end = self.owed.pop(entry, None)
-        if end is not None and end.tiers - but:
+        if end is None:
+            return
+        self._free(end)
+        if end.tiers - but:
             self.bury(entry.key, end.tiers - but, end.generation, end.level, waits=False)
 
     @staticmethod

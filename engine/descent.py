@@ -22,6 +22,7 @@ from respkv.engine.tier import Tier
 from respkv.errors import CacheError
 from respkv.tiers.record import Level, Meta, Record, Value
 
+LIVE_PERCENT = 50  # of a tier; nothing is dropped while it holds less
 RELATIVES_MAX = 256  # pages behind one that are looked at before it is dropped
 PATIENCE_S, PAUSE_S = 5.0, 10.0  # a tier that hangs does not take the one above it along
 logger = logging.getLogger(__name__)
@@ -61,8 +62,12 @@ class Descent:
     def _keep(self, tier: int, record: Record) -> bool:
         """Whether a copy is to live on when its segment is reclaimed."""
         entry: Entry = record.owner
+        if entry in self._cache.copies.ghosts:
+            return True  # it goes when the value after it is written
         if entry is None or record not in entry.records or entry.records[-1] is not record:
             return False  # a slower tier has it too
+        if self._has_room(self.tiers[tier]):
+            return True
         is_promised = entry.held_until > self._cache.clock.now
         if is_promised or self._cache.room.is_held(entry) or (entry.level and not entry.is_cold):
             return True
@@ -70,6 +75,11 @@ class Descent:
             return True
         idle = idle_s(entry, self._cache.clock.now)
         return self.ages[tier].is_worth_keeping(idle, has_level=entry.level > 0)
+
+    @staticmethod
+    def _has_room(tier: Tier) -> bool:
+        """Whether all that lives in a tier fits, with enough to spare for reclaim to end."""
+        return tier.stats.live_bytes * 100 < tier.capacity_bytes * LIVE_PERCENT
 
     def _must_stay(self, entry: Entry) -> bool:
         is_promised = entry.held_until > self._cache.clock.now
@@ -167,5 +177,8 @@ class Descent:
             if entry.position >= 0 and source in entry.records:
                 self._cache.copies.attach(entry, record)
                 self._cache.stats.moved_down += 1
+            elif entry in self._cache.copies.ghosts:
+                self._cache.copies.let_go(entry, record)
             else:
                 self.tiers[tier].free(record)
+                self._cache.copies.bury_copy(entry, record)

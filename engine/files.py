@@ -85,6 +85,7 @@ async def _start(
         if started is not None:
             await started(mover)
         restore.finish()
+        restore.bury()
     except BaseException:
         with anyio.CancelScope(shield=True):
             await _stop(opened)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from respkv.engine.entry import Entry
 from respkv.engine.notes import Note
-from respkv.tiers.record import Level
+from respkv.tiers.record import Level, Record
 
 
 class Dirt(NamedTuple):
@@ -18,7 +18,11 @@ class Dirt(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Writing:
-    """A value on its way to a tier. ``is_void``: it is not the entry's any more."""
+    """A value on its way to a tier.
+
+    is_void: it is not the entry's any more.
+    ghost:   whose it is then, if it may not be forgotten yet.
+    """
 
     entry: Entry
     tier: int
@@ -27,6 +31,7 @@ class Writing:
     dirt: Dirt | None
     notes: list[Note]
     is_void: bool = False
+    ghost: Entry | None = None
     changes: list[Note] = field(default_factory=list[Note])
 
 
@@ -39,8 +44,36 @@ class Move(NamedTuple):
 
 
 class End(NamedTuple):
-    """A value that has ended: the tiers whose logs know it, up to which generation and level."""
+    """A value that has ended: the tiers whose logs know it, up to which generation and level.
+
+    A log may use the place of a copy again when it is freed, and what it held was also what kept
+    older values away: so copies of what a client wants to survive are freed in the same turn in
+    which the burial is asked for. Until then they belong to ghosts.
+
+    ghosts:  entries of no key, which describe the copies that are kept so.
+    records: its copies, if they are nobody's yet.
+    writing: the one that was on its way.
+    """
 
     tiers: set[int]
     generation: int
     level: Level
+    ghosts: tuple[Entry, ...] = ()
+    records: tuple[Record, ...] = ()
+    writing: Writing | None = None
+
+
+def ghost_of(entry: Entry, records: tuple[Record, ...]) -> Entry:
+    """Return an entry of no key that describes the copies of a value which is being replaced."""
+    ghost = Entry(entry.key, entry.kind, entry.nbytes, entry.born)
+    ghost.generation, ghost.level, ghost.expires_ms = (
+        entry.generation,
+        entry.level,
+        entry.expires_ms,
+    )
+    ghost.touched, ghost.hits, ghost.pinned_until = entry.touched, entry.hits, entry.pinned_until
+    ghost.priority, ghost.tokens, ghost.parent_key = entry.priority, entry.tokens, entry.parent_key
+    ghost.records = records
+    for record in records:
+        record.owner = ghost
+    return ghost

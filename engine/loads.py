@@ -24,7 +24,7 @@ from respkv.tiers.slab import Slot
 
 ROOM_PAUSE_S, ROOM_PAUSE_S_MAX = 0.005, 0.05
 ARENA_SHARE = 4  # loads from one tier take one in so many bytes of the arena at a time
-SPARE_S = 1.0  # for so long a load waits before it evicts what has still to be written
+SPARE_S = 1.0  # at least so long a load waits before it evicts what has still to be written
 PREFETCH_SHARE = 2  # prefetches take one in so many bytes on their way
 
 
@@ -260,10 +260,12 @@ class Loader:
         began = anyio.current_time()
         while entry.is_cold and entry.position >= 0:
             waited = anyio.current_time() - began
+            is_last = waited >= max(SPARE_S, self.settings.reserve_timeout_s)
+            may_lose = is_last or not cache.copies.can_write
             try:
-                return cache.adopt(cache.room.take(entry.nbytes, may_lose=waited >= SPARE_S))
+                return cache.adopt(cache.room.take(entry.nbytes, may_lose=may_lose))
             except OutOfMemory:
-                if waited >= max(SPARE_S, self.settings.reserve_timeout_s):
+                if is_last:
                     cache.stats.oom += 1
                     raise
             await anyio.sleep(pause_s)

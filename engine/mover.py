@@ -14,8 +14,9 @@ from anyio.abc import TaskGroup
 from respkv.engine.actor import Actor
 from respkv.engine.cache import Cache
 from respkv.engine.cleaner import Cleaner
+from respkv.engine.copies import RECORD_BYTES
 from respkv.engine.descent import Descent
-from respkv.engine.entry import Entry
+from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.loads import Loader
 from respkv.engine.messages import ClearTier, SettleNotes
 from respkv.engine.notes import Settle
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_LOOK_S = 0.2
 LOOK_S = 1.0  # a tier that works again says so to nobody
+COLD_MIN = 250_000  # entries in files alone that are known in any case, in about 200 MiB
+IDLE_BYTES = 64 << 20  # that are cleaned in such a time in which nothing was put
 
 
 class Mover:
@@ -52,6 +55,8 @@ class Mover:
         self._ended = anyio.Event()
         self._done = anyio.Event()  # set, and replaced, when a write has ended
         self._paused = 0
+        self._next_look = 0.0
+        self._num_queued = 0
         self._descent = Descent(cache, self.tiers, actors)
         self._epochs = self._descent.epochs
         self._cleaner = Cleaner(
@@ -121,11 +126,14 @@ class Mover:
             ):  # or what is being written now would be there after a restart
                 await self._done.wait()
             errors = []
-            for actor in self._actors:
+            for number, actor in enumerate(self._actors):
+                generation = self._cache.slabs.next_generation()
                 try:
                     await actor.ask(ClearTier())
                 except CacheError as error:
                     errors.append(str(error))
+                else:
+                    self._copies.emptied(number, generation)
             if errors:
                 raise TierError("; ".join(errors))
         finally:
@@ -190,7 +198,19 @@ class Mover:
         self._set_marks()
         self._settle_notes()
         if not self._paused:
+            self._look_at_times()
             self._cleaner.look()
+
+    def _look_at_times(self) -> None:
+        """Do what is done once in a while: clean while nothing is put, bury what could not be."""
+        now = anyio.current_time()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_S
+        is_idle = self._num_queued == self._copies.num_queued
+        self._num_queued = self._copies.num_queued
+        self._cleaner.idle_bytes = IDLE_BYTES if is_idle else 0
+        self._copies.bury_again(self._cache.entries)
 
     def _set_marks(self) -> None:
         high, low = (
@@ -199,6 +219,8 @@ class Mover:
         )
         self._copies.marks.set(self._cache.slabs.budget_bytes, high, low)
         self._copies.small_marks.set(self._cache.room.small_max, high, low)
+        share = self._cache.slabs.budget_bytes // 2 // (ENTRY_BYTES + RECORD_BYTES)
+        self._copies.cold_max = max(COLD_MIN, share)
 
     def _settle_notes(self) -> None:
         waves: dict[tuple[int, Level], list[Settle]] = {}
@@ -230,4 +252,7 @@ class Mover:
         """Forget a tier's copies, because its state is suspect, and let it start empty."""
         self._epochs[tier] += 1
         self._copies.forget(tier, self._cache.entries.values())
+        generation = self._cache.slabs.next_generation()
         await self.tiers[tier].reset()
+        if self.tiers[tier].health.state == "ok":
+            self._copies.emptied(tier, generation)

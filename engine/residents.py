@@ -112,7 +112,9 @@ class Residents(Memory):
         for _ in range(COLD_LOOKS):
             self._cold_hand += 1
             entry = self.index.at(self._cold_hand)
-            if entry is None or not entry.is_cold or entry.children or self.room.is_held(entry):
+            while entry is not None and entry.children:
+                entry = min(entry.children, key=_touched)  # who stands behind it goes first
+            if entry is None or not entry.is_cold or self.room.is_held(entry):
                 continue
             if coldest is None or entry.touched < coldest.touched:
                 coldest = entry
@@ -217,3 +219,7 @@ class Residents(Memory):
     def _expire(self, entry: Entry) -> None:
         self.stats.expired += 1
         self._remove(entry, "expired")
+
+
+def _touched(entry: Entry) -> float:
+    return entry.touched

@@ -6,9 +6,11 @@ tiers are held against each other: of two values of one key the newer counts, wh
 
 from collections.abc import Sequence
 
+from respkv.engine.burials import Unburied
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
 from respkv.engine.tier import Tier
+from respkv.tiers.meta import is_content_addressed
 from respkv.tiers.record import Meta, Record
 
 
@@ -18,32 +20,47 @@ class Restore:
     def __init__(self, cache: Cache, tiers: Sequence[Tier]) -> None:
         self._cache = cache
         self._tiers = tiers
+        self._losers: dict[bytes, Unburied] = {}  # older values, which logs have to forget
+        self._ended: dict[bytes, int] = {}  # generations of values whose time is over
 
     def found(self, tier: int, meta: Meta, record: Record) -> bool:
         """Take a copy; False when it is not wanted: its time is over, or there is a newer value."""
         cache = self._cache
         record.tier = tier
-        if 0 < meta.expires_ms <= cache.clock.wall_ms:
-            return False
         entry = cache.entries.get(meta.key)
-        if entry is not None and entry.generation > meta.generation:
+        if 0 < meta.expires_ms <= cache.clock.wall_ms:
+            self._reject(meta, record)
+            self._ended[meta.key] = max(meta.generation, self._ended.get(meta.key, 0))
+            if entry is not None and entry.generation < meta.generation:
+                self._forget(entry)
+            return False
+        newest = max(self._ended.get(meta.key, 0), 0 if entry is None else entry.generation)
+        if newest > meta.generation or (entry is None and self._is_full()):
+            self._reject(meta, record)
             return False
         is_newer = entry is None or entry.generation != meta.generation
         if entry is None:
-            if cache.copies.num_cold >= cache.copies.cold_max:
-                cache.forget_cold()
             entry = Entry(meta.key, meta.kind, meta.payload_bytes, cache.clock.now)
-            record.owner = entry
-            entry.records = (record,)
-            cache.copies.num_records += 1
             cache.index.insert(entry)
             cache.copies.demoted(entry)
-        else:
-            record.owner = entry
-            cache.copies.attach(entry, record)  # frees those of older values
-        if is_newer and entry.position >= 0:
+        elif is_newer:
+            self._detach(entry)
+        self._attach(entry, record)
+        if is_newer:
             self._describe(entry, meta)
-        return record in entry.records
+        return True
+
+    def bury(self) -> None:
+        """Have the logs forget what is not wanted, when all of them have been read.
+
+        What was told to one log alone would otherwise come back when the newer value has ended.
+        """
+        copies = self._cache.copies
+        for key, what in self._losers.items():
+            copies.suspect(key, what)
+            copies.bury(key, set(), 0, what.level, waits=False)
+        self._losers.clear()
+        self._ended.clear()
 
     def finish(self) -> None:
         """Tell pages their namespaces, when the schemas are known."""
@@ -57,6 +74,36 @@ class Restore:
             if entry.kind == "kvpage":
                 schema = cache.namespaces.of_key(entry.key)
                 entry.namespace = b"" if schema is None else schema.namespace
+
+    def _is_full(self) -> bool:
+        copies = self._cache.copies
+        if copies.num_cold >= copies.cold_max:
+            self._cache.forget_cold()
+        return copies.num_cold >= copies.cold_max
+
+    def _reject(self, meta: Meta, record: Record) -> None:
+        if meta.level and not is_content_addressed(meta.key, meta.kind):
+            what = Unburied({record.tier: meta.generation}, meta.level)
+            left = self._losers.get(meta.key)
+            self._losers[meta.key] = what if left is None else what.merged(left)
+
+    def _attach(self, entry: Entry, record: Record) -> None:
+        record.owner = entry
+        entry.records = tuple(sorted([*entry.records, record], key=lambda each: each.tier))
+        self._cache.copies.num_records += 1
+
+    def _detach(self, entry: Entry) -> None:
+        """Give up the copies of a value that is not the newest of its key."""
+        records, entry.records = entry.records, ()
+        for record in records:
+            self._reject(self._cache.copies.meta(entry, record), record)
+            self._tiers[record.tier].free(record)
+        self._cache.copies.num_records -= len(records)
+
+    def _forget(self, entry: Entry) -> None:
+        self._detach(entry)
+        self._cache.copies.raised(entry)
+        self._cache.index.remove(entry)
 
     def _describe(self, entry: Entry, meta: Meta) -> None:
         cache = self._cache

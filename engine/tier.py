@@ -20,6 +20,13 @@ class Health(Protocol):
     def reason(self) -> str: ...
 
 
+class Stats(Protocol):
+    """What a tier counts; ``live_bytes`` are those of the copies that are wanted."""
+
+    @property
+    def live_bytes(self) -> int: ...
+
+
 class Tier(Protocol):
     """A log of values in files.
 
@@ -30,6 +37,7 @@ class Tier(Protocol):
     name: str
     letter: str
     payload_bytes_max: int
+    capacity_bytes: int
     describe: Callable[[Record], Meta]
     keep: Callable[[Record], bool]
     leave: Callable[[list[Record]], Awaitable[None]]
@@ -38,6 +46,9 @@ class Tier(Protocol):
 
     @property
     def health(self) -> Health: ...
+
+    @property
+    def stats(self) -> Stats: ...
 
     @property
     def next_generation(self) -> int: ...

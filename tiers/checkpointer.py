@@ -5,6 +5,7 @@ well. The two files are written in turn and in place: the one that is being writ
 nothing until it is whole.
 """
 
+import errno
 import logging
 import os
 import time
@@ -31,6 +32,7 @@ from respkv.tiers.syncer import Syncer
 
 WRITTEN_BYTES_MIN = 256 << 20
 WRITTEN_SHARE = 8  # times the size of the last one
+NOTES_MAX = 50_000  # since the last one, or as many as there are records
 STEP_BYTES = 4 * BLOCK_BYTES
 SMALL_FILES_BYTES = 64 << 10  # superblock twice, lock, probe, and the blocks that they end in
 _TICK_S = 1.0
@@ -70,6 +72,8 @@ class Checkpointer:
         self._last_s = log.clock()
         self._last_bytes = 0
         self._last_written = 0
+        self._last_noted = 0
+        self._is_capped = False  # a start may find more than the cap, and has to say what goes
         self._last_state = (-1, -1, -1)
 
     @property
@@ -93,6 +97,7 @@ class Checkpointer:
 
     async def run(self) -> None:
         """Write one whenever it is time, until cancelled."""
+        self._is_capped = True
         while True:
             await anyio.sleep(min(_TICK_S, self._interval_s))
             self.reserve()
@@ -122,22 +127,34 @@ class Checkpointer:
                   there is no reclaim yet.
         Raises OSError; the other one stays.
         """
+        if without is None and not is_clean:
+            await self.make_room()
+            try:
+                return await self._write(is_clean, ())
+            except OSError as error:
+                is_full = error.errno in NO_SPACE
+                if not (is_full and self._space.give_up(self._planned_bytes())):
+                    raise
+            await self.make_room()
+        await self._write(is_clean, without or ())
+
+    async def _write(self, is_clean: bool, without: Collection[Record]) -> None:
+        """Write one where there is room. Nothing here waits for reclaim, which may want a turn."""
         async with self._turn:
             self._last_s = self._log.clock()
-            can_wait = without is None and not is_clean
-            if can_wait:
-                await self.make_room()
             name = min(CHECKPOINT_NAMES, key=lambda each: self.covered[each])
-            blocks, sequence, state = self._encode(is_clean, without or ())
+            blocks, sequence, state = self._encode(is_clean, without)
             self.covered[name] = 0
-            nbytes = await self._write_blocks(name, blocks, can_wait)
+            nbytes = await self._write_blocks(name, blocks)
             with anyio.CancelScope(shield=True):
                 await self._log.device.sync(name)
             self.covered[name] = sequence
             self._last_bytes, self._last_state = nbytes, state
             self._last_written = self._log.stats.written_bytes
+            self._last_noted = self._log.num_noted
             self._log.stats.checkpoints += 1
-            self._log.forget_notes(min(self.covered.values()))
+            for _ in self._log.forget_notes(min(self.covered.values())):
+                await checkpoint()
 
     async def make_room(self) -> None:
         """Wait until two checkpoints have room under the cap. Raises TimeoutError."""
@@ -158,6 +175,8 @@ class Checkpointer:
         written = log.stats.written_bytes - self._last_written
         if written > max(WRITTEN_BYTES_MIN, WRITTEN_SHARE * self._last_bytes):
             return True
+        if log.num_noted - self._last_noted > max(NOTES_MAX, log.table.live_records):
+            return True  # they are all kept in memory until two checkpoints cover them
         return log.clock() - self._last_s >= self._interval_s and self._last_state != self._state()
 
     def _state(self) -> tuple[int, int, int]:
@@ -192,10 +211,12 @@ class Checkpointer:
             if record not in without and self._log.is_live(record):
                 yield self._log.describe(record), record
 
-    async def _write_blocks(self, name: str, blocks: Iterator[bytes], can_wait: bool) -> int:
+    def _planned_bytes(self) -> int:
         # What the encoder leaves free at the ends of blocks is little when keys are short.
-        nbytes = round_up(self.bytes_max * 5 // 8, BLOCK_BYTES) + BLOCK_BYTES
-        await self._create(name, nbytes, can_wait)
+        return round_up(self.bytes_max * 5 // 8, BLOCK_BYTES) + BLOCK_BYTES
+
+    async def _write_blocks(self, name: str, blocks: Iterator[bytes]) -> int:
+        await self._create(name, self._planned_bytes())
         memory = await self._staging.take(STEP_BYTES)
         try:
             at = used = 0
@@ -204,7 +225,7 @@ class Checkpointer:
                 memory[used : used + len(last)] = last
                 used += len(last)
                 if used + 2 * BLOCK_BYTES > STEP_BYTES:
-                    at, used = await self._put(name, at, memory[:used], can_wait), 0
+                    at, used = await self._put(name, at, memory[:used]), 0
                 await checkpoint()
                 last = block
             # Records that were copied before their turn are left out, for the replay to find: so
@@ -212,32 +233,32 @@ class Checkpointer:
             # it. What is copied from now on is in it, at the place that stays until the copy is.
             await self._syncer.sync_all()
             memory[used : used + len(last)] = last
-            return await self._put(name, at, memory[: used + len(last)], can_wait)
+            return await self._put(name, at, memory[: used + len(last)])
         finally:
             self._staging.give_back(memory)
 
-    async def _put(self, name: str, at: int, data: memoryview, can_wait: bool) -> int:
+    async def _put(self, name: str, at: int, data: memoryview) -> int:
         end = at + data.nbytes
         if end > self.file_bytes[name]:
-            self.file_bytes[name] = end + STEP_BYTES
-            if can_wait:
-                await self.make_room()
-            await self._create(name, end + STEP_BYTES, can_wait)
+            await self._create(name, end + STEP_BYTES)
         with anyio.CancelScope(shield=True):
             await self._log.device.write(name, [Write(at, data)])
         self._log.stats.written_bytes += data.nbytes
         return end
 
-    async def _create(self, name: str, nbytes: int, can_wait: bool) -> None:
+    async def _create(self, name: str, nbytes: int) -> None:
+        """Make a file this large, if the cap has room for it now. Raises OSError."""
+        table = self._log.table
+        before = self.file_bytes[name]
+        self.file_bytes[name] = max(before, nbytes)
+        self.reserve()  # from here on no segment can take this room
+        if self._is_capped and table.file_bytes + self.other_bytes > self._space.cap_bytes:
+            self.file_bytes[name] = before
+            raise OSError(errno.ENOSPC, "the cap has no room for a checkpoint")
         try:
             with anyio.CancelScope(shield=True):
                 await self._log.device.create(name, nbytes)
-        except OSError as error:
+        except OSError:
             await self.remove(name)
-            is_full = error.errno in NO_SPACE
-            if not (can_wait and is_full and self._space.give_up(nbytes)):
-                raise
-            await self.make_room()
-            with anyio.CancelScope(shield=True):
-                await self._log.device.create(name, nbytes)
+            raise
         self.file_bytes[name] = nbytes

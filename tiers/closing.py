@@ -31,8 +31,8 @@ async def leave_clean(parts: Parts, caretaker: Caretaker) -> None:
         logger.error("tier %s could not be left clean: %s", parts.log.name, why(error))
 
 
-async def close_after(parts: Parts, seconds: float) -> None:
+async def close_after(parts: Parts, seconds: float, patience_s: float) -> None:
     """Close a device that does not answer: everything that waits for it ends then."""
     await anyio.sleep(seconds)
     logger.error("tier %s does not stop: its device is closed", parts.log.name)
-    await parts.log.device.close()
+    await parts.log.device.close(patience_s)

@@ -12,6 +12,8 @@ with the memory, and a cancellation is delivered after that.
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
+CLOSE_S = 10.0  # how long a device that does not answer is waited for
+
 
 class Write(NamedTuple):
     """One piece of a write: ``data`` goes to ``offset`` of the file."""
@@ -80,6 +82,9 @@ class Device(Protocol):
         """
         ...
 
-    async def close(self) -> None:
-        """Wait for what is in flight and close every file."""
+    async def close(self, seconds: float = CLOSE_S) -> None:
+        """Wait for what is in flight, for so long, and close every file.
+
+        What has not ended then fails with ETIMEDOUT.
+        """
         ...

@@ -6,41 +6,26 @@ keeps its descriptor until that has ended: a descriptor closed early is soon ano
 
 import contextlib
 import errno
-import fcntl
 import logging
 import math
-import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar, TypeVarTuple
+from typing import Literal, TypeVar, TypeVarTuple
 
 import anyio
 
-from respkv.errors import TierError
-from respkv.tiers.device import Write
+from respkv.tiers.claim import LOCK, TEMPORARY, Opened
+from respkv.tiers.device import CLOSE_S, Write
 
 Engine = Literal["io_uring", "threads", "aiofiles"]
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-CLOSE_S = 10.0  # how long ``close`` waits for a device that does not answer
-_LOCK = "lock"
-_TEMPORARY = ".tmp"
-_PROBE = "probe" + _TEMPORARY
 _FILE_THREADS = 4
-_DIRECT_BYTES = 4096
 
 _logger = logging.getLogger(__name__)
-
-
-class Opened(NamedTuple):
-    """A directory that is ours until ``lock_fd`` is closed."""
-
-    path: Path
-    lock_fd: int
-    is_direct: bool
 
 
 class File:
@@ -100,8 +85,7 @@ class Directory(ABC):
         self._add(name, fd)
 
     async def open(self, name: str) -> int:
-        fd = await self._in_thread(os.open, self.path / name, os.O_RDWR | self._flags())
-        nbytes = os.fstat(fd).st_size
+        fd, nbytes = await self._in_thread(_open, self.path / name, os.O_RDWR | self._flags())
         self._add(name, fd)
         return nbytes
 
@@ -119,17 +103,17 @@ class Directory(ABC):
     async def replace(self, name: str, data: bytes) -> None:
         await self._in_thread(_replace, self.path / name, data)
 
-    async def close(self) -> None:
+    async def close(self, seconds: float = CLOSE_S) -> None:
         """Wait for what is in flight, but not for ever, and close every file; give the lock back.
 
-        What the system did not finish in ``CLOSE_S`` fails with ETIMEDOUT. The memory of such a
+        What the system did not finish in ``seconds`` fails with ETIMEDOUT. The memory of such a
         read may still change: give it to nobody.
         """
         if self._is_closing:
             return
         self._is_closing = True
         with anyio.CancelScope(shield=True):
-            with anyio.move_on_after(CLOSE_S) as waiting:
+            with anyio.move_on_after(seconds) as waiting:
                 await self._all_idle()
             if waiting.cancelled_caught:
                 _logger.error("%s: closed while the device did not answer", self.path)
@@ -233,89 +217,9 @@ class Directory(ABC):
             await self._idle(file)
 
 
-def open_directory(path: Path, *, want_direct: bool) -> Opened:
-    """Make a directory if it is missing, and take it for this process. Blocks.
-
-    Deletes what a crash left half replaced. Raises TierError when another process has it, or when
-    files cannot be made there.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock_fd = _lock(path / _LOCK)
-    except OSError as error:
-        raise TierError(f"{path} cannot hold files: {error.strerror}") from error
-    try:
-        for stray in path.glob("*" + _TEMPORARY):
-            stray.unlink()
-        is_direct = want_direct and _is_direct(path / _PROBE)
-    except OSError as error:
-        os.close(lock_fd)
-        raise TierError(f"{path} cannot hold files: {error.strerror}") from error
-    if want_direct and not is_direct:
-        _logger.warning("%s: no O_DIRECT here, so reads and writes go through the cache", path)
-    return Opened(path, lock_fd, is_direct)
-
-
-def _lock(path: Path) -> int:
-    # The file stays: to delete it would let two processes lock two files of this name.
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    except BlockingIOError as error:
-        owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(fd)
-        raise TierError(
-            f"{path.parent} is in use by process {owner}; stop it or choose another directory"
-        ) from error
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _is_direct(path: Path) -> bool:
-    # Opening is not enough: some file systems refuse the first transfer. A full one refuses the
-    # write for another reason, and an empty file can still be read.
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_DIRECT
-    page = mmap.mmap(-1, _DIRECT_BYTES)
-    try:
-        fd = os.open(path, flags, 0o600)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return False
-    try:
-        with contextlib.suppress(_NoSpace):
-            _transfer_page(fd, page)
-        os.preadv(fd, [page], 0)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return False
-    finally:
-        os.close(fd)
-        path.unlink()
-    return True
-
-
-class _NoSpace(Exception):
-    pass
-
-
-def _transfer_page(fd: int, page: mmap.mmap) -> None:
-    try:
-        os.pwritev(fd, [page], 0)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _NoSpace from error
-        raise
-
-
 def _names(path: Path) -> list[str]:
     return sorted(
-        name for name in os.listdir(path) if name != _LOCK and not name.endswith(_TEMPORARY)
+        name for name in os.listdir(path) if name != LOCK and not name.endswith(TEMPORARY)
     )
 
 
@@ -338,6 +242,15 @@ def _create(path: Path, nbytes: int, flags: int) -> int:
         raise
 
 
+def _open(path: Path, flags: int) -> tuple[int, int]:
+    fd = os.open(path, flags)
+    try:
+        return fd, os.fstat(fd).st_size
+    except OSError:
+        os.close(fd)
+        raise
+
+
 def _remove(path: Path, file: File | None) -> None:
     path.unlink(missing_ok=True)
     if file is not None and not file.is_lost:
@@ -352,8 +265,9 @@ def _load(path: Path) -> bytes | None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + _TEMPORARY)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    temporary = path.with_name(path.name + TEMPORARY)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(temporary, flags, 0o600)
     try:
         try:
             _write_all(fd, data)

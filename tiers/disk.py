@@ -71,6 +71,7 @@ def open_disk(
         checkpoint_interval_s,
         latency_us=5000.0,
         bytes_per_s=2e8,
+        path=str(path),
     )
     tier = FileTier(config, partial(open_device, path, "aiofiles", depth))
     tier.codec = Lossless(codec, lambda meta: tier.element_bytes(meta))

@@ -34,6 +34,8 @@ from respkv.tiers.tickets import Tickets
 from respkv.tiers.tier_stats import TierStats
 from respkv.tiers.writer import Codec
 
+_CLOSE = 0.2  # of the time to stop in, the share of a device that does not answer
+
 logger = logging.getLogger(__name__)
 
 
@@ -89,7 +91,6 @@ class FileTier:
         self._is_stopping = False
 
     # What is known of it
-
     @property
     def device(self) -> Device:
         return self._started.log.device
@@ -157,9 +158,18 @@ class FileTier:
             with anyio.CancelScope(shield=True):
                 await device.close()
             if isinstance(error, OSError):
-                raise TierError(f"tier {self.name} cannot start: {why(error)}") from error
+                raise TierError(f"{self._place} cannot start: {why(error)}") from error
+            if isinstance(error, TierError):
+                raise TierError(f"{self._place}: {error}") from error
             raise
+        logger.info("%s: %d bytes at most", self._place, self.capacity_bytes)
         return opened.recovery
+
+    @property
+    def _place(self) -> str:
+        return (
+            f"tier {self.name} in {self.config.path}" if self.config.path else f"tier {self.name}"
+        )
 
     async def run(self) -> None:
         """Write, reclaim, take checkpoints and probe, until cancelled or stopped.
@@ -185,14 +195,16 @@ class FileTier:
                     group.start_soon(part.run)
                 group.start_soon(self._tickets.run)
         finally:
+            parts.order.abandon()
+            self._tickets.abandon("the tier has stopped")  # else some wait for ever after a crash
             self._running = None
             self._ended.set()
 
     async def stop(self, seconds: float = 10.0) -> None:
         """Finish what was asked, write a checkpoint that says all, and let the directory go.
 
-        seconds: after these the device is closed, whatever it has not finished; that takes some
-                 seconds more when it hangs. The tier is then left like after a crash.
+        seconds: after these all has ended, whatever the device does. What it had not finished a
+                 little earlier is given up, and the tier is left like after a crash.
         """
         if self._is_stopping or self._parts is None:
             self._is_stopping = True
@@ -202,7 +214,7 @@ class FileTier:
         assert caretaker is not None
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(close_after, parts, seconds)
+                group.start_soon(close_after, parts, seconds * (1 - _CLOSE), seconds * _CLOSE)
                 if self._running is not None:
                     with anyio.move_on_after(seconds / 2):
                         await finish(parts)

@@ -9,6 +9,7 @@ described as it was written.
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,6 +21,8 @@ from respkv.tiers.health import Health
 from respkv.tiers.record import Level, Meta, Record
 from respkv.tiers.segments import Segment, SegmentTable
 from respkv.tiers.tier_stats import TierStats
+
+_STEP = 2048  # notes at a time, before others have their turn
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class Log:
     live:          the live records of each segment, each with the bytes of its keys.
     notes:         the notes of each segment that a checkpoint may not cover yet.
     is_void:       the superblock says so of all that was there, and nothing came since.
+    num_noted:     counts the notes that were acknowledged.
     doomed:        segments of whose files a sync failed: nothing in them counts any more.
     """
 
@@ -83,6 +87,7 @@ class Log:
     young: dict[Record, Meta] = field(default_factory=dict[Record, Meta])
     notes: dict[int, list[Logged]] = field(default_factory=dict[int, list[Logged]])
     changes: dict[int, Logged] = field(default_factory=dict[int, Logged])
+    num_noted: int = 0
     doomed: set[int] = field(default_factory=set[int])
     bury: Callable[[bytes, int], object] = lambda key, generation: None  # set by Tickets
     unwritten: Callable[[], list[Bury]] = list["Bury"]  # the burials that wait, set by Tickets
@@ -179,6 +184,7 @@ class Log:
     def note(self, logged: Logged, segment: int, sequence: int) -> None:
         """A note has been acknowledged."""
         logged.segment, logged.sequence = segment, sequence
+        self.num_noted += 1
         self.notes.setdefault(segment, []).append(logged)
 
     def is_superseded(self, note: Note) -> bool:
@@ -192,17 +198,24 @@ class Log:
         if isinstance(logged.note, Change):
             self.changes[logged.note.meta.generation] = logged
 
-    def forget_notes(self, floor: int) -> None:
-        """Forget the notes up to a sequence that every checkpoint covers."""
-        for segment, notes in list(self.notes.items()):
-            self.notes[segment] = [each for each in notes if each.sequence > floor]
-            if not self.notes[segment]:
-                del self.notes[segment]
-        self.changes = {
-            generation: each
-            for generation, each in self.changes.items()
-            if each.sequence == 0 or each.sequence > floor
-        }
+    def forget_notes(self, floor: int) -> Iterator[None]:
+        """Forget the notes up to a sequence that every checkpoint covers, some in each step.
+
+        Those of a segment are in the order of their sequences.
+        """
+        for segment in list(self.notes):
+            while (notes := self.notes.get(segment)) and notes[0].sequence <= floor:
+                part = notes[:_STEP]
+                del notes[: bisect_right(part, floor, key=lambda each: each.sequence)]
+                yield
+            if not notes:
+                self.notes.pop(segment, None)
+        for number, generation in enumerate(list(self.changes)):
+            logged = self.changes.get(generation)
+            if logged is not None and 0 < logged.sequence <= floor:
+                del self.changes[generation]
+            if number % _STEP == 0:
+                yield
 
     # Segments
 

@@ -36,5 +36,6 @@ def open_nvme(
         checkpoint_interval_s,
         latency_us=150.0,
         bytes_per_s=1.5e9,
+        path=str(path),
     )
     return FileTier(config, partial(open_device, path, engine, depth))

@@ -77,7 +77,7 @@ class Opened:
         log.next_generation = recovered.next_generation
         for meta, record in recovered.found:
             log.adopt(record, meta)
-        for segment_id, sequence, note in recovered.notes:
+        for segment_id, sequence, note in sorted(recovered.notes, key=lambda each: each[1]):
             logged = Logged(note, sequence, segment_id)
             log.notes.setdefault(segment_id, []).append(logged)
             if isinstance(note, Change):

@@ -5,6 +5,7 @@ a crash tears off the log is a tail of it that nobody was promised.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from respkv.tiers.batch import Place
@@ -49,13 +50,22 @@ class Order:
         """
         flight.is_done, flight.error = True, error
         while self._flights and self._flights[0].is_done:
-            self._acknowledge(self._flights.popleft())
+            first = self._flights.popleft()
+            try:
+                self._acknowledge(first)
+            except BaseException:
+                self._tell(each for each in [first, *self._flights] if each.is_done)
+                raise
 
     def abandon(self) -> None:
         """Whoever wrote has crashed: nothing in flight will be acknowledged."""
         while self._flights:
             flight = self._flights.popleft()
             self._log.table.end_write(flight.segment, flight.stop)
+            self._tell([flight])
+
+    def _tell(self, flights: Iterable[Flight]) -> None:
+        for flight in flights:
             for member in flight.members:
                 member.fail("the tier crashed")
 

@@ -36,6 +36,7 @@ class TierConfig:
     segment_bytes: of a new directory; 0 chooses. An old one keeps its own.
     depth:         batches in flight.
     boot_id:       of this run of the machine.
+    path:          of the directory, for messages.
     latency_us, bytes_per_s: what reads are taken to cost until some were seen.
     """
 
@@ -50,6 +51,7 @@ class TierConfig:
     bytes_per_s: float = 2e9
     staging_bytes: int = 32 << 20
     boot_id: str = field(default_factory=read_boot_id)
+    path: str = ""
 
     def new_segment_bytes(self) -> int:
         """Return the size of the segments of a new directory."""

@@ -1,5 +1,6 @@
 """One thing that waits to be in the log: a value, a note, or a record on its way elsewhere."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyio import Future
@@ -34,6 +35,7 @@ class Pending:
     is_void:  nobody wants it any more; it is left out if it is not on its way yet.
     tries:    how often writing it failed.
     values:   of a note: what it speaks of and is on its way itself.
+    told:     called once, when ``done`` is set.
     done:     the record (None when there is none); for a note None, or a TierError.
     """
 
@@ -49,6 +51,7 @@ class Pending:
     is_void: bool = False
     tries: int = 0
     values: list["Pending"] = field(default_factory=list["Pending"])
+    told: Callable[[], None] | None = None
     done: "Future[Record | None]" = field(default_factory=_future)
 
     @property
@@ -87,6 +90,8 @@ class Pending:
         """It is in the log, or not wanted there, and its level holds."""
         if self.done.status is Future.Status.PENDING:
             self.done.return_value = record
+            if self.told is not None:
+                self.told()
 
     def fail(self, why: str) -> None:
         """It could not be written."""
@@ -96,3 +101,5 @@ class Pending:
             self.done.return_value = None
         else:
             self.done.exception = TierError(why)
+        if self.told is not None:
+            self.told()

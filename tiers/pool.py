@@ -9,8 +9,9 @@ from typing import TypeVar, TypeVarTuple
 
 import anyio
 
+from respkv.tiers.claim import Opened
 from respkv.tiers.device import Write
-from respkv.tiers.directory import Directory, Engine, Opened
+from respkv.tiers.directory import Directory, Engine
 from respkv.tiers.transfers import advance, unfinished
 
 _ALIGNMENT = 4096

@@ -10,7 +10,8 @@ import anyio
 
 from respkv.errors import TierError
 from respkv.tiers.aio import AioDevice
-from respkv.tiers.directory import Directory, Opened, open_directory
+from respkv.tiers.claim import Opened, open_directory
+from respkv.tiers.directory import Directory
 from respkv.tiers.pool import PoolDevice
 from respkv.tiers.ring import RingDevice
 

@@ -111,7 +111,11 @@ class Reclaimer:
         return False
 
     async def clear(self, segment: Segment) -> bool:
-        """Empty a segment and make it free. Returns False when that did not succeed."""
+        """Empty a segment and make it free. Returns False when that did not succeed.
+
+        The tier may be emptied during any wait, and the segment be gone, with another one of its
+        number in its place.
+        """
         kept, leaving = await self._choose(segment)
         if not self._has_room(segment, kept, leaving):
             kept, leaving = [], kept + leaving
@@ -179,6 +183,8 @@ class Reclaimer:
     async def _free(self, segment: Segment) -> bool:
         log = self._log
         await self._is_unused(segment)
+        if not self._is_there(segment):
+            return True
         log.notes.pop(segment.id, None)
         log.live.pop(segment.id, None)
         log.stats.reclaimed += 1
@@ -196,6 +202,8 @@ class Reclaimer:
             await anyio.sleep(_BUSY_S)
 
     async def _remove(self, segment: Segment) -> bool:
+        if not self._is_there(segment):
+            return True
         try:
             await self._space.remove(segment)
         except OSError as error:
@@ -204,8 +212,12 @@ class Reclaimer:
         self._space.woke(is_used_up=False)
         return True
 
+    def _is_there(self, segment: Segment) -> bool:
+        return self._log.table.segments.get(segment.id) is segment
+
     def _is_in(self, record: Record, segment: Segment) -> bool:
-        return record.segment == segment.id and self._log.is_live(record)
+        is_here = record.segment == segment.id and self._is_there(segment)
+        return is_here and self._log.is_live(record)
 
     async def _choose(self, segment: Segment) -> tuple[list[Record], list[Record]]:
         """Return what to copy, at most half a segment, and what is to leave."""

@@ -34,7 +34,7 @@ from respkv.tiers.segment_head import (
 )
 from respkv.tiers.segments import STATES, Segment, SegmentRow, SegmentTable
 from respkv.tiers.superblock import SUPERBLOCK_NAME, Superblock, decode_superblock
-from respkv.tiers.survey import UNIT_BYTES, SegmentFile, Survey
+from respkv.tiers.survey import DAMAGE, UNIT_BYTES, SegmentFile, Survey
 
 SCANS_MAX = 4  # segments that are read at a time, each through a window of 2 MiB
 _EVERYTHING = 1 << 63
@@ -107,7 +107,7 @@ async def recover(
     segment_bytes: of a new directory; an old one keeps its own.
     boot_id: of this run of the machine; now: seconds, as for SegmentTable.
     Raises TierError when the files are not this tier's or of a newer version, and when the
-    directory cannot be read at all.
+    directory cannot be read at all; OSError when the system cannot read something just now.
     """
     started = time.perf_counter()
     try:
@@ -204,6 +204,7 @@ class _Recovery:
         """Read every segment that may have batches behind the checkpoint."""
         replay = self._replay
         limiter = anyio.Semaphore(SCANS_MAX)
+        refusals: list[OSError] = []
 
         async def scan(file: SegmentFile, head: SegmentHead, start: int) -> None:
             nbytes = min(file.nbytes, self.recovered.segments.segment_bytes)
@@ -218,6 +219,8 @@ class _Recovery:
                         alignment=self.survey.alignment,
                     )
                 except OSError as error:
+                    if error.errno not in DAMAGE:
+                        refusals.append(error)
                     file.is_readable = False
                     replay.lost_notes_below = _EVERYTHING
                     self.messages.append(f"{segment_name(file.id)} cannot be read: {error}")
@@ -233,6 +236,8 @@ class _Recovery:
                     # It may have had notes: torn writes leave a blank head or one of two copies.
                     replay.lost_notes_below = _EVERYTHING
                     replay.damaged += file.is_readable
+        if refusals:
+            raise refusals[0]
 
     def _notice_lost_ends(self) -> None:
         """Look for what each segment's head says of the end of the one before it.

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from respkv.tiers.claim import Opened
 from respkv.tiers.device import Write
-from respkv.tiers.directory import Directory, Engine, File, Opened
+from respkv.tiers.directory import Directory, Engine, File
 from respkv.tiers.transfers import Transfer, Transfers
 from respkv.tiers.uring import FSYNC, READ, WRITE, Ring
 

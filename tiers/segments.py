@@ -146,6 +146,7 @@ class SegmentTable:
     def remove(self, segment: Segment) -> None:
         """Forget a segment whose file was deleted: a free or fenced one that nothing points into."""
         assert segment.state in ("free", "fenced")
+        assert self.segments.get(segment.id) is segment, "it is gone already"
         self._check_unused(segment)
         del self.segments[segment.id]
 

@@ -54,6 +54,11 @@ class Space:
         self.is_used_up = False
 
     @property
+    def cap_bytes(self) -> int:
+        """What was given to all files together, however much of it the file system has."""
+        return self._capacity_bytes
+
+    @property
     def num_ready(self) -> int:
         """How many segments can be opened without reclaim."""
         table = self._log.table
@@ -135,6 +140,7 @@ class Space:
         Raises OSError.
         """
         table = self._log.table
+        assert table.segments.get(segment.id) is segment, "it is gone already"
         table.fence(segment)
         segment.writers += 1  # so that nobody else takes it for a victim
         try:
@@ -143,6 +149,7 @@ class Space:
             segment.writers -= 1
         self._syncer.forget(segment.id)
         self._log.doomed.discard(segment.id)
+        self._log.notes.pop(segment.id, None)  # of what was forgotten while it was on its way
         self.short.discard(segment.id)
         table.remove(segment)
 

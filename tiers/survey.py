@@ -1,5 +1,6 @@
 """The first look at a directory: the heads of its segments, and its newest whole checkpoint."""
 
+import errno
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from respkv.tiers.segment_head import (
 UNIT_BYTES = 4096
 HEADS_MAX = 32  # heads of segments that are read at a time
 _READ_BYTES = 1 << 20
+# Errors of a medium, and of a file that is shorter than it was. All others (no memory, no
+# descriptor, no permission) say nothing about what is stored: then nothing may be given up.
+DAMAGE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN, errno.ENOENT})
 
 
 @dataclass(slots=True)
@@ -40,7 +44,8 @@ class SegmentFile:
 
 
 class Survey:
-    """Reads what is small. It never raises for what it finds: that is said in ``messages``.
+    """Reads what is small. What it finds damaged is said in ``messages``; OSError is raised for
+    what the system cannot do now and may do later.
 
     files:              of the segments, with what their heads say.
     broken_checkpoints: that are there and are not whole.
@@ -53,6 +58,7 @@ class Survey:
         self.files: list[SegmentFile] = []
         self.broken_checkpoints = 0
         self.messages: list[str] = []
+        self._refusal: OSError | None = None
 
     async def read_segments(self) -> None:
         """Open every segment's file and read its head."""
@@ -74,6 +80,8 @@ class Survey:
         async with anyio.create_task_group() as group:
             for file in self.files:
                 group.start_soon(read, file)
+        if self._refusal is not None:
+            raise self._refusal
 
     async def _read_segment_head(self, file: SegmentFile, place: memoryview) -> None:
         name = segment_name(file.id)
@@ -84,6 +92,8 @@ class Survey:
                 return
             await self.device.read(name, 0, place)
         except OSError as error:
+            if error.errno not in DAMAGE:
+                self._refusal = error
             file.is_readable = False
             self.messages.append(f"{name} cannot be read: {error}")
             return
@@ -129,6 +139,8 @@ class Survey:
                         return reader.checkpoint()
             raise PageCorrupt("it is cut short")
         except (OSError, PageCorrupt) as error:
+            if isinstance(error, OSError) and error.errno not in DAMAGE:
+                raise
             self.broken_checkpoints += 1
             self.messages.append(f"{name} is damaged and not used: {error}")
         return None

@@ -100,8 +100,13 @@ class Syncer:
             waiters = self._waiting.pop(segment_id, [])
             sequence = self._written.get(segment_id, 0)
             error = None
-            if sequence:
-                error = await self._sync(self._log.table.segments[segment_id])
+            try:
+                if sequence:
+                    error = await self._sync(self._log.table.segments[segment_id])
+            except BaseException:  # whoever waits must not wait for ever
+                for waiter in waiters:
+                    waiter(OSError(_STOPPED))
+                raise
             if error is None and self._written.get(segment_id) == sequence:
                 del self._written[segment_id]
             for waiter in waiters:

@@ -26,7 +26,8 @@ class FileSettings(
         str, Kind(about="Directory of the nvme tier, on a fast local device; empty means none.")
     ] = ""
     nvme_bytes: Annotated[
-        int, Size(about="Most bytes that all files of the nvme tier may take together.")
+        int,
+        Size(about="Most bytes that all files of the nvme tier may take together; from 8mb on."),
     ] = 0
     nvme_depth: Annotated[
         int, Count(about="Reads and writes that the nvme tier has in flight.", least=1, most=1024)
@@ -42,7 +43,8 @@ class FileSettings(
         str, Kind(about="Directory of the disk tier, on any file system; empty means none.")
     ] = ""
     disk_bytes: Annotated[
-        int, Size(about="Most bytes that all files of the disk tier may take together.")
+        int,
+        Size(about="Most bytes that all files of the disk tier may take together; from 8mb on."),
     ] = 0
     disk_codec: Annotated[
         str,
@@ -52,7 +54,13 @@ class FileSettings(
         ),
     ] = "zstd"
     segment_bytes: Annotated[
-        int, Size(about="Bytes of one log segment; 0 means a 16th of the tier, 1mb to 256mb.")
+        int,
+        Size(
+            about=(
+                "Bytes of one log segment, from 1mb to a quarter of the tier;"
+                " 0 means a 16th of the tier, 1mb to 256mb."
+            )
+        ),
     ] = 0
     durability: Annotated[
         str,
@@ -62,6 +70,7 @@ class FileSettings(
                 " for sure, a crash of the server, or a power cut."
             ),
             words=("memory", "written", "durable"),
+            runtime=True,
         ),
     ] = "memory"
     promote: Annotated[
@@ -69,6 +78,7 @@ class FileSettings(
         Choice(
             about="Which read brings a value of a file tier back into memory to stay.",
             words=("second", "first", "never"),
+            runtime=True,
         ),
     ] = "second"
     dirty_high: Annotated[
@@ -78,6 +88,7 @@ class FileSettings(
             unit="%",
             least=1,
             most=100,
+            runtime=True,
         ),
     ] = 50
     dirty_low: Annotated[
@@ -86,6 +97,7 @@ class FileSettings(
             about="Share of memory in values that no file has, down to which they are written.",
             unit="%",
             most=100,
+            runtime=True,
         ),
     ] = 40
     move_bytes_max: Annotated[

@@ -2,7 +2,8 @@
 
 import logging
 import resource
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, cast
@@ -11,6 +12,7 @@ import anyio
 import anyio.to_thread
 
 from respkv.config import Config
+from respkv.config.kinds import size_text
 from respkv.engine.files import open_files
 from respkv.engine.mover import Mover
 from respkv.errors import CacheError
@@ -76,6 +78,13 @@ async def using_files(server: Server) -> AsyncIterator[None]:
         server.mover, server.schema_files, server.file_tiers = mover, schema_files, tiers
         _tell(server, anyio.current_time() - began_s)
         yield
+        num_before, began_s = _num_written(tiers), anyio.current_time()
+    num_written, seconds = _num_written(tiers) - num_before, anyio.current_time() - began_s
+    logger.log(NOTICE, "stopped: %d values written in %.2f s", num_written, seconds)
+
+
+def _num_written(tiers: Sequence[FileTier]) -> int:
+    return sum(tier.stats.writes for tier in tiers)
 
 
 def _allow_files() -> None:
@@ -112,17 +121,28 @@ def _make_tiers(config: Config) -> list[FileTier]:
 
 
 def _tell(server: Server, seconds: float) -> None:
-    """Log what was found."""
-    for tier in server.file_tiers:
+    """Log what there is and what was found."""
+    for (_, path, nbytes), tier in zip(server.config.file_tiers(), server.file_tiers, strict=True):
         stats = tier.stats
         logger.log(
             NOTICE,
-            "tier %s (%s%s): recovered %d values, %d bytes; skipped %d damaged",
+            "tier %s in %s (%s%s), up to %s: recovered %d values, %d bytes%s",
             tier.name,
+            path,
             tier.device.engine,
             ", direct" if tier.device.is_direct else "",
+            size_text(nbytes),
             stats.recovered,
             stats.live_bytes,
-            stats.skipped_damaged,
+            f"; skipped {stats.skipped_damaged} damaged" if stats.skipped_damaged else "",
         )
+        total = shutil.disk_usage(path).total
+        if total < nbytes:
+            logger.warning(
+                "%s-bytes is %s, but the file system of %s has %d bytes: it will be full before",
+                tier.name,
+                size_text(nbytes),
+                path,
+                total,
+            )
     logger.log(NOTICE, "recovered %d keys in %.2f s", len(server.cache.entries), seconds)

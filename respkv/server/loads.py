@@ -4,7 +4,8 @@ A command that needs bytes which are not in memory stays where it is until they 
 in one turn, as any other. Meanwhile the reads for the commands behind it have begun, so pipelined
 gets overlap on the device and are answered in their order. Bounds of what is read ahead: for each
 connection ``AHEAD_MAX`` commands and so many bytes, and so many bytes for all of them together,
-because what is read ahead fills memory that the command in front may need.
+because what is read ahead fills memory that the command in front may need. A command that needs
+more than one value gets in line for their memory first (budget.py).
 
 Every load keeps its value in memory until it is released, which is once its command has run, has
 not run because the connection is lost, or stands behind a client that takes nothing.
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING
 import anyio
 
 from respkv.engine.entry import Entry
-from respkv.errors import TierError
+from respkv.errors import OutOfMemory, TierError
 from respkv.server.body import LAND_MIN
+from respkv.server.budget import Budget, Place
 from respkv.server.registry import one_key
 from respkv.wire.parser import Args
 
@@ -47,30 +49,6 @@ def cold_entries(cache: "Cache", keys: Iterable[bytes]) -> list[Entry]:
     return [entry for entry in found if entry is not None and is_cold(entry)]
 
 
-class Budget:
-    """Bytes of memory that are held for what is needed later.
-
-    total_max: by all connections together. each_max: by one of them.
-    """
-
-    def __init__(self, move_bytes_max: int, arena_bytes: int) -> None:
-        self.total_max = min(move_bytes_max, arena_bytes // 4)
-        self.each_max = min(move_bytes_max // 4, arena_bytes // 8)
-        self.used = 0
-
-    def take(self, nbytes: int) -> bool:
-        """Take a share if there is one."""
-        if self.used + nbytes > self.total_max:
-            return False
-        self.used += nbytes
-        return True
-
-    def give_back(self, nbytes: int) -> None:
-        """End a share."""
-        self.used -= nbytes
-        assert self.used >= 0
-
-
 class Delay(ABC):
     """What a command has to wait for before it can run."""
 
@@ -94,13 +72,16 @@ class Loading(Delay):
     """The loads for one command.
 
     share:   of the budget, taken when they were begun ahead of their turn.
+    place:   in line for the memory; nothing begins before it is let in.
     seconds: for how long to wait; None: until they have ended.
     is_over: they were waited for; what is cold still could not be loaded, or not in time.
     """
 
-    def __init__(self, mover: "Mover", share: int = 0) -> None:
+    def __init__(self, mover: "Mover", share: int = 0, place: Place | None = None) -> None:
         self.share = share
+        self._place = place
         self._mover = mover
+        self._wanted: list[Entry] = []  # to be begun once it is let in
         self._loads: dict[Entry, Load] = {}
         self._scope: anyio.CancelScope | None = None
         self._is_dropped = False
@@ -108,7 +89,10 @@ class Loading(Delay):
         self.is_over = False
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Begin what has not begun."""
+        """Begin what has not begun, or note it, while it stands in line."""
+        if self._place is not None and not self._place.is_in:
+            self._wanted += entries
+            return
         for entry in entries:
             if entry not in self._loads:
                 self._loads[entry] = self._mover.start_load(entry)
@@ -119,11 +103,19 @@ class Loading(Delay):
         Cancelled: nothing has changed; whoever began it still has to drop it.
         """
         with anyio.move_on_after(self.seconds) as self._scope:
+            if self._place is not None:
+                await self._place.wait()
+            self._begin_wanted()
             for load in list(self._loads.values()):
                 await load.wait()
         self.is_over = True
         if self._scope.cancelled_caught and not self._is_dropped:
             self.leave_to_others()
+
+    def _begin_wanted(self) -> None:
+        wanted, self._wanted = self._wanted, []
+        if not self._is_dropped:
+            self.add(wanted)
 
     def leave_to_others(self) -> None:
         """Have what is still on its way stay in memory for whoever asks next."""
@@ -141,6 +133,8 @@ class Loading(Delay):
         loads, self._loads = self._loads, {}
         for load in loads.values():
             self._mover.release(load)
+        if self._place is not None:
+            self._place.leave()
         if self._scope is not None:
             self._scope.cancel()
 
@@ -203,6 +197,8 @@ class Loads:
         cold = cold_entries(cache, found.reads(args)) if found.streams != "always" else []
         if not cold or (found.streams == "large" and _nbytes(cold) > self._budget.each_max):
             return None
+        if found.is_strict:
+            _check_fits(cache, found.reads(args))
         number = self._number
         loading = self._begun.get(number)
         if loading is None or not loading.is_over:
@@ -211,7 +207,7 @@ class Loads:
             if loading.seconds != 0:
                 return loading
             loading.leave_to_others()
-        if "write" in found.command.flags:
+        if found.is_strict:
             loading.check()
             raise TierError("the value could not be read in time; try again")
         return None
@@ -224,11 +220,12 @@ class Loads:
         self._paused = number
         return Pause(server)
 
-    def _begin(self, number: int, cold: Iterable[Entry]) -> Loading:
+    def _begin(self, number: int, cold: list[Entry]) -> Loading:
         """Begin what a command needs; return all of it."""
         loading = self._begun.get(number)
         if loading is None:
-            loading = self._begun[number] = Loading(self._mover)
+            place = self._budget.line_up(_nbytes(cold)) if len(cold) > 1 else None
+            loading = self._begun[number] = Loading(self._mover, place=place)
         loading.add(cold)
         return loading
 
@@ -275,12 +272,23 @@ def _nbytes(entries: Iterable[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
 
+def _check_fits(cache: "Cache", keys: Iterable[bytes]) -> None:
+    """Raise OutOfMemory when memory never holds the values of all keys at once."""
+    found = {entry for entry in map(cache.find, keys) if entry is not None}
+    nbytes, most = _nbytes(found), cache.slabs.budget_bytes
+    if nbytes > most:
+        raise OutOfMemory(
+            f"{len(found)} values of {nbytes} bytes together never fit memory, which takes {most}:"
+            " ask for fewer at once, or raise maxmemory"
+        )
+
+
 def _cold_ahead(
     cache: "Cache", handlers: "Mapping[bytes, Handler]", commands: Iterator[Args], number: int
 ) -> Iterator[tuple[int, list[Entry]]]:
     for args in commands:
         found = handlers.get(args[0])
-        if found is not None and found.reads is not None:
+        if found is not None and found.reads is not None and found.takes(len(args)):
             cold = cold_entries(cache, found.reads(args))
             if cold:
                 yield number, cold

@@ -40,6 +40,7 @@ class Handler:
              cannot be had: a cold entry is then to be treated as an absent one.
     streams: whether it brings them itself, one after the other: always, or when they are many bytes.
     within:  for how many seconds it waits for them at most; None, or the answer None: for long.
+    is_strict: it fails when one of them cannot be had, instead of taking it for absent.
     """
 
     handle: Handle
@@ -51,6 +52,11 @@ class Handler:
     within: Within | None = None
     reads_from: int = NEVER  # the number of arguments from which on it reads
     payload_at: int = 0  # the first argument that may be large; 0: none
+    is_strict: bool = False
+
+    def takes(self, num_args: int) -> bool:
+        """Whether ``reads`` may be asked about so many arguments."""
+        return self.reads_from <= num_args and self.least <= num_args <= self.most
 
 
 BY_NAME: dict[str, Handler] = {}
@@ -71,10 +77,11 @@ def command(
     streams: Streams = "never",
     within: Within | None = None,
     reads_from: int = 0,
+    is_strict: bool = False,
 ) -> Callable[[Handle], Handle]:
     """Make a function the handler of a command, or of a subcommand as ``client|id``.
 
-    reads, streams, within, reads_from: see ``Handler``.
+    reads, streams, within, reads_from: see ``Handler``. is_strict: so is every command that writes.
     """
     outer, _, sub = name.partition("|")
     row = COMMANDS[outer].subcommands[sub] if sub else COMMANDS[outer]
@@ -85,7 +92,10 @@ def command(
         assert name not in BY_NAME, f"{name} has two handlers"
         payload_at = row.payload[0] if row.payload is not None else 0
         from_ = NEVER if reads is None else reads_from
-        handler = Handler(handle, least, most, row, reads, streams, within, from_, payload_at)
+        strict = is_strict or "write" in row.flags
+        handler = Handler(
+            handle, least, most, row, reads, streams, within, from_, payload_at, strict
+        )
         BY_NAME[name] = handler
         if not row.subcommands and not sub:
             for table in (HANDLERS, UNAUTHENTICATED_HANDLERS):

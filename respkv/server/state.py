@@ -15,11 +15,12 @@ from respkv.engine.landing import Landing
 from respkv.engine.placement import MoveSettings
 from respkv.errors import OutOfMemory
 from respkv.server.body import LAND_MIN
+from respkv.server.budget import Budget
 from respkv.server.intake import READ_BYTES
-from respkv.server.loads import Budget
 from respkv.server.schema_files import SchemaFiles
 from respkv.server.session import Session
 from respkv.tiers.arena import Arena
+from respkv.tiers.record import Level
 from respkv.wire.parser import Limits
 from respkv.wire.tokenizer import Tokenizer
 
@@ -86,6 +87,7 @@ class Server:
         cache = self.cache
         if self.mover is not None:
             self.mover.settings = moves_of(config)
+            cache.default_level = Level[config.durability.upper()]
         for session in self.sessions.values():
             session.use_limits(self.limits)
             if not config.requirepass and not session.is_authenticated:
@@ -95,6 +97,7 @@ class Server:
         budget = config.maxmemory - config.small_value_bytes()
         if budget != cache.slabs.budget_bytes:
             cache.slabs.budget_bytes = min(budget, cache.slabs.capacity_bytes)
+            self.budget.set_limits(config.move_bytes_max, cache.slabs.budget_bytes)
             cache.room.small_max = config.small_value_bytes()
             cache.room.shrink()
 

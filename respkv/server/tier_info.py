@@ -59,7 +59,7 @@ def file_fields(server: "Server") -> dict[str, Field]:
     fields: dict[str, Field] = {
         "kv_file_tiers": len(tiers),
         "kv_cold": copies.num_cold,
-        "kv_cold_bytes": copies.cold_bytes,
+        "kv_cold_index_bytes": copies.cold_bytes,
         "kv_copies": copies.num_records,
         "kv_dirty": copies.num_dirty,
         "kv_dirty_bytes": copies.queued_bytes + copies.queued_small_bytes,

@@ -24,6 +24,11 @@ class FakeHealth:
 
 
 @dataclass(slots=True)
+class FakeStats:
+    live_bytes: int = 0
+
+
+@dataclass(slots=True)
 class Logged:
     """A value as the log has it."""
 
@@ -51,6 +56,7 @@ class FakeTier:
         self.letter = name[0]
         self.log = FakeLog() if log is None else log
         self.health = FakeHealth()
+        self.stats = FakeStats(capacity_bytes)  # full: it is asked what to keep
         self.payload_bytes_max = 1 << 30
         self.capacity_bytes = capacity_bytes
         self.describe: Callable[[Record], Meta]

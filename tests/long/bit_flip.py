@@ -26,7 +26,7 @@ from tests.server_process import ServerProcess
 
 KEYS = 200
 NUMBERS = [number for number in range(3 * KEYS) if number % 9 < 7][:KEYS]  # none over 70 KB
-FLIPS_PER_ROUND = 33
+FLIPS_PER_ROUND = 50
 LONG_MS = 10**9
 NAMESPACE = "flip"
 SCHEMA: list[Word] = [
@@ -198,9 +198,14 @@ class Filled:
         assert schema in (None, self.expected.schema), f"another schema: {schema}"
         self.counts["schemas lost"] += schema is None
         misses = 0
+        commands = [
+            words
+            for key in self.expected.values
+            for words in (("PTTL", key), ("KV.INFO", key), ("GET", key))
+        ]
+        replies = iter(raw.ask_all(commands))
         for key, right in self.expected.values.items():
-            ttl_ms, info = raw.ask("PTTL", key), raw.ask("KV.INFO", key)
-            value = raw.ask("GET", key)
+            ttl_ms, info, value = next(replies), next(replies), next(replies)
             assert value in (None, right), f"{key!r} is wrong: {wrongness(value, right)}"
             misses += value is None
             if value is not None:

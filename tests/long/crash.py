@@ -95,7 +95,7 @@ class Round:
             load = Load(self._ledger, self._shares, server.connect, f"{self._seed}/{index}")
             time.sleep(self.rng.uniform(*LOAD_S))
             if not self._ledger.may_evict:
-                self._check_kept(server.info())
+                check_kept(server.info())
             self._was_clean = self._end(server, load, end)
             assert "Traceback" not in server.log, "an exception in the log"
         except BaseException as error:
@@ -105,11 +105,6 @@ class Round:
             server.stop(signal.SIGKILL)
         self.counts += load.counts
         self.counts[end] += 1
-
-    def _check_kept(self, info: dict[str, str]) -> None:
-        """Assert that the last of the file tiers has evicted nothing."""
-        evicted = info.get("kv_disk_evicted") or info["kv_nvme_evicted"]
-        assert evicted == "0", f"{evicted} values evicted from a tier that can hold them all"
 
     def _start_and_kill(self) -> None:
         """Start a server and kill it on its way."""
@@ -131,6 +126,12 @@ class Round:
         status = server.process.wait(timeout=30)
         assert status in (0, -signal.SIGKILL), f"it ended with {status}"
         return status == 0
+
+
+def check_kept(info: dict[str, str]) -> None:
+    """Assert that the last of the file tiers, which can hold all, has evicted nothing."""
+    evicted = info.get("kv_disk_evicted") or info["kv_nvme_evicted"]
+    assert evicted == "0", f"{evicted} values evicted from a tier that can hold them all"
 
 
 def tell(server: ServerProcess, error: BaseException, when: str) -> None:

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.long.crash import tell
+from tests.long.crash import check_kept, tell
 from tests.long.ledger import DURABLE, Ledger, Values, make_keys
 from tests.long.load import Load, check_all
 from tests.long.mounts import (
@@ -84,6 +84,7 @@ class Disk:
                 self.counts += check_all(raw, self._ledger, clean=False)
             load = Load(self._ledger, self._shares, server.connect, f"{self._seed}/{index}")
             time.sleep(self._rng.uniform(*LOAD_S))
+            check_kept(server.info())
             load.end(work_on=True)
             self._files.cut_power()
             time.sleep(self._rng.uniform(0, DARK_S_MAX))

@@ -8,6 +8,7 @@ import anyio
 from respkv.errors import PageCorrupt, TierError
 from respkv.tiers.health import Health
 from respkv.tiers.record import Level, Meta, Record, Value
+from respkv.tiers.tier_stats import TierStats
 
 
 class Gate:
@@ -58,6 +59,7 @@ class GatedTier:
 
     name, letter = "nvme", "n"
     payload_bytes_max = 1 << 30
+    capacity_bytes = 1 << 40
     next_generation = 1
 
     def __init__(self) -> None:
@@ -67,11 +69,13 @@ class GatedTier:
         self.dropped: Callable[[Record, str], None] = _unset
         self.generation: Callable[[], int] = _unset
         self.health = Health(self.name)
+        self.stats = TierStats()
         self.values: dict[Record, bytes] = {}
         self.reads, self.writes, self.notes = Gate(), Gate(), Gate()
         self.batches: list[list[bytes]] = []  # keys of the writes that clients waited for
         self.corrupt: set[bytes] = set()
         self.num_clears = 0
+        self.settled: set[Level] = set()
         self._ticket = 0
 
     async def start(self, found: Callable[[Meta, Record], bool]) -> Any:
@@ -124,6 +128,7 @@ class GatedTier:
 
     async def settle(self, ticket: int, level: Level) -> None:
         await self.notes.go_through(b"note")
+        self.settled.add(level)
 
     async def clear(self) -> None:
         await self.notes.go_through(b"clear")

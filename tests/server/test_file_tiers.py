@@ -266,6 +266,30 @@ def test_a_directory_in_use_names_who_uses_it(start: Start, tmp_path: Path) -> N
         assert client.set("k", "v")
 
 
+def test_the_log_tells_where_each_tier_is_and_what_the_end_wrote(
+    start: Start, tmp_path: Path
+) -> None:
+    server = start(nvme_path="a", nvme_bytes="64mb", disk_path="b", disk_bytes="512tb")
+    assert f"tier nvme in {tmp_path / 'a'} (" in server.log
+    assert f"tier disk in {tmp_path / 'b'} (aiofiles), up to 512tb: recovered 0" in server.log
+    assert "damaged" not in server.log
+    (warning,) = (line for line in server.log.splitlines() if "WARNING disk-bytes" in line)
+    assert str(tmp_path / "b") in warning
+    with Client(server.url) as client:
+        client.set("k", "v")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+    assert "stopped: 1 values written in " in server.log.splitlines()[-1]
+
+
+def test_another_tiers_directory_is_named_with_the_refusal(start: Start, tmp_path: Path) -> None:
+    start(nvme_path="a", nvme_bytes="64mb").stop()
+    both = ("--nvme-path", tmp_path / "c", "--nvme-bytes", "64mb")
+    text = refusal(*both, "--disk-path", tmp_path / "a", "--disk-bytes", "64mb")
+    assert str(tmp_path / "a") in text
+    assert "belong to the tier nvme" in text
+
+
 def test_schemas_of_a_newer_version_are_refused(start: Start, tmp_path: Path) -> None:
     start(nvme_path="a", nvme_bytes="64mb").stop()
     body = json.loads(schema_files.encode(7, []))

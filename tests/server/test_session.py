@@ -450,7 +450,7 @@ def test_reset_ends_the_silence() -> None:
     with serving() as server:
         wire = FakeWire(server)
         wire.feed(pipeline([("CLIENT", "REPLY", "OFF"), ("PING",), ("RESET",), ("PING",)]))
-        assert parsed(wire.drain())[-2:] == [b"RESET", b"PONG"]
+        assert parsed(wire.drain()) == [b"RESET", b"PONG"]
 
 
 # -- bugs and limits ----------------------------------------------------------------------------------

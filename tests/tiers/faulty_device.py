@@ -29,7 +29,7 @@ from typing import Literal
 import anyio
 from anyio.lowlevel import checkpoint
 
-from respkv.tiers.device import Device, Write
+from respkv.tiers.device import CLOSE_S, Device, Write
 
 Call = Literal[
     "names", "create", "open", "read", "write", "sync", "remove", "load", "replace", "close"
@@ -95,6 +95,8 @@ class FaultyDevice:
         self.faults: list[Fault] = []
         self._choose = choose or random.Random(0).randrange
         self._released = anyio.Event()
+        self._num_hanging = 0
+        self._is_closed = False  # while something hung: that fails then, and what comes
         self._sizes: dict[str, int] = {}  # of open files
         self._is_gone = False
         self._visible: set[str] | None = None  # None: all files
@@ -162,8 +164,9 @@ class FaultyDevice:
             await self.inner.create(name, nbytes)
         except OSError:
             self._sizes.pop(name, None)
-            with anyio.CancelScope(shield=True):
-                await self.inner.remove(name)
+            if not self._is_closed:
+                with anyio.CancelScope(shield=True):
+                    await self.inner.remove(name)
             raise
         self._sizes[name] = nbytes
         self._show(name)
@@ -238,15 +241,27 @@ class FaultyDevice:
         await self.inner.replace(name, data)
         self._show(name)
 
-    async def close(self) -> None:
+    async def close(self, seconds: float = CLOSE_S) -> None:
+        if self._is_closed:
+            return
         await self._suffer("close")
         self._sizes.clear()
-        await self.inner.close()
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(seconds):
+                while self._num_hanging:  # noqa: ASYNC110
+                    await anyio.sleep(0.005)
+            self._is_closed = self._num_hanging > 0
+            self.release()
+            while self._num_hanging:
+                await checkpoint()
+            await self.inner.close(seconds)
 
     # What goes wrong
 
     async def _suffer(self, call: Call, name: str = "") -> Fault | None:
         """Take the time and raise the error of the faults that hit a call, or return the one left."""
+        if self._is_closed:
+            raise _error(errno.EBADF, name)
         hits = [fault for fault in self.faults if fault.bites(call, name, self._choose)]
         # Shielded, as device.py asks: what was started runs to its end.
         with anyio.CancelScope(shield=True):
@@ -254,12 +269,19 @@ class FaultyDevice:
                 if fault.kind == "slow":
                     await anyio.sleep(fault.delay_s)
                 elif fault.kind == "hang":
-                    await self._released.wait()
+                    await self._hang(name)
         others = [fault for fault in hits if fault.kind not in _TIMES]
         if others and others[0].kind == "error":
             await checkpoint()
             raise _error(others[0].code, name)
         return others[0] if others else None
+
+    async def _hang(self, name: str) -> None:
+        self._num_hanging += 1
+        await self._released.wait()
+        self._num_hanging -= 1
+        if self._is_closed:
+            raise _error(errno.ETIMEDOUT, name)
 
     def _cut(self, nbytes: int) -> int:
         """Choose a part of so many bytes, less than all of them."""

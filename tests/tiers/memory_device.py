@@ -24,7 +24,7 @@ import anyio
 import numpy as np
 from anyio.lowlevel import checkpoint
 
-from respkv.tiers.device import Write
+from respkv.tiers.device import CLOSE_S, Write
 
 Files = dict[str, bytes]
 Choose = Callable[[int], int]
@@ -160,7 +160,7 @@ class MemoryDevice:
         _apply(operation, self.files)
         self._end(operation)
 
-    async def close(self) -> None:
+    async def close(self, seconds: float = CLOSE_S) -> None:
         while self._in_flight:
             self._idle = anyio.Event()
             await self._idle.wait()

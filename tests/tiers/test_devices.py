@@ -253,6 +253,7 @@ async def test_opens_creates_and_removes(device: Directory, engine: Engine) -> N
     assert found == data
     await device.remove("a")
     assert await device.names() == ["b"]
+    await device.replace("superblock", b"ours")
     await device.close()
     again = await open_device(device.path, engine, DEPTH)
     assert await again.open("b") == 4 * PAGE

@@ -10,10 +10,9 @@ from typing import TypeVar, TypeVarTuple
 import anyio
 import pytest
 
-from respkv.tiers import directory
 from respkv.tiers.aio import AioDevice
+from respkv.tiers.claim import open_directory
 from respkv.tiers.device import Write
-from respkv.tiers.directory import open_directory
 from respkv.tiers.pool import PoolDevice, _from, _runs
 from tests.tiers.test_devices import aligned
 
@@ -122,10 +121,7 @@ async def test_no_more_threads_than_the_depth(device: GatedPool | GatedAio) -> N
     assert device.gate.peak == 2
 
 
-async def test_close_lets_go_of_a_disk_that_hangs(
-    device: GatedPool | GatedAio, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(directory, "CLOSE_S", 0.05)
+async def test_close_lets_go_of_a_disk_that_hangs(device: GatedPool | GatedAio) -> None:
     device.gate.is_open.clear()
     fd, errors = device._files["s"].fd, list[int | None]()
 
@@ -139,7 +135,7 @@ async def test_close_lets_go_of_a_disk_that_hangs(
         group.start_soon(read)
         group.start_soon(read)
         await anyio.sleep(0.02)
-        group.start_soon(device.close)
+        group.start_soon(device.close, 0.05)
         await anyio.sleep(0.1)
         device.gate.is_open.set()
     assert errors == [errno.ETIMEDOUT] * 2

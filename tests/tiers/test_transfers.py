@@ -13,7 +13,6 @@ import anyio
 import pytest
 from anyio.abc import TaskGroup
 
-from respkv.tiers import directory
 from respkv.tiers.device import Write
 from respkv.tiers.probe import open_device
 from respkv.tiers.ring import RingDevice
@@ -170,10 +169,7 @@ async def test_a_file_is_removed_when_its_reads_have_ended(device: RingDevice) -
     assert events == ["read", "remove"]
 
 
-async def test_close_lets_go_of_a_disk_that_hangs(
-    device: RingDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(directory, "CLOSE_S", 0.05)
+async def test_close_lets_go_of_a_disk_that_hangs(device: RingDevice) -> None:
     errors = list[int | None]()
     mapping = mmap.mmap(-1, 6 * PAGE)
 
@@ -189,7 +185,7 @@ async def test_close_lets_go_of_a_disk_that_hangs(
             group.start_soon(read, name)
         await settle()
         with anyio.fail_after(5):
-            await device.close()
+            await device.close(0.05)
     assert errors == [errno.ETIMEDOUT] * 6
     gc.collect()
     with pytest.raises(BufferError):  # the kernel may still write to it

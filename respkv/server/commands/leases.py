@@ -65,9 +65,12 @@ def _deadline(session: Session, ms: int | None) -> float:
     return session.cache.clock.now + ms / 1000
 
 
-@command("kv.lease", keys_asked)
+@command("kv.lease", keys_asked, is_strict=True)
 def kv_lease(session: Session, args: Args) -> None:
-    """Pin pages for reading in place; answer with the lease and where each page is."""
+    """Pin pages for reading in place; answer with the lease and where each page is.
+
+    Pages in files alone have been brought into memory, all of them or the answer is an error.
+    """
     check_shared(session)
     keys, rest = counted_keys(args)
     words = Words(args, rest)

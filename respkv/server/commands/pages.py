@@ -345,8 +345,9 @@ def kv_explain(session: Session, args: Args) -> None:
     entry = session.cache.find(args[1])
     if entry is not None:
         state = "cold" if is_cold(entry) else "present"
-        where = " and ".join(_tiers_of(session, entry))
-        session.send([state, f"{entry.kind} of {entry.nbytes} bytes in the {where} tier"])
+        tiers = _tiers_of(session, entry)
+        where = " and ".join(tiers) + (" tier" if len(tiers) == 1 else " tiers")
+        session.send([state, f"{entry.kind} of {entry.nbytes} bytes in the {where}"])
         return
     reason = session.cache.history.find(args[1])
     schema = session.cache.namespaces.of_key(args[1])

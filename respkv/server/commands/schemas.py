@@ -4,6 +4,8 @@ from collections.abc import Awaitable
 
 import anyio.lowlevel
 
+from respkv.engine.cache import Cache
+from respkv.engine.entry import Entry
 from respkv.engine.namespaces import Schema
 from respkv.errors import CommandError, TierError
 from respkv.page import Geometry, namespace_of
@@ -124,7 +126,8 @@ def _codec(words: Words) -> tuple[bytes, bytes]:
     tier, codec = words.take().lower(), words.take().lower()
     if (tier, codec) != (b"cpu", b"raw"):
         raise CommandError(
-            f"CODEC {shown(tier)} {shown(codec)}: this server has the cpu tier, with codec raw"
+            f"CODEC {shown(tier)} {shown(codec)}: accepted is cpu raw; in files, pages of all"
+            " namespaces have the codec of their tier (setting disk-codec)"
         )
     return tier, codec
 
@@ -163,35 +166,51 @@ def kv_schema_list(session: Session, args: Args) -> None:
     session.send(list(session.cache.namespaces.names()))
 
 
+def _delete_for_good(cache: Cache, entry: Entry) -> None:
+    """Delete a page, and note that files have to forget it before the schema is another one.
+
+    A page whose key names its content may come back otherwise, and would be of the wrong shape.
+    """
+    tiers = {record.tier for record in entry.records}
+    generation = max([entry.generation, *(record.generation for record in entry.records)])
+    writing = cache.copies.writing.get(entry)
+    if writing is not None:
+        tiers.add(writing.tier)
+    cache.delete(entry)
+    if tiers:
+        cache.copies.bury(entry.key, tiers, generation, Level.DURABLE, waits=True)
+
+
 @command("kv.schema|del")
 async def kv_schema_del(session: Session, args: Args) -> None:
     """Delete the pages of a namespace, then its schema, so that none is served under another one.
 
     It looks at every key, and lets others in between.
+    Raises TierError when a file cannot be told; the schema is in force then, without those pages.
     Cancelled: the schema is in force and some pages have gone.
     """
     cache, namespace = session.cache, args[2]
+    mover, files = session.server.mover, session.server.schema_files
     is_there = cache.namespaces.find(namespace) is not None
-    owed: list[tuple[int, int]] = []
     deleted = is_there
     while deleted:  # again, until a whole pass meets none: others may put meanwhile
         deleted, cursor = False, -1
+        owed: list[tuple[int, int]] = []
         while cursor:
             since = cache.copies.ticket
             cursor, found = cache.index.scan(max(cursor, 0), STEP)
             for entry in found:
                 if entry.kind == "kvpage" and namespace_of(entry.key) == namespace:
-                    cache.delete(entry)
+                    _delete_for_good(cache, entry)
                     deleted = True
             if cache.copies.ticket != since:
                 owed.append((cache.copies.ticket, since))
             if cursor:
                 await anyio.lowlevel.checkpoint()
-    was_there = cache.namespaces.drop(namespace) and is_there
-    mover, files = session.server.mover, session.server.schema_files
-    if mover is not None and files is not None:
         for ticket, since in owed:
+            assert mover is not None
             await mover.settle(ticket, since)
-        if was_there:
-            await files.save()
+    was_there = cache.namespaces.drop(namespace) and is_there
+    if was_there and files is not None:
+        await files.save()
     session.out.append(reply.integer(was_there))

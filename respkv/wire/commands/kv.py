@@ -262,7 +262,9 @@ _SHARED_MEMORY = (
         complexity="O(N) where N is the number of keys",
         syntax="KV.LEASE numkeys key [key ...] [MS milliseconds]",
         notes=(
-            "Answers an array: the lease, then for each key its offset and length, or null. "
+            "Answers an array: the lease, then for each key its offset and length, or null when "
+            "there is no such page. Pages in files alone are brought into memory first; when not "
+            "all of them can be there at once, the answer is an error: OOM. "
             "The lease ends with its connection, or after its time."
         ),
     ),

@@ -245,6 +245,7 @@ SERVER: tuple[Command, ...] = (
             "saving data, otherwise O(1)"
         ),
         syntax="SHUTDOWN [NOSAVE | SAVE] [NOW] [FORCE] [ABORT]",
+        notes="With file tiers, what only memory holds is written to them, NOSAVE or not.",
     ),
     Command(
         name="module",

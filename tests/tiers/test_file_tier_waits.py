@@ -1,0 +1,218 @@
+"""What may happen to a tier while one of its parts waits, and that nobody waits for ever."""
+
+import errno
+from collections.abc import Callable
+from typing import Literal
+
+import anyio
+import pytest
+
+from respkv.errors import TierError
+from respkv.tiers import checkpointer, tickets
+from respkv.tiers.file_tier import FileTier
+from respkv.tiers.parts import Parts, TierConfig
+from respkv.tiers.record import Level, Record
+from tests.tiers.faulty_device import FaultyDevice
+from tests.tiers.memory_device import MemoryDevice
+from tests.tiers.shelf import Shelf, page, running, until
+
+pytestmark = pytest.mark.anyio
+SEGMENT_BYTES = 256 << 10
+CAPACITY_BYTES = 8 * SEGMENT_BYTES + (512 << 10)
+
+
+def make(device: FaultyDevice, capacity_bytes: int = CAPACITY_BYTES) -> FileTier:
+    config = TierConfig("test", "t", 4096, capacity_bytes, SEGMENT_BYTES, depth=4)
+
+    async def connect() -> FaultyDevice:
+        return device
+
+    return FileTier(config, connect)
+
+
+def memory_of(device: FaultyDevice) -> MemoryDevice:
+    assert isinstance(device.inner, MemoryDevice)
+    return device.inner
+
+
+def parts_of(tier: FileTier) -> Parts:
+    assert tier._parts is not None
+    return tier._parts
+
+
+async def test_a_segment_made_anew_while_reclaim_waited_is_left_alone() -> None:
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        is_left = anyio.Event()
+
+        async def leave(records: list[Record]) -> None:
+            await is_left.wait()
+
+        parts = parts_of(shelf.tier)
+        parts.log.hooks.leave = leave
+        record = await shelf.put(page(0), 30_000)
+        assert record is not None
+        old = parts.log.table.segments[record.segment]
+        parts.log.table.seal(old)
+        async with anyio.create_task_group() as group:
+            group.start_soon(parts.reclaimer.clear, old)
+            await anyio.sleep(0.01)
+            shelf.tier.health.worsen("off", "test")
+            await until(lambda: shelf.tier.health.can_write)
+            for number in range(20):
+                assert await shelf.put(b"%d" % number, 30_000, level=Level.DURABLE)
+            assert parts.log.table.segments[old.id] is not old
+            is_left.set()
+        await shelf.check()
+        assert len(shelf.held) == 20
+
+
+async def test_a_checkpoint_never_waits_for_reclaim_while_reclaim_waits_for_it() -> None:
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        parts = parts_of(shelf.tier)
+        for number in range(30):
+            await shelf.put(page(number), 30_000)
+        with anyio.fail_after(5):
+            async with parts.checkpointer._turn:  # as the part of a checkpoint that writes
+                parts.log.table.capacity_bytes = parts.log.table.file_bytes
+                parts.space._capacity_bytes = parts.log.table.file_bytes
+                with pytest.raises(OSError, match="no room") as caught:
+                    await parts.checkpointer._create("checkpoint.a", SEGMENT_BYTES)
+        assert caught.value.errno == errno.ENOSPC
+        parts.space._capacity_bytes = CAPACITY_BYTES
+        parts.space.try_again()
+        assert await parts.checkpointer.try_write()
+        await shelf.check()
+
+
+async def test_the_cap_holds_at_every_moment_of_a_checkpoint() -> None:
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        for round_ in range(6):
+            keys = [b"%d %d" % (round_, number) for number in range(1500)]
+            await shelf.put_many(keys, 10)
+            await parts_of(shelf.tier).checkpointer.try_write()
+    assert memory_of(device).peak_bytes <= CAPACITY_BYTES
+
+
+async def test_answered_notes_are_small_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointer, "NOTES_MAX", 500)
+    monkeypatch.setattr(tickets, "_FORGET_S", 0.05)
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        tier = shelf.tier
+        last = 0
+        for number in range(2000):
+            last = tier.bury(b"%d" % number, number)
+        await tier.settle(last, Level.DURABLE)
+        assert tier._tickets._notes == {}  # of those in the log only the place is kept
+        assert len(tier._tickets._answered) == 2000
+
+        async def bury() -> None:
+            while True:
+                await tier.settle(tier.bury(b"k", 1), Level.WRITTEN)
+                await anyio.sleep(0.001)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(bury)
+            await until(lambda: tier.stats.checkpoints >= 1)  # many notes are a reason for one
+            await parts_of(tier).checkpointer.try_write()
+            await parts_of(tier).checkpointer.try_write()
+            await until(lambda: not tier._tickets._answered or 1 not in tier._tickets._answered)
+            for _ in range(3):
+                await parts_of(tier).checkpointer.try_write()
+                await anyio.sleep(0.1)
+            group.cancel_scope.cancel()
+        await tier.settle(1, Level.DURABLE)
+        assert 1 not in tier._tickets._before
+
+
+async def test_a_note_that_failed_stays_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tickets, "_FAILED_MAX", 10)
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        await shelf.put(b"a")
+        device.add("error", "write", "replace")
+        shelf.tier.health.worsen("read-only", "test")
+        failed = [shelf.tier.bury(b"%d" % number, 1) for number in range(50)]
+        for ticket in failed:  # those that are not remembered one by one as well
+            with pytest.raises(TierError):
+                await shelf.tier.settle(ticket, Level.WRITTEN)
+        device.heal()
+
+
+@pytest.mark.parametrize("call", ["write", "sync", "replace"])
+async def test_a_stop_ends_in_its_time_though_the_device_hangs(
+    call: Literal["write", "sync", "replace"],
+) -> None:
+    device = FaultyDevice(MemoryDevice())
+    shelf = Shelf(make(device))
+    await shelf.tier.start(shelf.found)
+    async with anyio.create_task_group() as group:
+        group.start_soon(shelf.tier.run)
+        await shelf.put(b"a", level=Level.DURABLE)
+        device.add("hang", call)
+        group.start_soon(shelf.put, b"b")
+        await anyio.sleep(0.02)
+        with anyio.fail_after(1.5):
+            await shelf.tier.stop(1.0)
+    memory = memory_of(device)
+    assert memory.is_closed
+    files = {name: bytes(data) for name, data in memory.files.items()}
+    async with running(make(FaultyDevice(MemoryDevice(files)))) as (shelf, _):
+        assert b"a" in shelf.held
+
+
+def _crash_order(parts: Parts) -> None:
+    parts.order._record = _bomb  # type: ignore[method-assign, assignment]
+
+
+def _crash_syncer(parts: Parts) -> None:
+    parts.syncer._sync = _bomb  # type: ignore[method-assign, assignment]
+
+
+def _bomb(*_: object) -> None:
+    raise AssertionError("a bug")
+
+
+@pytest.mark.parametrize("break_", [_crash_order, _crash_syncer])
+async def test_after_a_crash_of_its_run_nobody_waits(break_: Callable[[Parts], None]) -> None:
+    device = FaultyDevice(MemoryDevice())
+    shelf = Shelf(make(device))
+    await shelf.tier.start(shelf.found)
+    results: list[Record | None] = []
+
+    async def put(number: int) -> None:
+        results.append(await shelf.put(b"%d" % number, 20_000, level=Level.DURABLE))
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            break_(parts_of(shelf.tier))
+            for number in range(30):
+                group.start_soon(put, number)
+            ticket = shelf.tier.bury(b"x", 1)
+            with pytest.raises(ExceptionGroup):
+                await shelf.tier.run()
+            await shelf.tier.reset()
+            await shelf.tier.settle(ticket, Level.DURABLE)  # of what is void
+    assert results == [None] * 30
+    await shelf.tier.device.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EMFILE, errno.EACCES, errno.ETIMEDOUT])
+@pytest.mark.parametrize("name", ["segment-", "checkpoint."])
+async def test_a_start_that_cannot_read_just_now_gives_nothing_up(code: int, name: str) -> None:
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device), is_clean=name != "segment-") as (shelf, _):
+        await shelf.put_many([b"a", b"b"], level=Level.DURABLE)
+    files = {each: bytes(data) for each, data in memory_of(device).files.items()}
+    for call in ("open", "read"):
+        device = FaultyDevice(MemoryDevice(files))
+        device.add("error", call, code=code, name=name)
+        tier = make(device)
+        with pytest.raises(TierError, match="cannot start"):
+            await tier.start(lambda meta, record: True)
+        assert {each: bytes(data) for each, data in memory_of(device).files.items()} == files
+    async with running(make(FaultyDevice(MemoryDevice(files)))) as (shelf, _):
+        assert shelf.held.keys() == {b"a", b"b"}
