@@ -63,6 +63,8 @@ class Mover:
             cache, self.tiers, actors, self.loader, self._epochs, self._note_written
         )
         self.settings = settings
+        share = cache.slabs.budget_bytes // 2 // (ENTRY_BYTES + RECORD_BYTES)
+        self._copies.cold_max = max(COLD_MIN, share)
 
     @property
     def settings(self) -> MoveSettings:
@@ -219,8 +221,6 @@ class Mover:
         )
         self._copies.marks.set(self._cache.slabs.budget_bytes, high, low)
         self._copies.small_marks.set(self._cache.room.small_max, high, low)
-        share = self._cache.slabs.budget_bytes // 2 // (ENTRY_BYTES + RECORD_BYTES)
-        self._copies.cold_max = max(COLD_MIN, share)
 
     def _settle_notes(self) -> None:
         waves: dict[tuple[int, Level], list[Settle]] = {}
