@@ -113,6 +113,11 @@ flip-test: $(ALL) ## 10,000 single bits flipped in the files: detected or harmle
 power-test: $(ALL) ## 100 power cuts: nothing durable lost, no wrong byte (root)
 	@$(BIN)/python -m tests.long.power_cut $(ARGS)
 
+.PHONY: fault-test
+fault-test: $(ALL) ## Servers on disks that fail, all tiers and engines (root for FUSE)
+	@$(BIN)/python -m pytest -m long tests/faults $(ARGS)
+	@$(BIN)/python -m tests.faults.slow_disk
+
 .PHONY: fill-test
 fill-test: $(ALL) ## Tiers on file systems that are too small, 5 minutes each (root)
 	@$(BIN)/python -m tests.long.fill $(ARGS)

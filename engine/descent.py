@@ -89,9 +89,12 @@ class Descent:
         """Copy what a tier is about to drop to a slower one."""
         batch: list[tuple[Record, bytearray]] = []
         nbytes = 0
+        ghosts = self._cache.copies.ghosts
         for record in records:
             entry: Entry = record.owner
-            if entry.position < 0 or record not in entry.records or entry.records[-1] is not record:
+            # What is being replaced is needed until the value after it is written.
+            is_gone = entry.position < 0 and entry not in ghosts
+            if is_gone or record not in entry.records or entry.records[-1] is not record:
                 continue
             if self._next_tier(tier, record) is None:
                 continue

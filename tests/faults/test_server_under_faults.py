@@ -33,8 +33,8 @@ _no_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 _no_mount = pytest.mark.skipif(not can_mount(), reason="may not mount")
 WAYS = [
     pytest.param(("nvme", "preload"), marks=_no_compiler, id="nvme-threads"),
-    pytest.param(("disk", "preload"), marks=_no_compiler, id="disk"),
-    pytest.param(("nvme", "fuse"), marks=_no_mount, id="nvme-auto"),
+    pytest.param(("disk", "preload"), marks=[_no_compiler, pytest.mark.long], id="disk"),
+    pytest.param(("nvme", "fuse"), marks=[_no_mount, pytest.mark.long], id="nvme-auto"),
 ]
 
 
