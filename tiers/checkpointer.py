@@ -33,6 +33,7 @@ from respkv.tiers.syncer import Syncer
 WRITTEN_BYTES_MIN = 256 << 20
 WRITTEN_SHARE = 8  # times the size of the last one
 NOTES_MAX = 50_000  # since the last one, or as many as there are records
+REFUSALS_MAX = 3
 STEP_BYTES = 4 * BLOCK_BYTES
 SMALL_FILES_BYTES = 64 << 10  # superblock twice, lock, probe, and the blocks that they end in
 _TICK_S = 1.0
@@ -73,6 +74,7 @@ class Checkpointer:
         self._last_bytes = 0
         self._last_written = 0
         self._last_noted = 0
+        self._refusals = 0  # by a full file system, in a row, when reclaim had no other way
         self._is_capped = False  # a start may find more than the cap, and has to say what goes
         self._last_state = (-1, -1, -1)
 
@@ -114,7 +116,13 @@ class Checkpointer:
             logger.error("tier %s: no checkpoint could be written: %s", log.name, why(error))
             if error.errno not in NO_SPACE:
                 log.health.write_failed(error)
+            elif without is not None and error.errno == errno.ENOSPC:
+                # Reclaim's last resort: what the file system has is not enough even for this.
+                self._refusals += 1
+                if self._refusals >= REFUSALS_MAX:
+                    log.health.worsen("read-only", f"there is no space: {why(error)}")
             return False
+        self._refusals = 0
         return True
 
     async def write(
@@ -254,7 +262,7 @@ class Checkpointer:
         self.reserve()  # from here on no segment can take this room
         if self._is_capped and table.file_bytes + self.other_bytes > self._space.cap_bytes:
             self.file_bytes[name] = before
-            raise OSError(errno.ENOSPC, "the cap has no room for a checkpoint")
+            raise OSError(errno.EDQUOT, "the cap has no room for a checkpoint")
         try:
             with anyio.CancelScope(shield=True):
                 await self._log.device.create(name, nbytes)
