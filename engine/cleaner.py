@@ -178,7 +178,9 @@ class Cleaner:
             self.idle_bytes = max(0, self.idle_bytes - dirt.nbytes)
             count += 1
 
-    def _start_write(self, tier: int, entries: list[Entry], level: Level) -> None:
+    def _start_write(
+        self, tier: int, entries: list[Entry], level: Level, *, is_again: bool = False
+    ) -> None:
         """Take values out of their queues and start writing them."""
         values: list[Value] = []
         writings: list[Writing] = []
@@ -186,6 +188,7 @@ class Cleaner:
         for entry in entries:
             value, slot = self._value_of(entry, level)
             writing = self._copies.begin_write(entry, tier, level, value.meta.generation)
+            writing.is_again = is_again
             if slot is not None:
                 self._cache.borrow(slot)
                 slots[writing] = slot
@@ -264,9 +267,12 @@ class Cleaner:
         if not writing.notes and not writing.level:
             return
         self._copies.doubt(writing)
-        following = choose_tier(self.tiers, entry.nbytes, writing.tier + 1)
+        # A tier that is well may have had no room for a moment.
+        first = writing.tier + writing.is_again
+        following = choose_tier(self.tiers, entry.nbytes, first)
         if following is None or entry.is_cold:
             self._copies.fail(writing, reason)
             return
         self._copies.urgent.setdefault(entry, []).extend(writing.notes)
-        self._start_write(following, [entry], entry.level)
+        is_again = following == writing.tier
+        self._start_write(following, [entry], entry.level, is_again=is_again)

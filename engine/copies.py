@@ -298,9 +298,10 @@ class Copies(Backlog):
             self.forget_write(writing)
             tiers.add(writing.tier)
             level = max(level, writing.level)
-        for move in self.moving.pop(entry, ()):
-            tiers.add(move.tier)
-            generation, level = max(generation, move.generation), max(level, move.level)
+        for moved in (entry, *owed.ghosts):
+            for move in self.moving.pop(moved, ()):
+                tiers = tiers | {move.tier}
+                generation, level = max(generation, move.generation), max(level, move.level)
         self.take_out(entry)
         if entry.is_cold and records:
             self.raised(entry)
@@ -334,9 +335,11 @@ class Copies(Backlog):
         end = self.owed.pop(entry, None)
         if end is None:
             return
+        moves = [move for ghost in end.ghosts for move in self.moving.pop(ghost, ())]
+        tiers = (end.tiers | {move.tier for move in moves}) - but
         self._free(end)
-        if end.tiers - but:
-            self.bury(entry.key, end.tiers - but, end.generation, end.level, waits=False)
+        if tiers:
+            self.bury(entry.key, tiers, end.generation, end.level, waits=False)
 
     @staticmethod
     def _lower(entry: Entry) -> None:

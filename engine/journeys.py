@@ -22,6 +22,7 @@ class Writing:
 
     is_void: it is not the entry's any more.
     ghost:   whose it is then, if it may not be forgotten yet.
+    is_again: it is tried for the second time with the same tier.
     """
 
     entry: Entry
@@ -33,6 +34,7 @@ class Writing:
     is_void: bool = False
     ghost: Entry | None = None
     changes: list[Note] = field(default_factory=list[Note])
+    is_again: bool = False
 
 
 class Move(NamedTuple):
