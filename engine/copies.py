@@ -288,8 +288,8 @@ class Copies(Backlog):
         """Let go of all copies of a value, those on their way too, and say which logs know it."""
         records, entry.records = entry.records, ()
         owed = self.owed.pop(entry, End(set(), 0, Level.MEMORY))
-        tiers, generation, level = owed.tiers, owed.generation, owed.level
-        tiers = tiers | {record.tier for record in records}
+        generation, level = owed.generation, owed.level
+        tiers = self._tiers_of(owed) | {record.tier for record in records}
         generation = max([generation, entry.generation, *(each.generation for each in records)])
         level = max([level, *(record.level for record in records)])
         writing = self.writing.get(entry)
@@ -298,10 +298,9 @@ class Copies(Backlog):
             self.forget_write(writing)
             tiers.add(writing.tier)
             level = max(level, writing.level)
-        for moved in (entry, *owed.ghosts):
-            for move in self.moving.pop(moved, ()):
-                tiers = tiers | {move.tier}
-                generation, level = max(generation, move.generation), max(level, move.level)
+        for move in self.moving.pop(entry, ()):
+            tiers.add(move.tier)
+            generation, level = max(generation, move.generation), max(level, move.level)
         self.take_out(entry)
         if entry.is_cold and records:
             self.raised(entry)
@@ -327,6 +326,14 @@ class Copies(Backlog):
             for record in records:
                 self.tiers[record.tier].free(record)
 
+    def _tiers_of(self, end: End) -> set[int]:
+        """Return the tiers whose logs know a value, those included to which it moved since."""
+        tiers = set(end.tiers)
+        for ghost in end.ghosts:
+            tiers.update(record.tier for record in ghost.records)
+            tiers.update(move.tier for move in self.moving.pop(ghost, ()))
+        return tiers
+
     def _pay(self, entry: Entry, but: set[int]) -> None:
         """Bury what was before the value that has been written now, or will not be.
 
@@ -335,8 +342,7 @@ class Copies(Backlog):
         end = self.owed.pop(entry, None)
         if end is None:
             return
-        moves = [move for ghost in end.ghosts for move in self.moving.pop(ghost, ())]
-        tiers = (end.tiers | {move.tier for move in moves}) - but
+        tiers = self._tiers_of(end) - but
         self._free(end)
         if tiers:
             self.bury(entry.key, tiers, end.generation, end.level, waits=False)

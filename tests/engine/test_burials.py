@@ -5,7 +5,7 @@ import pytest
 
 from respkv.engine.entry import Put
 from respkv.errors import TierError
-from respkv.tiers.record import Level
+from respkv.tiers.record import Level, Record
 from tests.engine.fake_tier import FakeLog, FakeTier
 from tests.engine.files import DURABLE, WRITTEN, get, opened, settled, until
 from tests.fakes import make_cache
@@ -83,6 +83,39 @@ async def test_what_is_being_replaced_keeps_its_copy_until_the_new_value_is_writ
         await settled(cache, mover)
         assert record not in tier.records
         assert not cache.copies.ghosts
+
+
+class SlowToWrite(FakeTier):
+    """A closed gate holds up its writes alone."""
+
+    async def read(
+        self, record: Record, key: bytes, into: memoryview, image: memoryview | None
+    ) -> None:
+        gate, self.gate = self.gate, None
+        try:
+            await super().read(record, key, into, image)
+        finally:
+            self.gate = gate
+
+
+async def test_what_is_being_replaced_moves_down_and_is_buried_where_it_went() -> None:
+    cache, _ = make_cache()
+    nvme, disk = SlowToWrite(), FakeTier(name="disk")
+    async with opened(cache, nvme, disk) as mover:
+        cache.put(b"key", b"old", DURABLE)
+        await settled(cache, mover)
+        (record,) = cache.entries[b"key"].records
+        nvme.close_gate()
+        cache.put(b"key", b"newer", DURABLE)
+        await anyio.sleep(0.02)  # its write waits now
+        await nvme.leave([record])
+        nvme.drop(record, "evicted")
+        assert [each.generation for each in disk.records] == [record.generation]
+        nvme.open_gate()
+        await settled(cache, mover)
+        await until(lambda: not cache.copies.leaving)
+        assert not disk.records
+        assert disk.log.buried[b"key"] >= record.generation
 
 
 async def test_a_tier_that_drops_what_is_being_replaced_takes_nothing_else_along() -> None:
