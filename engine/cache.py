@@ -80,12 +80,13 @@ class Cache(Residents):
 
     # -- writing ------------------------------------------------------------------------------
 
-    def reserve(self, nbytes: int, *, may_lose: bool = True) -> Landing:
+    def reserve(self, nbytes: int, *, may_lose: bool = True, is_last: bool = True) -> Landing:
         """Find a slot for a value of ``nbytes``, evicting for it. Raises OutOfMemory.
 
         may_lose: whether a value may go for it that a file tier has still to take.
+        is_last:  that it fails is what the client is told, and counted; else it is tried again.
         """
-        return self.adopt(self._take(nbytes, may_lose=may_lose))
+        return self.adopt(self._take(nbytes, may_lose=may_lose, is_last=is_last))
 
     def commit(self, key: bytes, landing: Landing, how: Put = PLAIN) -> Entry:
         """Make a full landing the value of a key, in one step."""

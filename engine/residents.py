@@ -123,11 +123,11 @@ class Residents(Memory):
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _take(self, nbytes: int, *, may_lose: bool = True) -> Slot:
+    def _take(self, nbytes: int, *, may_lose: bool = True, is_last: bool = True) -> Slot:
         try:
             return self.room.take(nbytes, may_lose=may_lose)
         except OutOfMemory:
-            self.stats.oom += may_lose  # else it is tried again, and need not fail
+            self.stats.oom += is_last
             raise
 
     def _make_small(self, key: bytes, nbytes: int, level: Level) -> Entry:

@@ -176,6 +176,7 @@ class Intake:
         self._sink = ArenaSink(landing)
 
     def _drop(self, sink: HeapSink, body: Body, error: OutOfMemory) -> None:
+        self._cache.stats.oom += 1
         self._sink = DropSink(body.nbytes, error, arrived=sink.arrived)
 
     async def _wait_for_room(self, sink: HeapSink, body: Body) -> None:

@@ -124,7 +124,7 @@ class Server:
         if cache.copies.is_behind and nbytes >= LAND_MIN:
             return None
         try:
-            return cache.reserve(nbytes, may_lose=False)
+            return cache.reserve(nbytes, may_lose=False, is_last=False)
         except OutOfMemory:
             is_written_soon = cache.has_files and nbytes <= cache.slabs.payload_bytes_max
             if is_written_soon or cache.is_waiting_useful(nbytes):
@@ -160,7 +160,7 @@ class Server:
                 is_patient = cache.has_files and anyio.current_time() < patient_until
                 try:
                     if not (is_patient and cache.copies.is_behind):
-                        return cache.reserve(nbytes, may_lose=not is_patient)
+                        return cache.reserve(nbytes, may_lose=not is_patient, is_last=False)
                 except OutOfMemory:
                     if cache.has_files and not is_patient and not cache.is_waiting_useful(nbytes):
                         return None
