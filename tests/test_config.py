@@ -306,7 +306,7 @@ def test_runtime_and_fixed_names_are_what_they_should_be() -> None:
     assert set(Config.names()) >= RUNTIME
     assert not FIXED.keys() & set(Config.names())
     fixed = {"port", "host", "unixsocket", "shm", "shm-path", "tcp-backlog", "hugepages"}
-    for name in fixed | {"nvme-path", "nvme-bytes", "disk-path", "disk-bytes", "durability"}:
+    for name in fixed | {"nvme-path", "nvme-bytes", "disk-path", "disk-bytes"}:
         assert name not in RUNTIME
     assert (FIXED["save"], FIXED["appendonly"], FIXED["databases"]) == ("", "no", "1")
 

@@ -18,7 +18,6 @@ from respkv.engine.mover import Mover
 from respkv.errors import CacheError
 from respkv.server.schema_files import SchemaFiles
 from respkv.server.state import Server, moves_of
-from respkv.tiers.disk import open_disk
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.nvme import open_nvme
 from respkv.tiers.record import Level
@@ -109,6 +108,9 @@ def _make_tiers(config: Config) -> list[FileTier]:
         tiers.append(nvme)
     if config.disk_path:
         codec = cast(Literal["zstd", "lz4", "raw"], config.disk_codec)
+        # Its codec needs numpy, which a server without this tier is spared.
+        from respkv.tiers.disk import open_disk
+
         disk = open_disk(
             config.disk_path,
             capacity_bytes=config.disk_bytes,

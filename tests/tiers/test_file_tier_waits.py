@@ -79,7 +79,7 @@ async def test_a_checkpoint_never_waits_for_reclaim_while_reclaim_waits_for_it()
                 parts.space._capacity_bytes = parts.log.table.file_bytes
                 with pytest.raises(OSError, match="no room") as caught:
                     await parts.checkpointer._create("checkpoint.a", SEGMENT_BYTES)
-        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.errno == errno.EDQUOT
         parts.space._capacity_bytes = CAPACITY_BYTES
         parts.space.try_again()
         assert await parts.checkpointer.try_write()
