@@ -115,7 +115,7 @@ power-test: $(ALL) ## 100 power cuts: nothing durable lost, no wrong byte (root)
 
 .PHONY: fault-test
 fault-test: $(ALL) ## Servers on disks that fail, all tiers and engines (root for FUSE)
-	@$(BIN)/python -m pytest -m long tests/faults $(ARGS)
+	@$(BIN)/python -m pytest -m long $(ARGS)
 	@$(BIN)/python -m tests.faults.slow_disk
 
 .PHONY: fill-test
