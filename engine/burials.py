@@ -55,7 +55,7 @@ class Burials(Notes):
 
     def bury(
         self, key: bytes, tiers: set[int], generation: int, level: Level, *, waits: bool
-    ) -> None:
+    ) -> Note:
         """Tell logs that they may bring back no value of a key up to this generation."""
         what = Unburied(dict.fromkeys(tiers, generation), max(level, Level.WRITTEN))
         if (left := self.unburied.get(key)) is not None:
@@ -76,6 +76,7 @@ class Burials(Notes):
             else:
                 self.settles.append(Settle(tier, ticket, what.level, note))
         self.on_work()
+        return note
 
     def suspect(self, key: bytes, what: Unburied) -> None:
         """Note that logs may bring back a value of a key that they ought not to."""

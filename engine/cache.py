@@ -62,6 +62,8 @@ class Cache(Residents):
         entry.touched = self.clock.now
         entry.hits += 1
         self.stats.hits += 1
+        if self.gpu.is_on:
+            self.gpu.read(entry)
         return entry
 
     def match(self, keys: list[bytes], until: float) -> list[Entry]:
@@ -209,6 +211,7 @@ class Cache(Residents):
     def drop_owner(self, owner: int, *, may_write: bool = False) -> None:
         """Give back all that a connection held; ``may_write`` as in ``LeaseTable``."""
         self.leases.drop_owner(owner, self.clock.now, may_write=may_write)
+        self.gpu.leases.drop_owner(owner, self.clock.now)
 
     # -- keeping and forgetting ---------------------------------------------------------------
 
@@ -231,9 +234,11 @@ class Cache(Residents):
 
     def lapse(self) -> list[int]:
         """End leases past their deadline; return the owners of overdue writers."""
-        before = len(self.leases)
+        before = len(self.leases) + len(self.gpu.leases)
         overdue = self.leases.lapse(self.clock.now)
-        self.stats.lapsed += before - len(self.leases) + len(overdue)
+        self.gpu.leases.lapse(self.clock.now)
+        left = len(self.leases) + len(self.gpu.leases)
+        self.stats.lapsed += before - left + len(overdue)
         return overdue
 
     def flush(self, *, frees: bool = True) -> None:
@@ -242,6 +247,7 @@ class Cache(Residents):
         frees: whether file tiers are told of each copy; otherwise they have to be cleared.
         """
         removed = self.index.clear()
+        self.gpu.clear()
         for entry in removed[-FLUSHED_NOTED_MAX:]:
             self.history.note(entry.key, "flushed")
         if self.has_files:
@@ -272,6 +278,7 @@ class Cache(Residents):
         self.room.check([entry for entry in entries if not entry.is_cold])
         check_copies(self.copies, entries)
         check_holders(self.slabs, entries, self.leases, self._landings, self._borrowed)
+        self.gpu.check()
         self.stats.checks += 1
 
     # -- inside -------------------------------------------------------------------------------

@@ -234,6 +234,8 @@ class Cleaner:
                     if writing in slots:
                         self._cache.restore(slots.pop(writing))
                     self._copies.end_write(writing, record)
+                    if record.is_gone:
+                        self._copies.detach(record, "evicted")
                     self._cache.stats.written_behind_bytes += record.payload_bytes
 
         reason = f"{self.tiers[tier].name}: the value could not be written"

@@ -72,6 +72,7 @@ class Copies(Backlog):
         if end.tiers and end.level and level >= end.level and not is_named:
             self.owed[entry] = self._keep(entry, end)
             return
+        entry.level = Level.MEMORY
         self._free(end)
         if end.tiers and (end.level or is_named):
             waits = by_string if is_named else True
@@ -119,12 +120,14 @@ class Copies(Backlog):
         """Note that an entry's TTL, pin or priority changed."""
         if not entry.level:
             return
-        writing = self.writing.get(entry)
-        note = Note(len(entry.records) + (writing is not None))
+        journeys: list[Writing | Move] = [*self.moving.get(entry, ())]
+        if (writing := self.writing.get(entry)) is not None:
+            journeys.append(writing)
+        note = Note(len(entry.records) + len(journeys))
         if not note.todo:
             return  # it is still to be written, and will be as it is then
-        if writing is not None:
-            writing.changes.append(note)
+        for journey in journeys:
+            journey.changes.append(note)
         for record in entry.records:
             self.change(self.meta(entry, record), record.tier, entry.level, note)
         self.add(note)
@@ -158,16 +161,14 @@ class Copies(Backlog):
         self.forget_write(writing)
         if record is not None:
             record.tier = writing.tier
-            if writing.is_void:
-                self.let_go(writing.ghost, record)
-            else:
+            burial: Note | None = None
+            if not writing.is_void:
                 self.attach(entry, record)
-                for note in writing.changes:
-                    self.change(self.meta(entry, record), record.tier, entry.level, note)
-                writing.changes = []
-            self._pay(entry, {writing.tier} if not writing.is_void else set())
-            _end_all(writing.notes)
-            writing.notes = []
+                self.catch_up(record, writing)
+                burial = self._pay(entry, {writing.tier})
+            elif self.let_go(writing.ghost, record):
+                self.catch_up(record, writing)  # what is owed is paid when the value after it is in
+            self._promise(writing, burial)
         elif not writing.is_void and not entry.is_cold and not entry.records:
             self.queue(entry)
         _end_all(writing.changes)
@@ -206,8 +207,17 @@ class Copies(Backlog):
         self._pay(entry, set())
         _end_all(self.urgent.pop(entry), reason)
 
+    def catch_up(self, record: Record, journey: Writing | Move) -> None:
+        """Tell the log that has a copy now what has changed while it was on its way."""
+        changes, journey.changes = journey.changes, []
+        entry: Entry = record.owner
+        for note in changes:
+            self.change(self.meta(entry, record), record.tier, entry.level, note)
+
     def end_move(self, entry: Entry, move: Move) -> None:
         """Note that a copy is not on its way to another tier any more."""
+        changes, move.changes = move.changes, []
+        _end_all(changes)
         moves = self.moving.get(entry)
         if moves is not None and move in moves:
             moves.remove(move)
@@ -233,13 +243,18 @@ class Copies(Backlog):
             self.take_out(entry)
             self.requeue(entry)
 
-    def let_go(self, ghost: Entry | None, record: Record) -> None:
-        """Take a copy that has come too late; it is kept as long as the ghost of its value."""
-        if ghost is not None and ghost in self.ghosts:
+    def let_go(self, ghost: Entry | None, record: Record) -> bool:
+        """Take a copy that has come too late; it is kept as long as the ghost of its value.
+
+        Returns whether it is.
+        """
+        is_kept = ghost is not None and ghost in self.ghosts
+        if ghost is not None and is_kept:
             record.owner = ghost
             ghost.records = (*ghost.records, record)
         else:
             self.tiers[record.tier].free(record)
+        return is_kept
 
     def bury_copy(self, entry: Entry, record: Record) -> None:
         """Have a log forget one copy of a value, in the turn in which that is freed or gone."""
@@ -334,18 +349,34 @@ class Copies(Backlog):
             tiers.update(move.tier for move in self.moving.pop(ghost, ()))
         return tiers
 
-    def _pay(self, entry: Entry, but: set[int]) -> None:
+    def _pay(self, entry: Entry, but: set[int]) -> Note | None:
         """Bury what was before the value that has been written now, or will not be.
 
         but: tiers whose logs know the newer one, which is as good.
+        Returns the burial that was asked for.
         """
         end = self.owed.pop(entry, None)
         if end is None:
-            return
+            return None
         tiers = self._tiers_of(end) - but
         self._free(end)
-        if tiers:
-            self.bury(entry.key, tiers, end.generation, end.level, waits=False)
+        if not tiers:
+            return None
+        return self.bury(entry.key, tiers, end.generation, end.level, waits=False)
+
+    @staticmethod
+    def _promise(writing: Writing, burial: Note | None) -> None:
+        """Tell those who wait for a value that it is written.
+
+        burial: of the one before in other logs. The new one keeps it away while it is there; but
+                when that ends, its log may know so before the others do. So they wait for it too,
+                however it ends: what failed is remembered.
+        """
+        notes, writing.notes = writing.notes, []
+        if burial is None or not burial.todo:
+            _end_all(notes)
+        else:
+            burial.waiters.append(lambda: _end_all(notes))
 
     @staticmethod
     def _lower(entry: Entry) -> None:

@@ -7,6 +7,7 @@ again, offers those that are not to the next slower tier, and says which have go
 import logging
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import anyio
 
@@ -28,6 +29,15 @@ PATIENCE_S, PAUSE_S = 5.0, 10.0  # a tier that hangs does not take the one above
 logger = logging.getLogger(__name__)
 
 _REASONS: dict[str, Reason] = {"evicted": "evicted", "corrupt": "corrupt"}
+
+
+class Leaving(NamedTuple):
+    """A copy that is about to go, and what was read of it, which is not what was put if its codec
+    loses something."""
+
+    record: Record
+    payload: bytearray
+    checksum: int
 
 
 class Descent:
@@ -87,7 +97,7 @@ class Descent:
 
     async def _leave(self, tier: int, records: list[Record]) -> None:
         """Copy what a tier is about to drop to a slower one."""
-        batch: list[tuple[Record, bytearray]] = []
+        batch: list[Leaving] = []
         nbytes = 0
         ghosts = self._cache.copies.ghosts
         for record in records:
@@ -100,10 +110,10 @@ class Descent:
                 continue
             buffer = bytearray(record.payload_bytes)
             try:
-                await self.tiers[tier].read(record, entry.key, memoryview(buffer), None)
+                checksum = await self.tiers[tier].read(record, entry.key, memoryview(buffer), None)
             except CacheError:
                 continue  # the tier has said what became of it
-            batch.append((record, buffer))
+            batch.append(Leaving(record, buffer, checksum))
             nbytes += len(buffer)
             if nbytes >= BATCH_BYTES_MAX:
                 await self._move_down(tier, batch)
@@ -114,20 +124,22 @@ class Descent:
         to = choose_tier(self.tiers, record.payload_bytes, tier + 1)
         return None if to is None or self._not_before[to] > self._cache.clock.now else to
 
-    async def _move_down(self, tier: int, batch: list[tuple[Record, bytearray]]) -> None:
-        groups: dict[tuple[int, Level], list[tuple[Record, bytearray]]] = {}
-        for record, buffer in batch:
+    async def _move_down(self, tier: int, batch: list[Leaving]) -> None:
+        groups: dict[tuple[int, Level], list[Leaving]] = {}
+        for leaving in batch:
+            record = leaving.record
             to = self._next_tier(tier, record)
             if to is not None and record in record.owner.records:
-                groups.setdefault((to, record.level), []).append((record, buffer))
+                groups.setdefault((to, record.level), []).append(leaving)
         for (to, level), group in groups.items():
             await self._write_down(tier, to, level, group)
 
-    async def _write_down(
-        self, tier: int, to: int, level: Level, group: list[tuple[Record, bytearray]]
-    ) -> None:
-        copies, sources = self._cache.copies, [source for source, _ in group]
-        values = [self._value_of(source, buffer) for source, buffer in group]
+    async def _write_down(self, tier: int, to: int, level: Level, group: list[Leaving]) -> None:
+        group = [each for each in group if each.record in each.record.owner.records]
+        if not group:
+            return
+        copies, sources = self._cache.copies, [each.record for each in group]
+        values = [self._value_of(each) for each in group]
         moves = [(value.owner, Move(to, value.meta.generation, level)) for value in values]
         for entry, move in moves:
             copies.moving.setdefault(entry, []).append(move)
@@ -137,10 +149,11 @@ class Descent:
         def is_wanted(number: int) -> bool:
             nonlocal has_begun
             has_begun = True
-            return sources[number] in values[number].owner.records
+            source = sources[number]
+            return source in source.owner.records
 
         def attach(records: list[Record | None]) -> None:
-            self._attach_moved(to, epoch, sources, records)
+            self._attach_moved(to, epoch, sources, [move for _, move in moves], records)
             end()
 
         def end() -> None:
@@ -163,25 +176,32 @@ class Descent:
             if not has_begun:  # else it goes on, however long that takes, and ends with attach
                 end()
 
-    def _value_of(self, source: Record, buffer: bytearray) -> Value:
-        meta = self._describe(source)
+    def _value_of(self, leaving: Leaving) -> Value:
+        source = leaving.record
+        meta = self._describe(source)._replace(checksum=leaving.checksum)
         if not source.owner.generation:  # some log was told to forget the one that it has
             meta = meta._replace(generation=self._cache.slabs.next_generation())
-        return Value(meta, memoryview(buffer), None, source.owner)
+        return Value(meta, memoryview(leaving.payload), None, source.owner)
 
     def _attach_moved(
-        self, tier: int, epoch: int, sources: list[Record], records: list[Record | None]
+        self,
+        tier: int,
+        epoch: int,
+        sources: list[Record],
+        moves: list[Move],
+        records: list[Record | None],
     ) -> None:
-        for source, record in zip(sources, records, strict=True):
+        copies = self._cache.copies
+        for source, move, record in zip(sources, moves, records, strict=True):
             entry: Entry = source.owner
-            if record is None or epoch != self.epochs[tier]:
+            if record is None or record.is_gone or epoch != self.epochs[tier]:
                 continue
             record.tier = tier
             if entry.position >= 0 and source in entry.records:
-                self._cache.copies.attach(entry, record)
+                copies.attach(entry, record)
+                copies.catch_up(record, move)
                 self._cache.stats.moved_down += 1
-            elif entry in self._cache.copies.ghosts:
-                self._cache.copies.let_go(entry, record)
+            elif copies.let_go(entry, record):
+                copies.catch_up(record, move)
             else:
-                self.tiers[tier].free(record)
-                self._cache.copies.bury_copy(entry, record)
+                copies.bury_copy(entry, record)

@@ -22,6 +22,7 @@ class Writing:
 
     is_void: it is not the entry's any more.
     ghost:   whose it is then, if it may not be forgotten yet.
+    changes: notes of what has changed since, which the log is told when it has the value.
     is_again: it is tried for the second time with the same tier.
     """
 
@@ -37,12 +38,17 @@ class Writing:
     is_again: bool = False
 
 
-class Move(NamedTuple):
-    """A copy on its way to another tier."""
+@dataclass(eq=False, slots=True)
+class Move:
+    """A copy on its way to another tier, described as its value was when it was read.
+
+    changes: notes of what has changed since, which that tier's log is told when it has the copy.
+    """
 
     tier: int
     generation: int
     level: Level
+    changes: list[Note] = field(default_factory=list[Note])
 
 
 class End(NamedTuple):

@@ -8,6 +8,7 @@ asked for, prefetches after those that somebody waits for, and no more at a time
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import anyio
 from anyio.abc import TaskGroup
@@ -15,8 +16,9 @@ from anyio.abc import TaskGroup
 from respkv.engine.actor import Actor
 from respkv.engine.cache import Cache
 from respkv.engine.entry import SMALL_BYTES_MAX, Entry
+from respkv.engine.gpu_actor import GpuActor
 from respkv.engine.landing import Landing
-from respkv.engine.messages import ReadRecord
+from respkv.engine.messages import ReadRecord, ReadStored
 from respkv.engine.placement import MoveSettings, is_promoted
 from respkv.errors import CacheError, OutOfMemory, TierError
 from respkv.tiers.record import Record
@@ -77,6 +79,7 @@ class Loader:
 
     def __init__(self, cache: Cache, actors: list[Actor], settings: MoveSettings) -> None:
         self.settings = settings
+        self.gpu: GpuActor | None = None
         self.bytes_in_flight = [0] * len(actors)  # by tier
         self._cache = cache
         self._actors = actors
@@ -154,6 +157,27 @@ class Loader:
         self._begin()
         return count
 
+    async def read_stored(self, entry: Entry) -> tuple[int, bytes, Record] | None:
+        """Read the fastest copy of an entry that can be read, as it is stored.
+
+        Returns: the id of its codec, the bytes, and which copy it was; None when it has none, or
+                 another value by then.
+        Raises TierError when no copy can be read now.
+        """
+        failure: CacheError | None = None
+        for record in entry.records:
+            try:
+                message = ReadStored(record, entry.key)
+                codec, stored = await self._actors[record.tier].ask(message)
+            except CacheError as error:
+                failure = error
+                continue
+            is_there = record in entry.records and entry.position >= 0
+            return (codec, stored, record) if is_there else None
+        if failure is not None and entry.records and entry.position >= 0:
+            raise failure
+        return None
+
     # -- inside -------------------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -211,7 +235,9 @@ class Loader:
             slot = landing.slot
             if landing.nbytes != entry.nbytes:
                 return  # it is another value by now
-            record = await self._read(entry, landing.memory, cache.image(slot))
+            record = await self._read_gpu(entry, landing.memory)
+            if record is None:
+                record = await self._read(entry, landing.memory, cache.image(slot))
             if record is not None:
                 cache.raise_entry(entry, landing, record)
                 cache.borrow(slot)
@@ -220,12 +246,27 @@ class Loader:
         finally:
             cache.abandon(landing)
 
+    async def _read_gpu(self, entry: Entry, into: memoryview) -> Record | None:
+        """Read the copy in the gpu tier, which is nearer than a file; None: there is none to use.
+
+        Cancelled: after the read has ended.
+        """
+        gpu, copy = self.gpu, self._cache.gpu.find(entry)
+        if gpu is None or copy is None or not await gpu.read(copy, into):
+            return None
+        if self._cache.gpu.find(entry) is not copy or not entry.is_cold:
+            return None
+        record = entry.records[0]
+        record.touches += 1
+        return replace(record, checksum=copy.checksum)
+
     async def _read(
         self, entry: Entry, into: memoryview, image: memoryview | None
     ) -> Record | None:
         """Read the fastest copy that can be read.
 
-        Returns: the copy that was read; None when the entry is not what it was.
+        Returns: the copy that was read, with the checksum of what came out of it; None when the
+                 entry is not what it was.
         Raises TierError when no copy can be read now. What is damaged the tier has dropped itself.
         Cancelled: after the read has ended, because the tier writes into memory that is lent.
         """
@@ -237,13 +278,14 @@ class Loader:
             try:
                 with anyio.CancelScope(shield=True):
                     message = ReadRecord(record, entry.key, into, image)
-                    await self._actors[record.tier].ask(message)
+                    checksum = await self._actors[record.tier].ask(message)
             except CacheError as error:
                 failure = error
                 continue
             if entry.is_cold and entry.position >= 0 and record in entry.records:
                 record.touches = max(record.touches, touches + 1)
-                return record
+                is_exact = checksum == record.checksum
+                return record if is_exact else replace(record, checksum=checksum)
             return None
         if failure is not None and entry.is_cold and entry.records and entry.position >= 0:
             raise failure

@@ -18,13 +18,24 @@ class Check(Ask[None]):
 
 
 @dataclass(frozen=True, slots=True)
-class ReadRecord(Ask[None]):
-    """Fill ``into`` with a record's payload, or ``image`` with header and payload at once."""
+class ReadRecord(Ask[int]):
+    """Fill ``into`` with a record's payload, or ``image`` with header and payload at once.
+
+    Answered with the checksum of what is there now: of a lossy codec it is not the record's.
+    """
 
     record: Record
     key: bytes
     into: memoryview
     image: memoryview | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStored(Ask[tuple[int, bytes]]):
+    """Read a record as it is stored, without decoding; answered with its codec and the bytes."""
+
+    record: Record
+    key: bytes
 
 
 @dataclass(frozen=True, slots=True)

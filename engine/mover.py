@@ -46,6 +46,7 @@ class Mover:
         self.loader = Loader(cache, actors, settings)
         self.start_load = self.loader.start
         self.release = self.loader.release
+        self.read_stored = self.loader.read_stored
         self.advise_prefetch = self.loader.advise
         self._cache = cache
         self._copies = cache.copies

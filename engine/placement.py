@@ -6,6 +6,7 @@
 * A value that was read from a file stays in memory when it is read for the second time since it
   left, so that one pass over many values does not push out what is in use; while a quarter of the
   arena is free there is nothing to push out.
+* A page is copied to the gpu tier as well when it is read often enough while it is in memory.
 * When a segment is reclaimed, a copy goes on living if its value is in use now, or was used more
   recently than most of its tier's that were looked at.
 """
@@ -16,6 +17,8 @@ from typing import Literal
 
 from respkv.engine.entry import Entry
 from respkv.engine.tier import Tier
+
+GpuPromote = Literal["second", "first", "never"]
 
 BATCH_BYTES_MAX = 8 << 20
 FREE_SHARE_TO_PROMOTE = 4  # of the arena, one in so many bytes is free
@@ -57,6 +60,17 @@ def is_promoted(promote: str, touches: int, free_bytes: int, arena_bytes: int) -
     if promote == "first" or free_bytes * FREE_SHARE_TO_PROMOTE >= arena_bytes:
         return True
     return touches >= 2
+
+
+def is_lifted(promote: GpuPromote, reads: int) -> bool:
+    """Whether a page that was read so often since it has its value is copied to the gpu tier.
+
+    Unlike memory, which a load passes through anyway, that is a copy of its own: room that is free
+    is no reason to make it.
+    """
+    if promote == "never":
+        return False
+    return reads >= (1 if promote == "first" else 2)
 
 
 @dataclass(slots=True)

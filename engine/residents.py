@@ -10,6 +10,7 @@ from itertools import islice
 from respkv.engine.clock import Clock
 from respkv.engine.copies import Copies
 from respkv.engine.entry import Entry, Kind
+from respkv.engine.gpu_copies import GpuCopies
 from respkv.engine.history import History, Reason
 from respkv.engine.index import Index
 from respkv.engine.landing import Landing
@@ -44,6 +45,7 @@ class Residents(Memory):
         self.history = History()
         self.stats = Stats()
         self.copies = Copies(clock)
+        self.gpu = GpuCopies(clock, self.namespaces)
         self.room = Room(slabs, policy, small_max=small_max, clock=clock, copies=self.copies)
         self.room.evict, self.room.lose = self._evict, self._lose
         self.copies.lose, self.copies.requeue = self._lose_copy, self.room.insert
@@ -83,6 +85,8 @@ class Residents(Memory):
         self.copies.raised(entry)
         entry.slot, slot.owner = slot, entry
         self.room.insert(entry)
+        if self.gpu.is_on:
+            self.gpu.raised(entry)
 
     def raise_small(self, entry: Entry, value: bytes) -> bool:
         """Put a cold small value back onto the heap; False if it went while room was made."""
@@ -146,6 +150,8 @@ class Residents(Memory):
         self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None, level: Level
     ) -> None:
         is_cold = entry.is_cold
+        if self.gpu.is_on:
+            self.gpu.drop(entry)
         if self.has_files:
             self.copies.replaced(entry, level, by_string=kind == "string")
         if not is_cold:
@@ -185,6 +191,8 @@ class Residents(Memory):
         if not is_cold:
             self.room.remove(entry)
         leaf = self.index.remove(entry)
+        if self.gpu.is_on:
+            self.gpu.drop(entry)
         if self.has_files:
             self.copies.removed(entry, reason)
         if not is_cold:

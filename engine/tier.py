@@ -21,7 +21,16 @@ class Health(Protocol):
 
 
 class Stats(Protocol):
-    """What a tier counts; ``live_bytes`` are those of the copies that are wanted."""
+    """What a tier counts.
+
+    live_bytes: of the copies that are wanted.
+    too_large:  values that came to be written and are larger than the tier takes; the engine counts
+                them, because it does not ask for what cannot be.
+    stale:      values that it offered and that may be old; counted by the engine, too.
+    """
+
+    too_large: int
+    stale: int
 
     @property
     def live_bytes(self) -> int: ...
@@ -61,7 +70,9 @@ class Tier(Protocol):
 
     async def read(
         self, record: Record, key: bytes, into: memoryview, image: memoryview | None
-    ) -> None: ...
+    ) -> int: ...
+
+    async def read_stored(self, record: Record, key: bytes) -> tuple[int, bytes]: ...
 
     def free(self, record: Record) -> None: ...
 

@@ -10,7 +10,13 @@ from typing import Any, assert_never
 import anyio
 
 from respkv.engine.actor import Actor
-from respkv.engine.messages import ClearTier, ReadRecord, SettleNotes, WriteValues
+from respkv.engine.messages import (
+    ClearTier,
+    ReadRecord,
+    ReadStored,
+    SettleNotes,
+    WriteValues,
+)
 from respkv.engine.tier import Tier
 from respkv.errors import TierError
 from respkv.tiers.record import Level, Record
@@ -37,7 +43,9 @@ class TierActor(Actor):
     async def _serve(self, message: Any) -> Any:
         match message:
             case ReadRecord(record, key, into, image):
-                await self.tier.read(record, key, into, image)
+                return await self.tier.read(record, key, into, image)
+            case ReadStored(record, key):
+                return await self.tier.read_stored(record, key)
             case WriteValues():
                 await self._write(message)
             case SettleNotes(tickets, level):

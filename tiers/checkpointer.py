@@ -92,7 +92,10 @@ class Checkpointer:
 
     def reserve(self) -> None:
         """Keep room for two checkpoints under the cap; reclaim deletes files when there is none."""
-        each = max(self.bytes_max * 5 // 4, *self.file_bytes.values())
+        # More than would be asked for now: when a checkpoint has grown into what segments have
+        # taken meanwhile, reclaim may need one to give any of them back.
+        needed = max(self.bytes_max * 5 // 4, self._planned_bytes() + BLOCK_BYTES)
+        each = max(needed, *self.file_bytes.values())
         self._log.table.reserve_bytes = SMALL_FILES_BYTES + 2 * sum(self.saved.values()) + 2 * each
         if self._log.table.excess_bytes:
             self._space.wanted.set()

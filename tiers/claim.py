@@ -21,7 +21,7 @@ from respkv.tiers.superblock import SUPERBLOCK_NAME
 LOCK = "lock"
 TEMPORARY = ".tmp"
 _PROBE = "probe" + TEMPORARY
-_REPLACED = (SUPERBLOCK_NAME, "schemas.json", "probe")  # made under a temporary name
+_REPLACED = (SUPERBLOCK_NAME, "schemas.json", "run", "probe")  # made under a temporary name
 _NEUTRAL = {LOCK, "lost+found"}  # may be in an otherwise empty directory
 _DIRECT_BYTES = 4096
 

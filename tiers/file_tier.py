@@ -28,6 +28,7 @@ from respkv.tiers.meta import KEY_BYTES_MAX
 from respkv.tiers.opening import Recovery, open_log
 from respkv.tiers.parts import Parts, TierConfig, assemble
 from respkv.tiers.pending import Pending
+from respkv.tiers.reader import Reader
 from respkv.tiers.record import Level, Meta, Record, Value
 from respkv.tiers.segments import SegmentTable
 from respkv.tiers.tickets import Tickets
@@ -37,10 +38,6 @@ from respkv.tiers.writer import Codec
 _CLOSE = 0.2  # of the time to stop in, the share of a device that does not answer
 
 logger = logging.getLogger(__name__)
-
-
-def _element_bytes(meta: Meta) -> int:
-    return 2 if meta.kind == "kvpage" else 1
 
 
 class FileTier:
@@ -54,7 +51,6 @@ class FileTier:
     leave:    about to be dropped by reclaim; it may read them and move them elsewhere.
     dropped:  this copy is gone: "evicted", "corrupt" or "lost". May call ``free`` and ``bury``.
     generation: the next generation that nobody has used.
-    element_bytes: of the numbers in a payload, for the lossless codec.
     """
 
     def __init__(
@@ -78,7 +74,6 @@ class FileTier:
         self.leave: Callable[[list[Record]], Awaitable[None]] = hooks.leave
         self.dropped: Callable[[Record, str], None] = hooks.dropped
         self.generation: Callable[[], int] = lambda: 0
-        self.element_bytes: Callable[[Meta], int] = _element_bytes
         self._connect = connect
         self.codec = codec
         self._clock = clock
@@ -90,7 +85,6 @@ class FileTier:
         self._ended = anyio.Event()
         self._is_stopping = False
 
-    # What is known of it
     @property
     def device(self) -> Device:
         return self._started.log.device
@@ -167,9 +161,8 @@ class FileTier:
 
     @property
     def _place(self) -> str:
-        return (
-            f"tier {self.name} in {self.config.path}" if self.config.path else f"tier {self.name}"
-        )
+        where = f" in {self.config.path}" if self.config.path else ""
+        return f"tier {self.name}{where}"
 
     async def run(self) -> None:
         """Write, reclaim, take checkpoints and probe, until cancelled or stopped.
@@ -262,7 +255,7 @@ class FileTier:
         """Write values, and return when ``level`` holds for all of them.
 
         Returns: a record for each; None for one that was not written: the tier is not ok, it is
-        too large, it was buried meanwhile, or the device failed.
+        too large, it was buried meanwhile, or the device failed. One that is gone is not to be kept.
         Cancelled: what was not on its way is not written; the records of the others are freed.
         """
         log = self._started.log
@@ -287,19 +280,31 @@ class FileTier:
 
     async def read(
         self, record: Record, key: bytes, into: memoryview, image: memoryview | None
-    ) -> None:
+    ) -> int:
         """Read a copy, and prove that it is what was put under this key.
 
         into:  where the payload goes; has its size.
         image: what surrounds it: the 64 bytes of its page header in front, and up to a multiple of
                4096 bytes behind, all in one 4096-aligned piece. It saves a copy; the header is
                there afterwards. None when there is no such piece.
+        Returns: the checksum of what is there now: a lossy codec makes it another than was put.
         Raises PageCorrupt (the record is dropped already) or TierError (it is gone, or the device
         failed); ``into`` holds anything then.
         """
+        return await self._reader.read(record, key, into, image)
+
+    async def read_stored(self, record: Record, key: bytes) -> tuple[int, bytes]:
+        """Read a copy as it is stored, for who decodes it elsewhere; else as ``read`` does.
+
+        Returns: the codec as in the record, and the stored payload.
+        """
+        return record.codec, await self._reader.read_stored(record, key)
+
+    @property
+    def _reader(self) -> Reader:
         if self._parts is None:
             raise TierError(f"tier {self.name} is stopped")
-        await self._parts.reader.read(record, key, into, image)
+        return self._parts.reader
 
     def free(self, record: Record) -> None:
         """Give up a copy that nobody wants; harmless when it is gone.
@@ -308,8 +313,6 @@ class FileTier:
         """
         if self._parts is not None:
             self._parts.log.discard(record)
-
-    # Notes
 
     def bury(self, key: bytes, generation: int) -> int:
         """Note that all values of a key up to this generation are void. Returns a ticket."""
@@ -353,8 +356,6 @@ class FileTier:
         except OSError as error:
             raise TierError(f"tier {self.name} could not load {name}: {why(error)}") from error
 
-    # Inside
-
     def _assemble(self, device: Device, table: SegmentTable) -> Parts:
         return assemble(
             self.config,
@@ -397,4 +398,4 @@ class FileTier:
             return None
         log = self._started.log
         log.young.pop(record, None)
-        return record if log.is_live(record) else None
+        return record if log.is_live(record) or record.is_gone else None

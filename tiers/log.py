@@ -5,7 +5,8 @@ reclaim, checkpoints, reader) wait for devices and change it between their waits
 
 A record is young from its write's end until ``FileTier.write`` has handed it to its asker. Nobody
 but the tier knows a young record, so the engine's hooks are not called for it: it is kept, and
-described as it was written.
+described as it was written. When it has to be evicted all the same, its asker gets it as one that
+is gone: a tier that is merely full has not failed to write it.
 """
 
 import logging
@@ -18,7 +19,7 @@ from time import monotonic
 from respkv.tiers.batch import Bury, Change, Note
 from respkv.tiers.device import Device
 from respkv.tiers.health import Health
-from respkv.tiers.record import Level, Meta, Record
+from respkv.tiers.record import NOWHERE, Level, Meta, Record
 from respkv.tiers.segments import Segment, SegmentTable
 from respkv.tiers.tier_stats import TierStats
 
@@ -109,6 +110,7 @@ class Log:
         key_bytes = len(meta.key) + len(meta.parent)
         self.live.setdefault(record.segment, {})[record] = key_bytes
         self.key_bytes += key_bytes
+        self.stats.contents.add(record)
 
     def discard(self, record: Record) -> bool:
         """Forget a record; return whether it was there."""
@@ -116,6 +118,7 @@ class Log:
         if key_bytes is None:
             return False
         self.key_bytes -= key_bytes
+        self.stats.contents.discard(record)
         self.table.discard(record)
         return True
 
@@ -160,6 +163,8 @@ class Log:
         self._count(why)
         if self.young.pop(record, None) is None:
             self.hooks.dropped(record, why)
+        elif why == "evicted":
+            record.segment = NOWHERE
 
     def forget(self, *, why: str = "") -> None:
         """Forget everything that was ever asked; with a reason, tell the engine of each record."""
@@ -167,6 +172,7 @@ class Log:
         self.void_below = self.next_sequence
         records = list(self.records()) if why else []
         self.live.clear()
+        self.stats.contents.clear()
         self.key_bytes = self.table.live_bytes = self.table.live_records = 0
         for segment in self.table.segments.values():
             segment.live_bytes = segment.live_records = 0

@@ -3,11 +3,13 @@
 A large raw payload goes from the device straight to where it is wanted; everything else passes
 through staging memory. Either way the header has to name this key and this put, and the checksums
 of what is stored and of what comes out have to be right, before the reader is told that it has it.
+What a lossy codec gives back has a checksum of its own, which the reader is told.
 """
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import anyio
@@ -54,21 +56,32 @@ class Reader:
 
     async def read(
         self, record: Record, key: bytes, into: memoryview, image: memoryview | None
-    ) -> None:
+    ) -> int:
         """Do what FileTier.read says."""
-        log = self._log
         assert into.nbytes == record.payload_bytes
-        while not await self._try(record, key, into, image):
+        return await self._take(
+            record, key, lambda spot: self._read(record, spot, key, into, image)
+        )
+
+    async def read_stored(self, record: Record, key: bytes) -> bytes:
+        """Return the stored payload, which its header proves."""
+        return await self._take(record, key, lambda spot: self._read_stored(record, spot, key))
+
+    async def _take(self, record: Record, key: bytes, read: Callable[[Spot], Awaitable[T]]) -> T:
+        """Read a record, wherever it is by then, and count that."""
+        log = self._log
+        while (found := await self._try(record, key, read)) is None:
             pass
         log.health.read_succeeded()
         record.touches += 1
         log.stats.reads += 1
         log.stats.read_bytes += record.payload_bytes
+        return found
 
     async def _try(
-        self, record: Record, key: bytes, into: memoryview, image: memoryview | None
-    ) -> bool:
-        """Read from where the record is now. False: that failed, but it has been copied meanwhile.
+        self, record: Record, key: bytes, read: Callable[[Spot], Awaitable[T]]
+    ) -> T | None:
+        """Read from where the record is now. None: that failed, but it has been copied meanwhile.
 
         The place cannot be used for anything else while it is pinned.
         """
@@ -80,25 +93,38 @@ class Reader:
         place = Spot(record.segment, record.offset)
         log.table.pin(place.segment)
         try:
-            await self._read(record, place, key, into, image)
+            return await read(place)
         except (PageCorrupt, OSError) as error:
             if place != (record.segment, record.offset):
-                return False
+                return None
             raise self._drop(record, key, error) from error
         finally:
             log.table.unpin(place.segment)
-        return True
 
     async def _read(
         self, record: Record, spot: Spot, key: bytes, into: memoryview, image: memoryview | None
-    ) -> None:
+    ) -> int:
         alignment = self._log.device.alignment
         nbytes = round_up(record.stored_bytes, alignment)
         is_direct = record.codec == RAW and not spot.offset % alignment
         if is_direct and image is not None and image.nbytes >= nbytes:
             await self._fetch(spot, image[:nbytes])
             await check_stored(record, key, image[: record.stored_bytes])
-            return
+            return record.checksum
+        async with self._fetched(record, spot, key) as stored:
+            checksum = await self._unpack(record, stored, into)
+        if image is not None:
+            write_header(image, _header(record, key, checksum))
+        return checksum
+
+    async def _read_stored(self, record: Record, spot: Spot, key: bytes) -> bytes:
+        async with self._fetched(record, spot, key) as stored:
+            return bytes(stored)
+
+    @asynccontextmanager
+    async def _fetched(self, record: Record, spot: Spot, key: bytes) -> AsyncIterator[memoryview]:
+        """Hold the stored payload of a record in memory, proven, while the block runs."""
+        alignment = self._log.device.alignment
         start = spot.offset // alignment * alignment
         nbytes = round_up(spot.offset + record.stored_bytes, alignment) - start
         memory = await self._staging.take(nbytes)
@@ -106,11 +132,9 @@ class Reader:
             await self._fetch(Spot(spot.segment, start), memory[:nbytes])
             stored = memory[spot.offset - start :][: record.stored_bytes]
             await check_stored(record, key, stored)
-            await self._unpack(record, stored[HEADER_BYTES:], into)
+            yield stored[HEADER_BYTES:]
         finally:
             self._staging.give_back(memory)
-        if image is not None:
-            write_header(image, _header(record, key))
 
     async def _fetch(self, spot: Spot, into: memoryview) -> None:
         log = self._log
@@ -119,15 +143,18 @@ class Reader:
             await log.device.read(segment_name(spot.segment), spot.offset, into)
         self._estimate.observe(into.nbytes, log.clock() - started)
 
-    async def _unpack(self, record: Record, stored: memoryview, into: memoryview) -> None:
+    async def _unpack(self, record: Record, stored: memoryview, into: memoryview) -> int:
+        """Decode a payload; return the checksum of what came out."""
         if record.codec == RAW:
             await _on_loop_or_thread(record.payload_bytes, _copy, stored, into)
-            return
+            return record.checksum
         if self._codec is None:
             raise PageCorrupt(f"this tier knows no codec {record.codec}")
-        await self._codec.decode(record.codec, stored, into)
-        if await hash_of(into) != record.checksum:
+        is_lossless = await self._codec.decode(record.codec, stored, into)
+        checksum = await hash_of(into)
+        if is_lossless and checksum != record.checksum:
             raise PageCorrupt("what was decoded has another checksum than what was put")
+        return checksum
 
     def _drop(self, record: Record, key: bytes, error: PageCorrupt | OSError) -> CacheError:
         """Drop a copy that cannot be had, and return what its reader is told."""
@@ -172,5 +199,5 @@ def _copy(stored: memoryview, into: memoryview) -> None:
     into.cast("B")[:] = stored
 
 
-def _header(record: Record, key: bytes) -> Header:
-    return Header(RAW, 0, 0, hash64(key), record.generation, record.payload_bytes, record.checksum)
+def _header(record: Record, key: bytes, checksum: int) -> Header:
+    return Header(RAW, 0, 0, hash64(key), record.generation, record.payload_bytes, checksum)

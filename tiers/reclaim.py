@@ -99,7 +99,10 @@ class Reclaimer:
             return await self._remove(free)
         now = self._log.clock()
         self._resting = {each: until for each, until in self._resting.items() if until > now}
-        victim = table.choose_victim(now, may=lambda each: each not in self._resting)
+        young = {record.segment for record in self._log.young}
+        victim = table.choose_victim(
+            now, may=lambda each: each.id not in young and self._may_clear(each)
+        ) or table.choose_victim(now, may=self._may_clear)
         if victim is None:
             is_busy = any(each.state in ("sealed", "fenced") for each in table.segments.values())
             self._space.woke(is_used_up=not is_busy)
@@ -109,6 +112,13 @@ class Reclaimer:
             return True
         self._resting[victim] = now + _REST_S
         return False
+
+    def _may_clear(self, segment: Segment) -> bool:
+        """Say whether a segment may be emptied now.
+
+        What is to be durable there and is not yet, could only be told that it failed.
+        """
+        return segment not in self._resting and not self._syncer.is_awaited(segment.id)
 
     async def clear(self, segment: Segment) -> bool:
         """Empty a segment and make it free. Returns False when that did not succeed.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
+NOWHERE = -1  # no segment has this id
+
 
 class Level(IntEnum):
     """What an acknowledged put survives."""
@@ -63,7 +65,7 @@ class Record:
     """One copy of a value in one file tier.
 
     segment, offset: where it is now: the id of the segment, and the byte at which its 64-byte page
-        header starts. Written by the tier alone.
+        header starts. Written by the tier alone. No segment: see ``is_gone``.
     stored_bytes:    header and payload as they are stored, padding excluded.
     codec:           how the payload is stored, as in the page header.
     sequence:        of the batch that wrote it; grows with every batch of one log.
@@ -83,3 +85,8 @@ class Record:
     owner: Any
     touches: int = 0
     tier: int = 0
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was written, as it was asked to be, and evicted before its asker had it."""
+        return self.segment == NOWHERE

@@ -57,6 +57,10 @@ class Syncer:
         self._waiting.setdefault(segment_id, []).append(waiter)
         self._wanted.set()
 
+    def is_awaited(self, segment_id: int) -> bool:
+        """Say whether somebody waits for a sync of a segment."""
+        return segment_id in self._waiting
+
     async def cover(self, segment_id: int, sequence: int) -> None:
         """Wait until a batch is durable. Raises TierError when it never will be."""
         if self._written.get(segment_id, 0) < sequence:

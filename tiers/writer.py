@@ -39,8 +39,8 @@ class Codec(Protocol):
         """Return the codec's id and the payload as stored; 0 and the payload itself: raw."""
         ...
 
-    async def decode(self, codec: int, stored: memoryview, into: memoryview) -> None:
-        """Fill ``into``, which has the size of the payload."""
+    async def decode(self, codec: int, stored: memoryview, into: memoryview) -> bool:
+        """Fill ``into``, which has the size of the payload; return whether not a bit was lost."""
         ...
 
 

@@ -14,7 +14,9 @@ import anyio.lowlevel
 from respkv.errors import PageCorrupt, TierError
 from respkv.tiers.format import HEADER_BYTES, Header, check_page, hash64, write_header
 from respkv.tiers.meta import is_content_addressed
-from respkv.tiers.record import Level, Meta, Record, Value
+from respkv.tiers.record import NOWHERE, Level, Meta, Record, Value
+
+LOSSY = 21  # a codec's id
 
 
 @dataclass(slots=True)
@@ -26,6 +28,8 @@ class FakeHealth:
 @dataclass(slots=True)
 class FakeStats:
     live_bytes: int = 0
+    too_large: int = 0
+    stale: int = 0
 
 
 @dataclass(slots=True)
@@ -46,8 +50,16 @@ class FakeLog:
     next_generation: int = 1
 
 
+def coarse(data: bytes) -> bytes:
+    """Return what a lossy codec makes of a value; once more changes nothing."""
+    return bytes(byte & 0xF0 for byte in data)
+
+
 class FakeTier:
-    """A tier with ``log`` as its files. ``gate``: I/O waits while it is not None."""
+    """A tier with ``log`` as its files. ``gate``: I/O waits while it is not None.
+
+    is_lossy: what is written from now on is read back ``coarse``.
+    """
 
     def __init__(
         self, log: FakeLog | None = None, *, name: str = "nvme", capacity_bytes: int = 1 << 40
@@ -66,10 +78,12 @@ class FakeTier:
         self.generation: Callable[[], int]
         self.records: dict[Record, Logged] = {}
         self.gate: anyio.Event | None = None
+        self.is_lossy = False
         self.crash: Exception | None = None
         self.read_error: TierError | None = None
         self.write_error: TierError | None = None
         self.refuses = False  # writes answer None
+        self.evicts = False  # what is written is evicted before its asker has it
         self.writes: list[list[bytes]] = []
         self.levels: list[Level] = []
         self.reads: list[bytes] = []
@@ -168,15 +182,29 @@ class FakeTier:
             self.log.values.append(logged)
             self.log.next_generation = max(self.log.next_generation, meta.generation + 1)
             record = self._record(logged, value.owner)
-            self.records[record] = logged
+            if self.evicts:
+                self._bury(meta.key, meta.generation)
+                record.segment = NOWHERE
+            else:
+                self.records[record] = logged
             answers.append(record)
         return answers
 
     async def read(
         self, record: Record, key: bytes, into: memoryview, image: memoryview | None
-    ) -> None:
-        self.reads.append(key)
+    ) -> int:
         into[:] = b"?" * len(into)
+        codec, data = await self.read_stored(record, key)
+        into[:] = data if codec == 0 else coarse(data)
+        checksum = hash64(into)
+        if image is not None:
+            header = Header(0, 0, 0, hash64(key), record.generation, len(into), checksum)
+            write_header(image[:HEADER_BYTES], header)
+            assert image[HEADER_BYTES : HEADER_BYTES + len(into)] == into
+        return checksum
+
+    async def read_stored(self, record: Record, key: bytes) -> tuple[int, bytes]:
+        self.reads.append(key)
         await self._io()
         if self.read_error is not None:
             raise self.read_error
@@ -187,11 +215,7 @@ class FakeTier:
         if hash64(logged.data) != record.checksum:
             self.drop(record, "corrupt")
             raise PageCorrupt(f"{self.name}: {key!r}")
-        into[:] = logged.data
-        if image is not None:
-            header = Header(0, 0, 0, hash64(key), record.generation, len(into), record.checksum)
-            write_header(image[:HEADER_BYTES], header)
-            assert bytes(image[HEADER_BYTES : HEADER_BYTES + len(into)]) == logged.data
+        return record.codec, logged.data
 
     def free(self, record: Record) -> None:
         self.records.pop(record, None)
@@ -262,15 +286,14 @@ class FakeTier:
     def _bury(self, key: bytes, generation: int) -> None:
         self.log.buried[key] = max(generation, self.log.buried.get(key, -1))
 
-    @staticmethod
-    def _record(logged: Logged, owner: object) -> Record:
+    def _record(self, logged: Logged, owner: object) -> Record:
         meta = logged.meta
         return Record(
             segment=0,
             offset=0,
             stored_bytes=meta.payload_bytes + HEADER_BYTES,
             payload_bytes=meta.payload_bytes,
-            codec=0,
+            codec=LOSSY if self.is_lossy else 0,
             generation=meta.generation,
             checksum=meta.checksum,
             sequence=0,

@@ -90,10 +90,10 @@ class SlowToWrite(FakeTier):
 
     async def read(
         self, record: Record, key: bytes, into: memoryview, image: memoryview | None
-    ) -> None:
+    ) -> int:
         gate, self.gate = self.gate, None
         try:
-            await super().read(record, key, into, image)
+            return await super().read(record, key, into, image)
         finally:
             self.gate = gate
 

@@ -250,6 +250,68 @@ async def test_a_put_goes_to_the_next_tier_when_the_first_fails() -> None:
         disk.refuses = False
 
 
+async def test_values_that_are_too_large_for_a_tier_are_counted_there() -> None:
+    cache, _ = make_cache()
+    small, large = FakeTier(), FakeTier(name="disk")
+    small.payload_bytes_max, large.payload_bytes_max = 1000, 100_000
+    async with opened(cache, small, large) as mover:
+        for nbytes in (1000, 1001, 100_000, 100_001, 150_000):
+            cache.put(b"%d" % nbytes, b"v" * nbytes)
+        await clean(cache, mover)
+        assert (small.stats.too_large, large.stats.too_large) == (4, 2)
+        cold = [[record.tier for record in entry.records] for entry in cache.entries.values()]
+        assert cold == [[0], [1], [1], [], []]
+
+
+@pytest.mark.parametrize("nbytes", [1, 5000])
+async def test_a_put_that_a_full_tier_evicts_at_once_was_written_and_stays_in_memory(
+    nbytes: int,
+) -> None:
+    cache, _ = make_cache()
+    async with opened(cache, tier := FakeTier()) as mover:
+        cache.put(b"k", b"old", DURABLE)
+        await settled(cache, mover)
+        since = cache.copies.ticket
+        tier.evicts = True
+        entry = cache.put(b"k", b"v" * nbytes, DURABLE)
+        await settled(cache, mover, since)
+        assert (entry.records, entry.level, cache.copy(entry)) == ((), 0, b"v" * nbytes)
+        assert len(tier.writes) == 2
+        assert (tier.records, cache.copies.ghosts) == ({}, set())
+        assert cache.copies.num_dirty == 0
+        cache.check()
+        tier.evicts = False
+        await clean(cache, mover)
+        assert len(entry.records) == 1
+
+
+async def test_what_was_overwritten_while_a_full_tier_evicted_it_is_answered_once() -> None:
+    cache, _ = make_cache()
+    async with opened(cache, tier := FakeTier()) as mover:
+        tier.evicts = True
+        tier.close_gate()
+        cache.put(b"k", b"first" * 1000, DURABLE)
+        await until(lambda: len(tier.writes) == 1)
+        entry = cache.put(b"k", b"second" * 1000, DURABLE)
+        tier.open_gate()
+        await settled(cache, mover)
+        assert cache.copy(entry) == b"second" * 1000
+        assert (entry.records, cache.copies.ghosts, cache.copies.owed) == ((), set(), {})
+        cache.check()
+
+
+async def test_a_copy_that_a_full_tier_below_evicts_at_once_has_not_moved() -> None:
+    cache, _ = make_cache()
+    nvme, disk = FakeTier(), FakeTier(name="disk")
+    async with opened(cache, nvme, disk) as mover:
+        entry = cache.put(b"k", b"v" * 5000, WRITTEN)
+        await settled(cache, mover)
+        disk.evicts = True
+        await nvme.leave(list(entry.records))
+        assert [record.tier for record in entry.records] == [0]
+        assert cache.stats.moved_down == 0
+
+
 async def test_the_level_of_a_page_that_is_there_is_raised_and_never_lowered() -> None:
     cache, _ = make_cache()
     async with opened(cache, tier := FakeTier(), settings=KEEP) as mover:

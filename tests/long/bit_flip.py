@@ -243,7 +243,7 @@ class Filled:
         counted = sum(
             int(value)
             for name, value in info.items()
-            if name.endswith(("_corrupt", "_skipped_damaged", "_damaged", "_dropped"))
+            if name.endswith(("_corrupt", "_skipped_damaged", "_damaged", "_dropped", "_stale"))
         )
         assert counted >= hit, f"{hit} values were hit, INFO counts {counted}"
         # Without its checkpoint a tier forgets what may be old. Its log says so.

@@ -181,25 +181,38 @@ class Ledger:
 
     # What clients and the tester see.
 
-    def check(self, key: Key, value: bytes | None) -> State:
-        """Check an answer while the server runs. Raises Wrong."""
-        allowed: set[State] = {None} if key.is_live_deleted else self._allowed_now(key)
+    def check(self, key: Key, value: bytes | None, since: float | None = None) -> State:
+        """Check an answer while the server runs. Raises Wrong.
+
+        since: when the question was sent, wall-clock seconds. The answer was true at one moment
+               between then and now: it may have waited behind others that promise more.
+        """
+        allowed: set[State] = {None} if key.is_live_deleted else self._allowed(key, since)
         return self._find(key, value, allowed)
 
-    def check_recovered(self, key: Key, value: bytes | None, pttl_ms: int, *, clean: bool) -> State:
+    def check_recovered(
+        self,
+        key: Key,
+        value: bytes | None,
+        pttl_ms: int,
+        *,
+        clean: bool,
+        since: float | None = None,
+    ) -> State:
         """Check an answer after a restart, and take it for the key's state. Raises Wrong.
 
         clean: the server was stopped, not killed, so that it may not have brought back anything.
+        since: when the question was sent, as in ``check``.
         """
         if clean and key.is_live_deleted:
             self._forget(key)
         was_kept = None not in key.allowed
-        state = self._find(key, value, self._allowed_now(key))
+        state = self._find(key, value, self._allowed(key, since))
         key.note(f"found {state} after a {'stop' if clean else 'crash'}")
         key.is_live_deleted = False
         if state is not None:
             if was_kept or clean:
-                self._check_ttl(key, state, pttl_ms)
+                self._check_ttl(key, state, pttl_ms, since)
             key.allowed = {state} if was_kept and len(key.allowed) == 1 else {state, None}
             key.expiries = {state: key.expiries[state]}
         elif not self.may_evict and not key.is_content:
@@ -216,13 +229,14 @@ class Ledger:
         key.expiries.clear()
         key.is_live_deleted = False
 
-    def _allowed_now(self, key: Key) -> set[State]:
-        """Return the states allowed, those that have expired by now turned into absence."""
+    def _allowed(self, key: Key, since: float | None) -> set[State]:
+        """Return the states allowed: at some moment from ``since`` on a value was there, or gone."""
         now = time.time()
+        since = now if since is None else since
         found: set[State] = set()
         for state in key.allowed:
             windows = [] if state is None else key.expiries[state]
-            if any(now <= last + TTL_SLACK_S for _, last in windows):
+            if any(since <= last + TTL_SLACK_S for _, last in windows):
                 found.add(state)
             if not all(now < first - TTL_SLACK_S for first, _ in windows) or state is None:
                 found.add(None)
@@ -260,12 +274,14 @@ class Ledger:
                 return f"version {version} with {len(differ)} wrong bytes in {len(value)}, from {differ[:1]}"
         return f"{len(value)} bytes of nobody: {value[:24]!r}..."
 
-    def _check_ttl(self, key: Key, version: int, pttl_ms: int) -> None:
+    def _check_ttl(self, key: Key, version: int, pttl_ms: int, since: float | None) -> None:
         if pttl_ms == -2:  # it expired between the two questions
             return
-        expiry = time.time() + pttl_ms / 1000 if pttl_ms >= 0 else float("inf")
+        now = time.time()
+        left_s = pttl_ms / 1000 if pttl_ms >= 0 else float("inf")
+        least, most = (now if since is None else since) + left_s, now + left_s
         for first, last in key.expiries[version]:
-            if first - TTL_SLACK_S <= expiry <= last + TTL_SLACK_S:
+            if first - TTL_SLACK_S <= most and least <= last + TTL_SLACK_S:
                 return
         windows = [
             (first - time.time(), last - time.time()) for first, last in key.expiries[version]

@@ -7,6 +7,7 @@ is checked. Each client has keys of its own, and never two commands for one key 
 import random
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +109,7 @@ class _Client:
         self._keys = keys
         self._connect = connect
         self._rng = random.Random(seed)
+        self._sent = 0.0  # when the commands under way were sent, wall-clock seconds
 
     def _run(self) -> None:
         try:
@@ -128,6 +130,7 @@ class _Client:
     def _batch(self, raw: Raw) -> None:
         """Send a few commands for different keys at once, and read what comes."""
         keys = self._rng.sample(self._keys, self._rng.randint(1, PIPELINE_MAX))
+        self._sent = time.time()
         calls = [self._call(key) for key in keys]
         raw.socket.sendall(pipeline(words for words, _ in calls))
         for key, (words, acknowledge) in zip(keys, calls, strict=True):
@@ -197,7 +200,7 @@ class _Client:
         return words, stored
 
     def _got(self, key: Key, reply: bytes | None) -> None:
-        self._ledger.check(key, reply)
+        self._ledger.check(key, reply, self._sent)
         self._count("misses" if reply is None else "hits")
 
     def _deleted(self, key: Key) -> None:
@@ -214,9 +217,10 @@ def check_all(raw: Raw, ledger: Ledger, *, clean: bool, batch: int = 16) -> Coun
     for at in range(0, len(ledger.keys), batch):
         keys = ledger.keys[at : at + batch]
         asked = [words for key in keys for words in (("GET", key.name), ("PTTL", key.name))]
+        since = time.time()
         raw.socket.sendall(pipeline(asked))
         for key in keys:
             value, pttl_ms = raw.next(), raw.next()
-            state = ledger.check_recovered(key, value, pttl_ms, clean=clean)
+            state = ledger.check_recovered(key, value, pttl_ms, clean=clean, since=since)
             counts["absent" if state is None else "there"] += 1
     return counts

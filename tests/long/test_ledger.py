@@ -5,7 +5,16 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.long.ledger import DURABLE, MEMORY, WRITTEN, Key, Ledger, Values, Wrong
+from tests.long.ledger import (
+    DURABLE,
+    MEMORY,
+    TTL_SLACK_S,
+    WRITTEN,
+    Key,
+    Ledger,
+    Values,
+    Wrong,
+)
 
 VALUES = Values("test")
 Story = Callable[..., None]
@@ -131,3 +140,31 @@ def test_times_to_live_are_held_to() -> None:
     with pytest.raises(Wrong):
         ledger.check_recovered(key, value, 1, clean=False)
     ledger.check_recovered(key, None, -2, clean=False)
+
+
+def test_an_answer_that_waited_may_be_older_than_a_time_to_live() -> None:
+    key = Key(b"key", 1, False)
+    ledger = Ledger(VALUES, [key], level_kept=WRITTEN, may_evict=False)
+    put(ledger, key, DURABLE)
+    window = ledger.begin_expire(key, 1)
+    ledger.end_expire(key, 1, window, was_there=True)
+    value, asked_before = VALUES.of(1, 1), time.time()
+    time.sleep(TTL_SLACK_S + 0.1)
+    ledger.check(key, value, asked_before)
+    ledger.check(key, None, asked_before)
+    for asked_after in (time.time(), None):
+        with pytest.raises(Wrong, match=r"version 1 .* not absent"):
+            ledger.check(key, value, asked_after)
+        ledger.check(key, None, asked_after)
+
+
+def test_a_time_to_live_that_waited_is_one_from_between_question_and_answer() -> None:
+    key = Key(b"key", 1, False)
+    ledger = Ledger(VALUES, [key], level_kept=WRITTEN, may_evict=False)
+    version = ledger.begin_put(key, DURABLE, 100_000)
+    ledger.end_put(key, version, DURABLE, 100_000)
+    value, since = VALUES.of(1, version), time.time() - 10
+    ledger.check_recovered(key, value, 105_000, clean=False, since=since)
+    for pttl_ms in (-1, 90_000, 115_000):
+        with pytest.raises(Wrong, match="expires in"):
+            ledger.check_recovered(key, value, pttl_ms, clean=False, since=since)

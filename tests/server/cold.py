@@ -60,7 +60,7 @@ class Cold:
 
 
 @asynccontextmanager
-async def cold_server(**settings: Any) -> AsyncIterator[Cold]:
+async def cold_server(*, clock: Clock | None = None, **settings: Any) -> AsyncIterator[Cold]:
     """Yield a server with 4 MiB of memory above a tier that takes everything."""
     values = {
         "maxmemory": 5 * MIB,
@@ -73,7 +73,7 @@ async def cold_server(**settings: Any) -> AsyncIterator[Cold]:
     }
     config = Config(**values)
     tier = GatedTier()
-    with make_server(config, Clock()) as server:
+    with make_server(config, clock or Clock()) as server:
         async with open_files(server.cache, [tier], moves_of(config)) as mover:
             async with anyio.create_task_group() as tasks:
                 server.mover = mover

@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from tests.fakes import FakeWire
+from tests.fakes import FakeWire, ManualClock
 from tests.server.cold import MIB, Cold, cold_server, parsed, replies, settle
 from tests.server.raw import pipeline, request
 
@@ -108,6 +108,37 @@ async def test_a_value_that_was_overwritten_or_deleted_while_it_was_read_is_not_
         writer.feed(pipeline([("SET", "a", "new"), ("DEL", "b"), ("SET", "c", b"n" * 2000)]))
         cold.tier.reads.open()
         assert await replies(reader, 3) == [b"new", None, b"n" * 2000]
+
+
+@pytest.mark.parametrize("nbytes", [5, 2000, LARGE])
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        (("GET", "k"), None),
+        (("KV.GET", "k"), None),
+        (("GETDEL", "k"), None),
+        (("GETEX", "k", "PERSIST"), None),
+        (("GETSET", "k", "new"), None),
+        (("MGET", "k", "k"), [None, None]),
+        (("KV.MGET", 2, "k", "k"), [None, None]),
+    ],
+    ids=lambda case: case[0] if isinstance(case, tuple) else "",
+)
+async def test_a_value_whose_time_ended_while_it_was_read_is_not_served(
+    command: tuple[Any, ...], answer: Any, nbytes: int
+) -> None:
+    clock = ManualClock()
+    async with cold_server(clock=clock) as cold:
+        await cold.put({b"k": b"A" * nbytes})
+        cold.cache.expire_at(cold.cache.entries[b"k"], clock.wall_ms + 1000)
+        cold.tier.reads.shut()
+        wire = FakeWire(cold.server)
+        wire.feed(request(*command))
+        await settle()
+        assert cold.tier.reads.waiting == [b"k"]
+        clock.advance(1.0)
+        cold.tier.reads.open()
+        assert await replies(wire, 1) == [answer]
 
 
 async def test_a_flush_while_values_are_read_leaves_nothing_to_serve() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.fakes import FakeWire
+from tests.fakes import FakeWire, ManualClock
 from tests.server.cold import cold_server, parsed, replies, settle
 from tests.server.raw import pipeline, request
 
@@ -41,6 +41,20 @@ async def test_the_puts_of_a_pipeline_share_a_commit_and_reads_among_them_run_on
         cold.tier.writes.open()
         assert await replies(wire, 202) == [b"OK"] * 200 + [b"v" * 3000, 200]
         assert len(cold.tier.batches) <= 4
+
+
+async def test_a_read_behind_a_promise_says_what_was_so_when_it_ran() -> None:
+    clock = ManualClock()
+    async with cold_server(clock=clock) as cold:
+        cold.tier.writes.shut()
+        wire = FakeWire(cold.server)
+        commands = [("SET", "t", "1", "PX", "1000"), ("KV.PUT", "k", "page", "DURABLE")]
+        wire.feed(pipeline([*commands, ("GET", "t")]))
+        await settle()
+        clock.advance(2.0)
+        wire.feed(pipeline([("GET", "t")]))
+        cold.tier.writes.open()
+        assert await replies(wire, 4) == [b"OK", b"OK", b"1", None]
 
 
 async def test_only_the_reply_of_the_put_that_failed_becomes_an_error() -> None:

@@ -146,6 +146,8 @@ class Shelf:
                     self.tier.free(old.record)
                 value.owner.record = record
                 self.held[value.meta.key] = value.owner
+                if record.is_gone:
+                    self.dropped(record, "evicted")
         return records
 
     async def get(self, key: bytes, *, has_image: bool = False) -> bytes | None:

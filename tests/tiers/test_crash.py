@@ -239,7 +239,7 @@ class World:
 
     async def write(self, held: Held, value: Value, level: Level) -> None:
         (record,) = await self.tier.write([value], level)
-        if record is None:
+        if record is None or record.is_gone:
             return
         if self.is_there(held) and held.record is None:
             held.record = record

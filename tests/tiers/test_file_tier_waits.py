@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import anyio
@@ -65,6 +66,71 @@ async def test_a_segment_made_anew_while_reclaim_waited_is_left_alone() -> None:
             is_left.set()
         await shelf.check()
         assert len(shelf.held) == 20
+
+
+async def test_a_segment_is_not_emptied_while_what_is_in_it_waits_to_be_durable() -> None:
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        parts = parts_of(shelf.tier)
+        table, syncer = parts.log.table, parts.syncer
+        hangs = device.add("hang", "sync", name="segment-", times=1)
+        async with anyio.create_task_group() as group:
+            for key in (b"a", b"b"):  # each in a segment of its own
+                group.start_soon(partial(shelf.put, key, 150_000, level=Level.DURABLE))
+            try:
+                await until(lambda: hangs.hits == 1 and len(syncer._waiting) == 1)
+                segment = table.segments[next(iter(syncer._waiting))]
+                if segment.state == "open":
+                    table.seal(segment)
+                assert table.choose_victim(0.0) is segment
+                for _ in range(3):
+                    assert await parts.reclaimer._advance()
+                assert len(parts.log.young) == 2
+            finally:
+                device.heal()
+        assert sorted(shelf.held) == [b"a", b"b"]
+        assert parts.reclaimer._may_clear(segment)
+
+
+async def test_what_is_evicted_before_its_asker_has_it_was_written_all_the_same() -> None:
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        parts = parts_of(shelf.tier)
+        # The head of a second segment: the second value waits for it, and the first one with it.
+        hangs = device.add("hang", "write", name="segment-", skip=2, times=1)
+        async with anyio.create_task_group() as group:
+            answers: list[Record | None] = []
+
+            async def put() -> None:
+                answers.extend(await shelf.put_many([b"a", b"b"], 150_000, level=Level.DURABLE))
+
+            group.start_soon(put)
+            try:
+                await until(lambda: hangs.hits == 1 and parts.log.stats.syncs > 0)
+                (record,) = parts.log.young
+                assert await parts.reclaimer.clear(parts.log.table.segments[record.segment])
+            finally:
+                device.heal()
+        assert sorted(answer is not None and answer.is_gone for answer in answers) == [False, True]
+        ((key, _, why),) = shelf.gone
+        assert why == "evicted"
+        assert {key, *shelf.held} == {b"a", b"b"}
+        await shelf.check()
+
+
+async def test_reclaim_takes_what_was_handed_over_before_what_was_not() -> None:
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        parts = parts_of(shelf.tier)
+        for number in range(4):
+            assert await shelf.put(b"%d" % number, 150_000)
+        oldest, *others = list(parts.log.records())
+        assert len({oldest.segment, *(each.segment for each in others)}) == 4
+        parts.log.young[oldest] = shelf.held[b"0"].meta
+        assert await parts.reclaimer._advance()
+        assert parts.log.is_live(oldest)
+        assert [gone[0] for gone in shelf.gone] == [b"1"]
+        del parts.log.young[oldest]
 
 
 async def test_a_checkpoint_never_waits_for_reclaim_while_reclaim_waits_for_it() -> None:

@@ -55,8 +55,9 @@ class Codec:
         codec, stored = encode(payload, element_bytes=1, codec="lz4")
         return codec, memoryview(stored)
 
-    async def decode(self, codec: int, stored: memoryview, into: memoryview) -> None:
+    async def decode(self, codec: int, stored: memoryview, into: memoryview) -> bool:
         decode(codec, stored, into)
+        return True
 
 
 class Engine:
@@ -110,7 +111,7 @@ class Engine:
             await self.settle(ticket, level)
         (record,) = await self.tier.write([Value(meta, memoryview(body), None, entry)], level)
         self.counts["written" if record else "not written"] += 1
-        if record is None:
+        if record is None or record.is_gone:
             return
         assert (record.generation, record.checksum) == (meta.generation, meta.checksum)
         if self.entries.get(key) is entry:
