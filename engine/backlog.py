@@ -24,7 +24,7 @@ class Backlog(Burials):
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
         self.is_on = False
-        self.payload_bytes_max = -1
+        self.payload_bytes_max = self._payload_bytes_any = -1  # what some tier takes, and each one
         self.dirty_large: OrderedDict[Entry, Dirt] = OrderedDict()
         self.dirty_small: OrderedDict[Entry, Dirt] = OrderedDict()
         self.queued_bytes = self.queued_small_bytes = 0  # of those in them
@@ -40,7 +40,8 @@ class Backlog(Burials):
         """Keep copies in these tiers from now on, fastest first."""
         self.tiers = tuple(tiers)
         self.is_on = bool(self.tiers)
-        self.payload_bytes_max = max((tier.payload_bytes_max for tier in self.tiers), default=-1)
+        most = [tier.payload_bytes_max for tier in self.tiers] or [-1]
+        self.payload_bytes_max, self._payload_bytes_any = max(most), min(most)
 
     def dirty_of(self, entry: Entry) -> OrderedDict[Entry, Dirt]:
         """Return the queue that an entry in memory is in while it is dirty."""
@@ -91,8 +92,10 @@ class Backlog(Burials):
             writing.is_void = True
             self.forget_write(writing)
         self.num_queued += 1
-        if entry.nbytes > self.payload_bytes_max:
-            return
+        if entry.nbytes > self._payload_bytes_any:
+            self._count_too_large(entry.nbytes)
+            if entry.nbytes > self.payload_bytes_max:
+                return
         slot = entry.slot
         if slot is None:
             nbytes = len(entry.key) + entry.nbytes + ENTRY_BYTES
@@ -105,6 +108,10 @@ class Backlog(Burials):
         self.dirty_of(entry)[entry] = Dirt(nbytes, slot is None, entry.touched)
         if is_due:
             self.on_work()
+
+    def _count_too_large(self, nbytes: int) -> None:
+        for tier in self.tiers:
+            tier.stats.too_large += nbytes > tier.payload_bytes_max
 
     def take_out(self, entry: Entry) -> Dirt | None:
         """Take an entry out of its queue, before its value changes or goes."""

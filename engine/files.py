@@ -1,7 +1,7 @@
 """The file tiers of a running server: recovered at the start, drained and closed at the end."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -29,11 +29,13 @@ async def open_files(
     tiers: Sequence[Tier],
     settings: MoveSettings,
     started: Callable[[Mover], Awaitable[None]] | None = None,
+    stale: Container[int] = (),
 ) -> AsyncIterator[Mover]:
     """Recover what file tiers hold and move values to and from them while the block runs.
 
     tiers:   fastest first, not started; the same process starts none of them twice.
     started: called when all have been read, before entries are told their namespaces.
+    stale:   numbers of tiers whose logs were not told all that has ended since.
     Raises TierError when a tier cannot be opened; those opened before are closed again.
 
     When the block is left, what is in memory alone is written and every tier is closed, within
@@ -42,7 +44,7 @@ async def open_files(
     actors: list[Actor] = [TierActor(tier) for tier in tiers]
     mover = Mover(cache, tiers, actors, settings)
     try:
-        await _start(cache, mover, started)
+        await _start(cache, mover, started, stale)
     except BaseException:
         for actor in actors:
             actor.abandon()
@@ -69,10 +71,13 @@ async def open_files(
 
 
 async def _start(
-    cache: Cache, mover: Mover, started: Callable[[Mover], Awaitable[None]] | None
+    cache: Cache,
+    mover: Mover,
+    started: Callable[[Mover], Awaitable[None]] | None,
+    stale: Container[int],
 ) -> None:
     opened: list[Tier] = []
-    restore = Restore(cache, mover.tiers)
+    restore = Restore(cache, mover.tiers, stale)
     cache.copies.use(mover.tiers)
     cache.has_files = cache.copies.is_on
     mover.hook()
@@ -86,6 +91,7 @@ async def _start(
             await started(mover)
         restore.finish()
         restore.bury()
+        restore.tell()
     except BaseException:
         with anyio.CancelScope(shield=True):
             await _stop(opened)

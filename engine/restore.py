@@ -4,7 +4,8 @@ A tier decides by its own log what may be believed after the way the process end
 tiers are held against each other: of two values of one key the newer counts, wherever it is.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Container, Sequence
 
 from respkv.engine.burials import Unburied
 from respkv.engine.cache import Cache
@@ -13,13 +14,20 @@ from respkv.engine.tier import Tier
 from respkv.tiers.meta import is_content_addressed
 from respkv.tiers.record import Meta, Record
 
+logger = logging.getLogger(__name__)
+
 
 class Restore:
-    """The entries of a cache that was empty, as tiers offer them."""
+    """The entries of a cache that was empty, as tiers offer them.
 
-    def __init__(self, cache: Cache, tiers: Sequence[Tier]) -> None:
+    stale: numbers of tiers that were left out of the last run. What ended in it they do not know,
+           so of theirs only values that no other can have replaced are taken.
+    """
+
+    def __init__(self, cache: Cache, tiers: Sequence[Tier], stale: Container[int] = ()) -> None:
         self._cache = cache
         self._tiers = tiers
+        self._stale = stale
         self._losers: dict[bytes, Unburied] = {}  # older values, which logs have to forget
         self._ended: dict[bytes, int] = {}  # generations of values whose time is over
 
@@ -27,6 +35,10 @@ class Restore:
         """Take a copy; False when it is not wanted: its time is over, or there is a newer value."""
         cache = self._cache
         record.tier = tier
+        if tier in self._stale and not is_content_addressed(meta.key, meta.kind):
+            self._reject(meta, record)
+            self._tiers[tier].stats.stale += 1
+            return False
         entry = cache.entries.get(meta.key)
         if 0 < meta.expires_ms <= cache.clock.wall_ms:
             self._reject(meta, record)
@@ -61,6 +73,16 @@ class Restore:
             copies.bury(key, set(), 0, what.level, waits=False)
         self._losers.clear()
         self._ended.clear()
+
+    def tell(self) -> None:
+        """Log what was not taken, and why."""
+        for tier in self._tiers:
+            if tier.stats.stale:
+                logger.warning(
+                    "tier %s was left out of the last run: %d values that may be old are dropped",
+                    tier.name,
+                    tier.stats.stale,
+                )
 
     def finish(self) -> None:
         """Tell pages their namespaces, when the schemas are known."""

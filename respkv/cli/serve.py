@@ -14,10 +14,12 @@ from respkv.errors import ConfigError
 OPTIONS = (
     *("host", "port", "unixsocket", "maxmemory", "shm"),
     *("nvme-path", "nvme-bytes", "disk-path", "disk-bytes", "durability"),
+    *("gpu-bytes", "gpu-device"),
 )
 _METAVARS = {
     **{"maxmemory": "SIZE", "unixsocket": "PATH", "port": "N", "shm": "off|ro|rw"},
     **{"nvme-path": "DIR", "nvme-bytes": "SIZE", "disk-path": "DIR", "disk-bytes": "SIZE"},
+    **{"gpu-bytes": "SIZE", "gpu-device": "cuda:N|cpu"},
     "durability": "memory|written|durable",
 }
 

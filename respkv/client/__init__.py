@@ -7,18 +7,28 @@ and anyio only once the asynchronous face is asked for.
 from typing import TYPE_CHECKING, Any
 
 from respkv.client.commands import Match
-from respkv.client.sync import Client, Lease, Pipeline, Reservation
+from respkv.client.gpu import GpuPage
+from respkv.client.sync import Client, GpuLease, Lease, Pipeline, Reservation
 from respkv.client.views import as_bytes, as_numpy, as_torch
 
 if TYPE_CHECKING:
-    from respkv.client.aio import AsyncClient, AsyncLease, AsyncPipeline, AsyncReservation
+    from respkv.client.aio import (
+        AsyncClient,
+        AsyncGpuLease,
+        AsyncLease,
+        AsyncPipeline,
+        AsyncReservation,
+    )
 
 __all__ = [
     "AsyncClient",
+    "AsyncGpuLease",
     "AsyncLease",
     "AsyncPipeline",
     "AsyncReservation",
     "Client",
+    "GpuLease",
+    "GpuPage",
     "Lease",
     "Match",
     "Pipeline",

@@ -8,10 +8,12 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import anyio
 
-from respkv.client import commands
+from respkv.client import commands, schemas
 from respkv.client.commands import Command, Key, PutOptions
 from respkv.client.core import Core
 from respkv.client.effects import Effect, Event, Operation, Resolve, Seat, Wait
+from respkv.client.gpu import GpuPage
+from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, check_offered
@@ -47,9 +49,10 @@ class AsyncClient:
     command = _method(commands.command)
     ping = _method(commands.ping)
     info = _method(commands.info)
-    schema_set = _method(commands.schema_set)
-    schema_get = _method(commands.schema_get)
-    schema_list = _method(commands.schema_list)
+    schema_set = _method(schemas.schema_set)
+    schema_get = _method(schemas.schema_get)
+    schema_list = _method(schemas.schema_list)
+    quality = _method(schemas.quality)
     put = _method(commands.put)
     get = _method(commands.get)
     mget = _method(commands.mget)
@@ -69,6 +72,10 @@ class AsyncClient:
     def lease(self, keys: Iterable[Key], *, ms: int | None = None) -> "AsyncLease":
         """Read pages in the server's memory: ``async with client.lease(keys) as lease``."""
         return AsyncLease(self, LeaseHold(self._core, keys, ms))
+
+    def lease_gpu(self, keys: Iterable[Key], *, ms: int | None = None) -> "AsyncGpuLease":
+        """Read pages on the server's GPU: ``async with client.lease_gpu(keys) as lease``."""
+        return AsyncGpuLease(self, GpuLeaseHold(self._core, keys, ms))
 
     def reserve(self, key: Key, nbytes: int, *, ms: int | None = None) -> "AsyncReservation":
         """Write a page in the server's memory: ``async with client.reserve(...) as slot``."""
@@ -169,6 +176,32 @@ class AsyncLease:
     def pages(self) -> list[memoryview | None]:
         """Return a read-only view of every key's page, None where there is none."""
         return self._hold.pages
+
+    async def __aenter__(self) -> Self:
+        await self._client._run(self._hold.begin())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        await self._client._run(self._hold.end(failed=error is not None))
+
+
+class AsyncGpuLease:
+    """Pages leased on the GPU; see ``Client.lease_gpu``. Leaving raises LeaseGone if it lapsed.
+
+    Leaving waits for what the current stream was given before; on others the caller waits.
+    Cancelled: the connection is closed, which ends the lease.
+    """
+
+    def __init__(self, client: AsyncClient, hold: GpuLeaseHold) -> None:
+        self._client = client
+        self._hold = hold
+
+    @property
+    def pages(self) -> list[GpuPage | None]:
+        """Return every key's page on the device, None where it has none there."""
+        return self._hold.gpu_pages
 
     async def __aenter__(self) -> Self:
         await self._client._run(self._hold.begin())

@@ -17,7 +17,6 @@ from respkv.errors import ProtocolError
 T = TypeVar("T")
 
 Key = str | bytes
-Durability = Literal["memory", "written", "durable"]
 
 
 @dataclass(slots=True)
@@ -35,7 +34,7 @@ class Command(Generic[T]):
 class Match(NamedTuple):
     """The longest cached prefix: its pages, the tier of each, and how long loading them takes.
 
-    tiers: a letter a page: c memory, n nvme, d disk.
+    tiers: a letter a page: g gpu, c memory, n nvme, d disk.
     """
 
     pages: int
@@ -85,41 +84,6 @@ def info(section: str | None = None) -> Command[dict[str, str]]:
     return Command(["INFO"] if section is None else ["INFO", section], _info)
 
 
-def schema_set(
-    namespace: Key,
-    *,
-    layers: int,
-    heads: int,
-    dim: int,
-    tokens: int,
-    dtype: str,
-    fingerprint: bytes | str | None = None,
-    ttl_ms: int | None = None,
-    durability: Durability | None = None,
-) -> Command[None]:
-    """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
-
-    durability: what its pages survive once their put is answered; by the server's default if None.
-    Raises ServerError KVSCHEMA when it was declared with another geometry or fingerprint.
-    """
-    args: list[Arg] = ["KV.SCHEMA", "SET", namespace, "LAYERS", layers, "HEADS", heads]
-    args += ["DIM", dim, "TOKENS", tokens, "DTYPE", dtype]
-    _option(args, "FINGERPRINT", fingerprint)
-    _option(args, "TTL", ttl_ms)
-    _option(args, "DURABILITY", durability)
-    return Command(args, lambda reply: None)
-
-
-def schema_get(namespace: Key) -> Command[dict[str, Any] | None]:
-    """Return the schema of a namespace; fingerprint and seed are bytes, other words are str."""
-    return Command(["KV.SCHEMA", "GET", namespace], _schema)
-
-
-def schema_list() -> Command[list[str]]:
-    """Return the names of all namespaces that have a schema."""
-    return Command(["KV.SCHEMA", "LIST"], lambda reply: [_text(name) for name in _list(reply)])
-
-
 def put(key: Key, payload: Buffer, **options: Unpack[PutOptions]) -> Command[bool]:
     """Store a page, sent from where it lies.
 
@@ -140,6 +104,7 @@ def get(
     layers: tuple[int, int] | None = None,
     into: Buffer | None = None,
     deadline_ms: int | None = None,
+    as_: str | None = None,
 ) -> Command[memoryview | None]:
     """Return a page, or None.
 
@@ -148,11 +113,14 @@ def get(
              on bringing it, so that a later get finds it.
     into:    writable memory that the page lands in, without a copy on the way (a tensor's by
              ``as_bytes``); the result is a view of it. Else the result has memory of its own.
+    as_:     a dtype that the server converts the numbers to, or "raw": the page as it is stored,
+             for ``views.decode_page``. Both need the schema of the namespace.
     Raises:  ValueError when ``into`` is too small, after the reply has been read.
     """
     args: list[Arg] = ["KV.GET", key]
     _layers(args, layers)
-    _option(args, "DEADLINE", deadline_ms)
+    option(args, "DEADLINE", deadline_ms)
+    option(args, "AS", as_)
     if into is None:
         return Command(args, _page)
     target = writable_bytes(into)
@@ -165,23 +133,25 @@ def mget(
     layers: tuple[int, int] | None = None,
     into: Sequence[Buffer] | None = None,
     deadline_ms: int | None = None,
+    as_: str | None = None,
 ) -> Command[list[memoryview | None]]:
     """Return a page or None for every key.
 
-    layers, into, deadline_ms: as for ``get``; into has one buffer for every key.
+    layers, into, deadline_ms, as_: as for ``get``; into has one buffer for every key.
     """
     args: list[Arg] = ["KV.MGET", *_counted(keys)]
     count = len(args) - 2
     _layers(args, layers)
-    _option(args, "DEADLINE", deadline_ms)
+    option(args, "DEADLINE", deadline_ms)
+    option(args, "AS", as_)
     if into is None:
-        return Command(args, lambda reply: [_page(page) for page in _list(reply)])
+        return Command(args, lambda reply: [_page(page) for page in list_of(reply)])
     if len(into) != count:
         raise ValueError(f"into has {len(into)} buffers for {count} keys")
     targets = [writable_bytes(buffer) for buffer in into]
 
     def decode(reply: Reply) -> list[memoryview | None]:
-        pages = zip(_list(reply), targets, strict=True)
+        pages = zip(list_of(reply), targets, strict=True)
         return [_page(_fitting(page, target)) for page, target in pages]
 
     return Command(args, decode, targets)
@@ -192,15 +162,21 @@ def match(keys: Iterable[Key]) -> Command[Match]:
     return Command(["KV.MATCH", *_counted(keys)], _match)
 
 
-def prefetch(keys: Iterable[Key]) -> Command[int]:
-    """Have pages brought into memory ahead of use; return how many are on their way now."""
-    return Command(["KV.PREFETCH", *_counted(keys)], _int)
+def prefetch(keys: Iterable[Key], *, to: Literal["cpu", "gpu"] = "cpu") -> Command[int]:
+    """Have pages brought into memory ahead of use; return how many are on their way now.
+
+    to: gpu: to the server's GPU as well.
+    """
+    args: list[Arg] = ["KV.PREFETCH", *_counted(keys)]
+    if to != "cpu":
+        args += ("TO", to)
+    return Command(args, _int)
 
 
 def set_(key: Key, value: Arg, *, px_ms: int | None = None, nx: bool = False) -> Command[bool]:
     """Store a plain value. Returns False when ``nx`` was given and the key is there."""
     args: list[Arg] = ["SET", key, value]
-    _option(args, "PX", px_ms)
+    option(args, "PX", px_ms)
     if nx:
         args.append("NX")
     return Command(args, _is_ok)
@@ -236,10 +212,10 @@ def put_options(args: list[Arg], options: PutOptions) -> None:
     unknown = set(options) - set(PutOptions.__annotations__)
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
-    _option(args, "PARENT", options.get("parent"))
-    _option(args, "TOKENS", options.get("tokens"))
-    _option(args, "PX", options.get("px_ms"))
-    _option(args, "PRIORITY", options.get("priority"))
+    option(args, "PARENT", options.get("parent"))
+    option(args, "TOKENS", options.get("tokens"))
+    option(args, "PX", options.get("px_ms"))
+    option(args, "PRIORITY", options.get("priority"))
     if options.get("nx"):
         args.append("NX")
     durability = options.get("durability")
@@ -269,7 +245,8 @@ def _counted(keys: Iterable[Key]) -> list[Arg]:
     return [len(listed), *listed]
 
 
-def _option(args: list[Arg], word: str, value: Arg | None) -> None:
+def option(args: list[Arg], word: str, value: Arg | None) -> None:
+    """Append an option and its value, unless that is None."""
     if value is not None:
         args += (word, value)
 
@@ -298,18 +275,18 @@ def _page(reply: Reply) -> memoryview | None:
         case bytes() | memoryview():
             return memoryview(reply)
         case _:
-            raise _unexpected("a page", reply)
+            raise unexpected("a page", reply)
 
 
 def _is_ok(reply: Reply) -> bool:
     if reply is not None and reply != b"OK":
-        raise _unexpected("OK", reply)
+        raise unexpected("OK", reply)
     return reply is not None
 
 
 def _int(reply: Reply) -> int:
     if not isinstance(reply, int):
-        raise _unexpected("a number", reply)
+        raise unexpected("a number", reply)
     return reply
 
 
@@ -317,20 +294,24 @@ def _flag(reply: Reply) -> bool:
     return bool(_int(reply))
 
 
-def _list(reply: Reply) -> list[Reply]:
+def list_of(reply: Reply) -> list[Reply]:
+    """Return an array. Raises ProtocolError."""
     if not isinstance(reply, list):
-        raise _unexpected("an array", reply)
+        raise unexpected("an array", reply)
     return reply
 
 
-def _text(reply: Reply) -> str:
+def text_of(reply: Reply) -> str:
+    """Return a text. Raises ProtocolError."""
     if not isinstance(reply, bytes | memoryview):
-        raise _unexpected("text", reply)
+        raise unexpected("text", reply)
     return bytes(reply).decode(errors="replace")
 
 
 def _info(reply: Reply) -> dict[str, str]:
-    lines = (line.partition(":") for line in _text(reply).splitlines() if not line.startswith("#"))
+    lines = (
+        line.partition(":") for line in text_of(reply).splitlines() if not line.startswith("#")
+    )
     return {name: value for name, colon, value in lines if colon}
 
 
@@ -339,28 +320,9 @@ def _match(reply: Reply) -> Match:
         case [int(pages), bytes(tiers), int(load_us), *_]:
             return Match(pages, tiers.decode(), load_us)
         case _:
-            raise _unexpected("a match", reply)
+            raise unexpected("a match", reply)
 
 
-def _schema(reply: Reply) -> dict[str, Any] | None:
-    if reply is None:
-        return None
-    if isinstance(reply, list):  # RESP2 has no maps
-        reply = dict(zip(map(_text, reply[::2]), reply[1::2], strict=True))
-    if not isinstance(reply, dict):
-        raise _unexpected("a map", reply)
-    named = {_words(name): value for name, value in reply.items()}
-    return {
-        name: value if name in ("fingerprint", "seed") else _words(value)
-        for name, value in named.items()
-    }
-
-
-def _words(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return [_words(item) for item in value] if isinstance(value, list) else value
-
-
-def _unexpected(wanted: str, reply: Reply) -> ProtocolError:
+def unexpected(wanted: str, reply: Reply) -> ProtocolError:
+    """Return the error for a reply of another type than was wanted."""
     return ProtocolError(f"expected {wanted}, the server answered {type(reply).__name__}")

@@ -15,6 +15,7 @@ from respkv.client.arena import Arenas
 from respkv.client.commands import Command
 from respkv.client.connection import Connection, open_connection
 from respkv.client.effects import Operation, Seat, Sleep
+from respkv.client.gpu import GpuMemories
 from respkv.client.pool import Pool, S
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, Request, request
@@ -35,6 +36,7 @@ class Core(Generic[S]):
         self.settings = settings
         self.pool = Pool(lambda: make_seats(settings.pool_max))
         self.arenas = Arenas()
+        self.gpus = GpuMemories()
 
     def call(self, command: Command[T]) -> Operation[T]:
         """Carry out one command.

@@ -59,9 +59,9 @@ class LeaseHold:
 
         def talk(conn: Connection, deadline: float) -> Operation[None]:
             arena = yield from _attach(self._core, conn, deadline)
-            reply = yield from _ask(conn, args, deadline)
-            with _undone_on_error(conn):
-                self._id, *places = _array(reply)
+            reply = yield from ask(conn, args, deadline)
+            with undone_on_error(conn):
+                self._id, *places = array_of(reply)
                 if len(places) != len(self._keys):
                     raise ProtocolError(f"{len(self._keys)} keys, {len(places)} places")
                 self.pages = [_view(arena, place) for place in places]
@@ -122,9 +122,9 @@ class ReserveHold:
             # Counted from before the server can have begun, so this clock lapses first.
             self._lapses = time.monotonic() + self._ms / 1000
             args: list[Arg] = ["KV.RESERVE", self._key, self._nbytes, "MS", self._ms]
-            reply = yield from _ask(conn, args, deadline)
-            with _undone_on_error(conn):
-                self._id, offset = _array(reply, 2)
+            reply = yield from ask(conn, args, deadline)
+            with undone_on_error(conn):
+                self._id, offset = array_of(reply, 2)
                 self._view = _view(arena, [offset, self._nbytes], writable=True)
 
         self._conn, _ = yield from self._core.converse(talk, repeatable=True)
@@ -174,7 +174,7 @@ class ReserveHold:
 def _attach(core: Core[Any], conn: Connection, deadline: float) -> Operation[Arena]:
     if conn.arena is None:
         try:
-            answer = yield from _ask(conn, ["KV.ATTACH"], deadline)
+            answer = yield from ask(conn, ["KV.ATTACH"], deadline)
         except ServerError as error:
             if "unknown command" in error.message:
                 raise
@@ -186,10 +186,11 @@ def _attach(core: Core[Any], conn: Connection, deadline: float) -> Operation[Are
 def _ask_within(core: Core[Any], conn: Connection, args: Sequence[Arg]) -> Operation[Reply]:
     if not conn.in_step:
         raise ConnectionLost("the connection was closed by a failed call or a fork")
-    return (yield from _ask(conn, args, time.monotonic() + core.settings.timeout_s))
+    return (yield from ask(conn, args, time.monotonic() + core.settings.timeout_s))
 
 
-def _ask(conn: Connection, args: Sequence[Arg], deadline: float) -> Operation[Reply]:
+def ask(conn: Connection, args: Sequence[Arg], deadline: float) -> Operation[Reply]:
+    """Send a command and return its reply. Raises ServerError."""
     (reply,) = yield from conn.exchange(request([args]), deadline)
     if isinstance(reply, ServerError):
         raise reply
@@ -197,8 +198,8 @@ def _ask(conn: Connection, args: Sequence[Arg], deadline: float) -> Operation[Re
 
 
 @contextmanager
-def _undone_on_error(conn: Connection) -> Iterator[None]:
-    # What the connection holds by now has no owner yet; without the connection it ends.
+def undone_on_error(conn: Connection) -> Iterator[None]:
+    """Close a connection if the block raises: what it holds by then has no owner, and so ends."""
     try:
         yield
     except BaseException:
@@ -209,14 +210,15 @@ def _undone_on_error(conn: Connection) -> Iterator[None]:
 def _view(arena: Arena, place: Reply, *, writable: bool = False) -> memoryview | None:
     if place is None:
         return None
-    offset, nbytes = _array(place, 2)
+    offset, nbytes = array_of(place, 2)
     if not isinstance(offset, int) or not isinstance(nbytes, int):
         raise ProtocolError(f"{place!r} is not a place in the arena")
     view = arena.view(offset, nbytes)
     return view if writable else view.toreadonly()
 
 
-def _array(reply: Reply, count: int | None = None) -> list[Reply]:
+def array_of(reply: Reply, count: int | None = None) -> list[Reply]:
+    """Return a reply that is an array, of so many values. Raises ProtocolError."""
     if not isinstance(reply, list) or not reply or (count is not None and len(reply) != count):
         raise ProtocolError(f"a lease was answered with {type(reply).__name__}")
     return reply

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from respkv.client import commands
+from respkv.client import commands, schemas
 from respkv.client.commands import Command, Key, PutOptions
 from respkv.client.core import Core
 from respkv.client.effects import Effect, Event, Operation, Resolve, Seat, Wait
+from respkv.client.gpu import GpuPage
+from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, check_offered
@@ -51,9 +53,10 @@ class Client:
     command = _method(commands.command)
     ping = _method(commands.ping)
     info = _method(commands.info)
-    schema_set = _method(commands.schema_set)
-    schema_get = _method(commands.schema_get)
-    schema_list = _method(commands.schema_list)
+    schema_set = _method(schemas.schema_set)
+    schema_get = _method(schemas.schema_get)
+    schema_list = _method(schemas.schema_list)
+    quality = _method(schemas.quality)
     put = _method(commands.put)
     get = _method(commands.get)
     mget = _method(commands.mget)
@@ -76,6 +79,10 @@ class Client:
         ms: how long it may take, by the server's default when None.
         """
         return Lease(self, LeaseHold(self._core, keys, ms))
+
+    def lease_gpu(self, keys: Iterable[Key], *, ms: int | None = None) -> "GpuLease":
+        """Read pages on the server's GPU: ``with client.lease_gpu(keys) as lease``."""
+        return GpuLease(self, GpuLeaseHold(self._core, keys, ms))
 
     def reserve(self, key: Key, nbytes: int, *, ms: int | None = None) -> "Reservation":
         """Write a page in the server's memory: ``with client.reserve(key, nbytes) as slot``.
@@ -157,6 +164,31 @@ class Lease:
     def pages(self) -> list[memoryview | None]:
         """Return a read-only view of every key's page, None where there is none."""
         return self._hold.pages
+
+    def __enter__(self) -> Self:
+        self._client._run(self._hold.begin())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._client._run(self._hold.end(failed=error is not None))
+
+
+class GpuLease:
+    """Pages leased on the GPU; see ``Client.lease_gpu``. Leaving raises LeaseGone if it lapsed.
+
+    Leaving waits for what the current stream was given before; on others the caller waits.
+    """
+
+    def __init__(self, client: Client, hold: GpuLeaseHold) -> None:
+        self._client = client
+        self._hold = hold
+
+    @property
+    def pages(self) -> list[GpuPage | None]:
+        """Return every key's page on the device, None where it has none there."""
+        return self._hold.gpu_pages
 
     def __enter__(self) -> Self:
         self._client._run(self._hold.begin())

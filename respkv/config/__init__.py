@@ -4,7 +4,7 @@ Each field of ``Config`` carries a ``Kind``: what it is about, its unit and what
 that one line follow reading it from TOML, from the command line and from CONFIG SET, printing it for
 CONFIG GET, the error for a wrong value, ``--help`` and docs/config.md; nothing is validated by hand,
 except the few rules between two settings in ``_check_together``. The settings of the file tiers are
-in files.py.
+in files.py, those of the gpu tier in gpu.py.
 
 A ``Config`` holds plain values (sizes as bytes) and never changes; CONFIG SET makes a new one.
 """
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from respkv.config.files import FileSettings
+from respkv.config.gpu import GpuSettings
 from respkv.config.kinds import KIB, MIB, Choice, Count, Flag, Kind, Mode, Secret, Size, size_text
 from respkv.errors import ConfigError
 
@@ -30,7 +30,7 @@ _POLICIES = ("lru", "lfu", "fifo", "sieve", "s3fifo")
 
 
 class Config(
-    FileSettings,
+    GpuSettings,
     kw_only=True,
     frozen=True,
     forbid_unknown_fields=True,
@@ -272,6 +272,7 @@ class Config(
                 f" up to maxmemory, {self.maxmemory}"
             )
         self.check_files()
+        self.check_gpu()
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ class Setting:
 
 def _settings() -> Iterator[Setting]:
     # A base's fields come first; what matters with every start is to be read first.
-    fields, of_files = msgspec.structs.fields(Config), set(FileSettings.__struct_fields__)
+    fields, of_files = msgspec.structs.fields(Config), set(GpuSettings.__struct_fields__)
     for field in sorted(fields, key=lambda field: field.name in of_files):
         kind = field.type.__metadata__[0]
         assert isinstance(kind, Kind)

@@ -147,24 +147,29 @@ class Answers:
         """Answer with the absent value."""
         self.out.append(reply.NIL[self.protocol])
 
-    def send_value(self, value: bytes) -> None:
-        """Answer with a bulk string."""
+    def send_value(self, value: bytes | memoryview) -> None:
+        """Answer with a bulk string, of memory that does not change any more."""
         self.out_bytes += len(value)
         self.out += (reply.bulk_prefix(len(value)), value, reply.CRLF)
 
-    def send_slot(self, slot: Slot, start: int = 0, stop: int | None = None) -> None:
-        """Answer with a slot's bytes, or a range of them, straight from its memory."""
+    def send_slot(
+        self, slot: Slot, start: int = 0, stop: int | None = None, *, head: bytes = b""
+    ) -> None:
+        """Answer with a slot's bytes, or a range of them, straight from its memory.
+
+        head: stands in front of them, in the same bulk string.
+        """
         payload = self.cache.payload(slot)[start:stop]
-        nbytes = len(payload)
+        nbytes = len(head) + len(payload)
         self.cache.stats.bytes_out += nbytes
         if nbytes <= COPY_BYTES_MAX:
-            self.send_value(bytes(payload))
+            self.send_value(head + payload)
             return
         self.cache.borrow(slot)
         self._sending.append(slot)
         self.cache.stats.bytes_sent_in_place += nbytes
         self.out_bytes += nbytes
-        self.out += (reply.bulk_prefix(nbytes), payload, reply.CRLF)
+        self.out += (reply.bulk_prefix(nbytes) + head, payload, reply.CRLF)
 
     @contextmanager
     def promising(self) -> Iterator[None]:

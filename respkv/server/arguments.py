@@ -1,5 +1,6 @@
 """Reading a command's arguments: integers, times, and the option words after the fixed ones."""
 
+import math
 from typing import Any, Final
 
 from respkv.errors import CommandError
@@ -87,6 +88,17 @@ class Words:
     def count(self, what: str, least: int = 0) -> int:
         """Return the next argument as an integer of at least ``least``."""
         return count(self.take(), what, least)
+
+    def fraction(self, what: str) -> float:
+        """Return the next argument as a positive finite number. Raises CommandError naming it."""
+        text = self.take()
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < math.inf:
+            raise CommandError(f"{what} must be a number greater than 0, not {shown(text)}")
+        return number
 
     def unexpected(self) -> CommandError:
         """Return the error that names the word taken last."""

@@ -5,6 +5,7 @@ import resource
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -16,6 +17,8 @@ from respkv.config.kinds import size_text
 from respkv.engine.files import open_files
 from respkv.engine.mover import Mover
 from respkv.errors import CacheError
+from respkv.server import run_marks
+from respkv.server.page_specs import PageSpecs, make_ready
 from respkv.server.schema_files import SchemaFiles
 from respkv.server.state import Server, moves_of
 from respkv.tiers.file_tier import FileTier
@@ -52,16 +55,21 @@ async def using_files(server: Server) -> AsyncIterator[None]:
         yield
         return
     _allow_files()
-    tiers = _make_tiers(config)
+    tiers = _make_tiers(config, PageSpecs(server.cache.namespaces))
     schema_files = SchemaFiles(server.cache.namespaces, tiers)
     began_s = anyio.current_time()
+    places = [(name, path) for name, path, _ in config.file_tiers()]
+    marks = await anyio.to_thread.run_sync(run_marks.read_marks, places)
+    stale = run_marks.stale(marks)
 
     async def started(mover: Mover) -> None:
         for tier in tiers:
             # It pins the memory, which takes 0.1 s for each GiB of small pages. Nothing is in
             # flight now, as has to be.
             await anyio.to_thread.run_sync(tier.device.register, server.arena.view)
-        for schema in await schema_files.load():
+        schemas = await schema_files.load()
+        await make_ready(schemas)
+        for schema in schemas:
             page_bytes = schema.geometry.page_bytes
             if page_bytes <= server.cache.slabs.payload_bytes_max:
                 server.cache.slabs.add_class(page_bytes)
@@ -73,8 +81,12 @@ async def using_files(server: Server) -> AsyncIterator[None]:
                 )
 
     server.cache.default_level = Level[config.durability.upper()]
-    async with open_files(server.cache, tiers, moves_of(config), started=started) as mover:
+    async with open_files(
+        server.cache, tiers, moves_of(config), started=started, stale=stale
+    ) as mover:
         server.mover, server.schema_files, server.file_tiers = mover, schema_files, tiers
+        mark = run_marks.next_mark(marks, server.clock.wall_ms)
+        await run_marks.put_mark(server.cache.copies, tiers, stale, mark)
         _tell(server, anyio.current_time() - began_s)
         yield
         num_before, began_s = _num_written(tiers), anyio.current_time()
@@ -93,7 +105,7 @@ def _allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _make_tiers(config: Config) -> list[FileTier]:
+def _make_tiers(config: Config, specs: PageSpecs) -> list[FileTier]:
     tiers: list[FileTier] = []
     if config.nvme_path:
         engine = cast(Literal["auto", "io_uring", "threads"], config.nvme_engine)
@@ -104,6 +116,7 @@ def _make_tiers(config: Config) -> list[FileTier]:
             depth=config.nvme_depth,
             engine=engine,
             checkpoint_interval_s=config.checkpoint_interval,
+            spec_of=partial(specs.of, "nvme"),
         )
         tiers.append(nvme)
     if config.disk_path:
@@ -117,6 +130,7 @@ def _make_tiers(config: Config) -> list[FileTier]:
             segment_bytes=config.segment_bytes,
             codec=codec,
             checkpoint_interval_s=config.checkpoint_interval,
+            spec_of=partial(specs.of, "disk"),
         )
         tiers.append(disk)
     return tiers

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import respkv
 from respkv.engine.copies import RECORD_BYTES
 from respkv.engine.entry import ENTRY_BYTES
-from respkv.server.tier_info import file_fields
+from respkv.server.tier_info import file_fields, gpu_fields
 
 if TYPE_CHECKING:
     from respkv.server.state import Server
@@ -159,6 +159,7 @@ def kv_fields(server: "Server") -> Fields:
         "kv_landings": landings,
         "kv_sending": sending,
         "kv_slabs_cleared": cache.room.slabs_cleared,
+        **gpu_fields(server),
     }
     return fields | {f"kv_{name}": value for name, value in cache.stats.snapshot().items()}
 

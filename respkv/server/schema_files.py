@@ -156,11 +156,15 @@ def _plain(schema: Schema) -> dict[str, Any]:
         "codecs": [[tier.hex(), codec.hex()] for tier, codec in schema.codecs],
         "ttl_ms": schema.ttl_ms,
         "durability": None if schema.level is None else schema.level.name.lower(),
+        "exact": [schema.exact_first, schema.exact_last],
+        "error_max": schema.error_max,
+        "ratio_min": schema.ratio_min,
     }
 
 
 def _schema(plain: dict[str, Any]) -> Schema:
     level = plain["durability"]
+    exact_first, exact_last = plain.get("exact", (0, 0))  # files of 0.1 have none of the three
     return Schema(
         namespace=bytes.fromhex(plain["namespace"]),
         geometry=Geometry(
@@ -172,4 +176,8 @@ def _schema(plain: dict[str, Any]) -> Schema:
         codecs=tuple((bytes.fromhex(a), bytes.fromhex(b)) for a, b in plain["codecs"]),
         ttl_ms=plain["ttl_ms"],
         level=None if level is None else Level[level.upper()],
+        exact_first=exact_first,
+        exact_last=exact_last,
+        error_max=plain.get("error_max", 0.0),
+        ratio_min=plain.get("ratio_min", 0.0),
     )

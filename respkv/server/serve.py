@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import anyio
 import anyio.abc
@@ -18,14 +19,16 @@ from respkv.config import Config
 from respkv.engine.cache import Cache
 from respkv.engine.clock import Clock
 from respkv.engine.janitor import make_janitor
-from respkv.engine.supervisor import supervise
+from respkv.engine.supervisor import contain, supervise
 from respkv.errors import CacheError
 from respkv.server.files import check_directories, using_files
+from respkv.server.gpu import having_gpu, using_gpu
 from respkv.server.info import resident_bytes
 from respkv.server.keeper import keep
 from respkv.server.listeners import close_listeners, open_tcp, open_unix
 from respkv.server.state import Server
 from respkv.server.transport import accept
+from respkv.server.tuning import not_tuned, tune
 from respkv.tiers.arena import Arena
 from respkv.tiers.slab import SlabAllocator
 
@@ -101,7 +104,9 @@ async def running(config: Config) -> AsyncIterator[Server]:
         stack.callback(server.arena.close)
         gc.disable()  # what is recovered stays, and later the keeper collects
         stack.callback(gc.enable)
+        gpu_tier = await stack.enter_async_context(having_gpu(server))
         await stack.enter_async_context(using_files(server))
+        await stack.enter_async_context(using_gpu(server, gpu_tier))
         gc.freeze()  # what is here now stays
         listeners += open_unix(config)
         tasks = await stack.enter_async_context(anyio.create_task_group())
@@ -116,6 +121,7 @@ async def running(config: Config) -> AsyncIterator[Server]:
 
         tasks.start_soon(supervise, janitor, forget)
         tasks.start_soon(keep, server, janitor)
+        tasks.start_soon(contain, partial(tune, server), not_tuned)
         stops = [await accept(server, each.socket, config.tcp_backlog) for each in listeners]
         try:
             yield server

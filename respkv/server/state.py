@@ -12,7 +12,7 @@ from respkv.config import Config
 from respkv.engine.cache import Cache
 from respkv.engine.clock import Clock
 from respkv.engine.landing import Landing
-from respkv.engine.placement import MoveSettings
+from respkv.engine.placement import GpuPromote, MoveSettings
 from respkv.errors import OutOfMemory
 from respkv.server.body import LAND_MIN
 from respkv.server.budget import Budget
@@ -25,8 +25,10 @@ from respkv.wire.parser import Limits
 from respkv.wire.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from respkv.engine.gpu_actor import GpuActor
     from respkv.engine.mover import Mover
     from respkv.tiers.file_tier import FileTier
+    from respkv.tiers.gpu import GpuTier
 
 ROOM_PAUSE_S, ROOM_PAUSE_S_MAX = 0.05, 0.4
 PATIENCE_S_MAX = 1.0
@@ -45,7 +47,11 @@ class Server:
         self.mover: Mover | None = None  # without file tiers, as the next two
         self.schema_files: SchemaFiles | None = None
         self.file_tiers: Sequence[FileTier] = ()
+        self.gpu: GpuActor | None = None  # without a gpu tier, as the next one
+        self.gpu_tier: GpuTier | None = None
         self.budget = Budget(config.move_bytes_max, arena.nbytes)
+        # Beside them the event loop has to have a processor.
+        self.form_threads = anyio.CapacityLimiter(max(1, (os.cpu_count() or 1) // 2))
         self.arena = arena
         self.clock = clock
         self.run_id = secrets.token_hex(20)
@@ -88,6 +94,7 @@ class Server:
         if self.mover is not None:
             self.mover.settings = moves_of(config)
             cache.default_level = Level[config.durability.upper()]
+        cache.gpu.promote = cast(GpuPromote, config.gpu_promote)
         for session in self.sessions.values():
             session.use_limits(self.limits)
             if not config.requirepass and not session.is_authenticated:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from respkv.client import commands
+from respkv.client import commands, schemas
 from respkv.errors import ProtocolError
 
 
@@ -56,9 +56,9 @@ def test_an_unknown_option_is_named() -> None:
         (commands.exists("k"), b"1"),
         (commands.pin("k", 1), None),
         (commands.info(), None),
-        (commands.schema_get("n"), 5),
-        (commands.schema_list(), b"n"),
-        (commands.schema_list(), [3]),
+        (schemas.schema_get("n"), 5),
+        (schemas.schema_list(), b"n"),
+        (schemas.schema_list(), [3]),
     ],
 )
 def test_a_reply_of_another_kind_is_a_protocol_error(command: Any, reply: Any) -> None:
@@ -67,7 +67,7 @@ def test_a_reply_of_another_kind_is_a_protocol_error(command: Any, reply: Any) -
 
 
 def test_a_schema_reads_the_same_as_a_map_and_as_a_flat_array() -> None:
-    decode = commands.schema_get("n").decode
+    decode = schemas.schema_get("n").decode
     expected = {"layers": 2, "dtype": "int8", "fingerprint": b"\xff", "codecs": [["cpu", "raw"]]}
     as_map: Any = {
         b"layers": 2,

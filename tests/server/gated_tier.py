@@ -105,7 +105,11 @@ class GatedTier:
 
     async def read(
         self, record: Record, key: bytes, into: memoryview, image: memoryview | None
-    ) -> None:
+    ) -> int:
+        _, into[:] = await self.read_stored(record, key)
+        return record.checksum
+
+    async def read_stored(self, record: Record, key: bytes) -> tuple[int, bytes]:
         await self.reads.go_through(key)
         if key in self.corrupt:
             del self.values[record]
@@ -113,7 +117,7 @@ class GatedTier:
             raise PageCorrupt("a bit has flipped")
         if record not in self.values:
             raise TierError("it is gone")
-        into[:] = self.values[record]
+        return record.codec, self.values[record]
 
     def free(self, record: Record) -> None:
         self.values.pop(record, None)

@@ -108,7 +108,7 @@ def test_every_dtype_has_its_page_size(dtype: str, raw: Raw, namespace: str) -> 
         (GEOMETRY + " BOGUS 1", "syntax error, unexpected option 'BOGUS'"),
         (GEOMETRY + " TTL", "syntax error, a value is missing"),
         (GEOMETRY + " TTL 0", "TTL must be at least 1"),
-        (GEOMETRY + " CODEC nvme int8", "CODEC nvme int8"),
+        (GEOMETRY + " CODEC nvme int8", "CODEC nvme: this server has the tiers cpu"),
         (GEOMETRY + " CODEC cpu", "syntax error, a value is missing"),
         (
             GEOMETRY.replace("DIM 8", "DIM 8 DIM 8").replace("DTYPE float16", ""),

@@ -15,6 +15,7 @@ from respkv.engine.entry import ENTRY_BYTES, SMALL_BYTES_MAX, Entry
 from respkv.engine.history import Reason
 from respkv.errors import CommandError
 from respkv.server.arguments import Words
+from respkv.server.places import stored_in
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.tiers.format import HEADER_BYTES
@@ -225,15 +226,29 @@ def _has_ended(session: Session, entry: Entry) -> bool:
 
 @command("memory|usage")
 def memory_usage(session: Session, args: Args) -> None:
-    """Answer with the bytes of memory that a key takes: its slot, key, index entry and copies."""
+    """Answer with the bytes of memory that a key takes: its slot, key, index entry and copies.
+
+    With TIERS, answer with what it takes in each tier instead, and in which codec.
+    """
     words = Words(args, 3)
-    if words:
-        if words.word() != b"SAMPLES":
+    is_by_tier = False
+    while words:
+        word = words.word()
+        if word == b"TIERS":
+            is_by_tier = True
+        elif word == b"SAMPLES":
+            _at_least(words, "SAMPLES", 0)
+        else:
             raise words.unexpected()
-        _at_least(words, "SAMPLES", 0)
     entry = session.cache.find(args[2])
     if entry is None:
         session.send_nil()
+        return
+    if is_by_tier:
+        places = stored_in(session, entry).items()
+        session.send(
+            {name: {"codec": place.codec, "bytes": place.nbytes} for name, place in places}
+        )
         return
     value = 0 if entry.value is None else entry.nbytes
     if entry.slot is not None:

@@ -6,6 +6,7 @@ their connection, at their deadline, or when their owner says so.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,16 +14,16 @@ import anyio.to_thread
 
 from respkv.engine.leases import Lease, Mode
 from respkv.errors import CommandError, LeaseGone
-from respkv.server.arguments import Words, count, integer
+from respkv.server.arguments import Words, count, integer, shown
 from respkv.server.commands.pages import (
     check_fits,
     check_key,
     counted_keys,
-    keys_asked,
     put_options,
 )
 from respkv.server.commands.strings import use_loaded
-from respkv.server.registry import command
+from respkv.server.gpu import check_gpu, lease_on_gpu
+from respkv.server.registry import Later, command
 from respkv.server.session import Session
 from respkv.tiers.format import HEADER_BYTES, hash64
 from respkv.wire import reply
@@ -65,21 +66,45 @@ def _deadline(session: Session, ms: int | None) -> float:
     return session.cache.clock.now + ms / 1000
 
 
-@command("kv.lease", keys_asked, is_strict=True)
-def kv_lease(session: Session, args: Args) -> None:
+def _keys_for_memory(args: Args) -> Sequence[bytes]:
+    """Return the keys of a lease in the arena; on a GPU, bringing them is the handler's affair."""
+    try:
+        keys, rest = counted_keys(args)
+    except CommandError:
+        return ()
+    words = [word.upper() for word in args[rest:] if isinstance(word, bytes)]
+    return () if b"GPU" in words else keys
+
+
+@command("kv.lease", _keys_for_memory, is_strict=True)
+def kv_lease(session: Session, args: Args) -> "Later | None":
     """Pin pages for reading in place; answer with the lease and where each page is.
 
     Pages in files alone have been brought into memory, all of them or the answer is an error.
     """
-    check_shared(session)
     keys, rest = counted_keys(args)
     words = Words(args, rest)
-    ms = None
+    ms, tier = None, b"CPU"
     while words:
-        if words.word() != b"MS":
+        word = words.word()
+        if word == b"MS":
+            ms = words.count("MS", 1)
+        elif word == b"TIER":
+            tier = words.word()
+        else:
             raise words.unexpected()
-        ms = words.count("MS", 1)
     deadline = _deadline(session, ms)
+    if tier == b"GPU":
+        check_gpu(session)
+        return lease_on_gpu(session, keys, deadline)
+    if tier != b"CPU":
+        raise CommandError(f"TIER {shown(tier)}: pages are leased on the cpu and gpu tiers")
+    check_shared(session)
+    _lease_in_arena(session, keys, deadline)
+    return None
+
+
+def _lease_in_arena(session: Session, keys: list[bytes], deadline: float) -> None:
     cache = session.cache
     found = [use_loaded(session, key) for key in keys]
     leased = [entry for entry in found if entry is not None and entry.slot is not None]
@@ -99,7 +124,10 @@ def kv_lease(session: Session, args: Args) -> None:
 def kv_release(session: Session, args: Args) -> None:
     """End a read lease; 0 says that it had lapsed and what was read must not be trusted."""
     number = integer(args[1])
-    session.out.append(reply.integer(session.cache.leases.end(session.number, number)))
+    cache = session.cache
+    tables = (cache.leases, cache.gpu.leases)
+    is_ended = any(leases.end(session.number, number) for leases in tables)
+    session.out.append(reply.integer(is_ended))
 
 
 @command("kv.reserve")

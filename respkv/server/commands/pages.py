@@ -5,6 +5,7 @@ equal bytes, so the session drops the payload as it arrives and only the options
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from respkv.engine.entry import Entry, Put
@@ -16,8 +17,11 @@ from respkv.server.arguments import Words, count, count_ms, shown, value_of
 from respkv.server.body import Refused
 from respkv.server.commands.keyspace import mark_used
 from respkv.server.commands.strings import send_entry, use_loaded
+from respkv.server.forms import Form, form_of, layer_range, schema_of, send_many, send_one
+from respkv.server.gpu import check_gpu
 from respkv.server.loads import cold_entries, is_cold
-from respkv.server.registry import Later, command, one_key
+from respkv.server.places import load_us, stored_in, tier_of, tiers_of
+from respkv.server.registry import Later, command
 from respkv.server.session import Session
 from respkv.server.streams import Span, stream_values, whole
 from respkv.tiers.record import Level
@@ -25,10 +29,6 @@ from respkv.wire import reply
 from respkv.wire.parser import Args
 
 LEVELS: Final = {b"WRITTEN": Level.WRITTEN, b"DURABLE": Level.DURABLE}
-CPU_LETTER = "c"
-# Loading estimate of the CPU tier until a measurement replaces it: one get, then memory speed.
-LOAD_US_FIXED = 20
-LOAD_BYTES_PER_US = 3000
 DEADLINE_S_MAX = 86_400.0
 
 
@@ -132,28 +132,38 @@ def check_fits(session: Session, key: bytes, nbytes: int) -> None:
 def _within(args: Args) -> float | None:
     """Return the seconds of a KV.GET's DEADLINE."""
     try:
-        _, seconds = _get_options(Words(args, 2))
+        return _form(Words(args, 2)).seconds
     except CommandError:
         return 0.0  # the handler says what is wrong
-    return seconds
 
 
-@command("kv.get", one_key, within=_within)
-def kv_get(session: Session, args: Args) -> None:
+def _key_unless_as(args: Args) -> Sequence[bytes]:
+    """Return the key; none when AS is asked for, which brings it itself."""
+    if len(args) == 2:
+        return args[1:]
+    words = [word.upper() for word in args[2:] if isinstance(word, bytes)]
+    return () if b"AS" in words else args[1:2]
+
+
+@command("kv.get", _key_unless_as, within=_within)
+def kv_get(session: Session, args: Args) -> "Later | None":
     """Answer with a page, or some of its layers."""
-    layers, _ = _get_options(Words(args, 2))
+    form = _form(Words(args, 2))
+    if form.dtype:
+        return send_one(session, args[1], form)
     entry = use_loaded(session, args[1])
     if entry is None:
         session.cache.stats.page_misses += 1
         session.send_nil()
-        return
+        return None
     session.cache.stats.page_hits += 1
-    if layers is None:
+    if form.layers is None:
         send_entry(session, entry)
-        return
-    span = layer_bytes(session, entry, *layers)
+        return None
+    span = layer_bytes(session, entry, *form.layers)
     assert entry.slot is not None
     session.send_slot(entry.slot, *span)
+    return None
 
 
 def keys_asked(args: Args) -> Sequence[bytes]:
@@ -168,40 +178,37 @@ def keys_asked(args: Args) -> Sequence[bytes]:
 def kv_mget(session: Session, args: Args) -> Later:
     """Answer with pages in order, each sent when the one before has room."""
     keys, rest = counted_keys(args)
-    layers, seconds = _get_options(Words(args, rest))
+    form = _form(Words(args, rest))
+    if form.dtype:
+        return send_many(session, keys, form)
 
     def span_of(entry: Entry) -> Span:
-        return whole(entry) if layers is None else layer_bytes(session, entry, *layers)
+        return whole(entry) if form.layers is None else layer_bytes(session, entry, *form.layers)
 
-    return stream_values(session, keys, span_of=span_of, are_pages=True, seconds=seconds)
+    return stream_values(session, keys, span_of=span_of, are_pages=True, seconds=form.seconds)
 
 
 def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple[int, int]:
     """Return the byte range of some layers of a page. Raises CommandError when it has none."""
-    schema = session.cache.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
-    if schema is None:
-        raise CommandError("LAYERS needs a page whose namespace has a schema (KV.SCHEMA SET)")
-    if entry.nbytes != schema.geometry.page_bytes:  # put before its namespace had this schema
-        raise CommandError("LAYERS needs a page that fits the schema of its namespace")
-    try:
-        return schema.geometry.layer_range(first, count)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
+    return layer_range(schema_of(session, entry, "LAYERS"), first, count)
 
 
-def _get_options(words: Words) -> tuple[tuple[int, int] | None, float | None]:
-    """Return the layers wanted and the seconds until the deadline; None: all, and none."""
-    layers: tuple[int, int] | None = None
-    seconds: float | None = None
+def _form(words: Words) -> Form:
+    """Read the options of KV.GET and KV.MGET."""
+    form = Form()
     while words:
         word = words.word()
         if word == b"LAYERS":
             layers = (words.count("first layer"), words.count("layer count", 1))
+            form = replace(form, layers=layers)
         elif word == b"DEADLINE":
             seconds = min(words.count("DEADLINE") / 1000, DEADLINE_S_MAX)
+            form = replace(form, seconds=seconds)
+        elif word == b"AS":
+            form = replace(form, dtype=form_of(words.take()))
         else:
             raise words.unexpected()
-    return layers, seconds
+    return form
 
 
 def counted_keys(args: Args) -> tuple[list[bytes], int]:
@@ -228,25 +235,6 @@ def kv_match(session: Session, args: Args) -> None:
     session.send([len(run), letters, load_us(session, run)])
 
 
-def tier_of(session: Session, entry: Entry) -> tuple[str, str]:
-    """Return name and letter of the fastest tier that has an entry's bytes."""
-    mover = session.server.mover
-    if mover is None or not is_cold(entry):
-        return "cpu", CPU_LETTER
-    tier = mover.tier_of(entry.records[0])
-    return tier.name, tier.letter
-
-
-def load_us(session: Session, run: list[Entry]) -> int:
-    """Estimate how long it takes to bring entries and send them. All are as long as the first."""
-    if not run:
-        return 0
-    mover = session.server.mover
-    sending_us = LOAD_US_FIXED + len(run) * run[0].nbytes // LOAD_BYTES_PER_US
-    cold = [entry for entry in run if is_cold(entry)] if session.cache.copies.num_cold else []
-    return sending_us + (mover.load_us(cold) if mover is not None and cold else 0)
-
-
 @command("kv.prefetch")
 def kv_prefetch(session: Session, args: Args) -> None:
     """Have pages brought into memory; answer with how many are on their way.
@@ -255,19 +243,34 @@ def kv_prefetch(session: Session, args: Args) -> None:
     """
     keys, rest = counted_keys(args)
     words = Words(args, rest)
+    is_to_gpu = False
     while words:
         if words.word() != b"TO":
             raise words.unexpected()
-        tier = words.take()
-        if tier.lower() != b"cpu":
-            raise CommandError(f"TO {shown(tier)}: pages can be brought to the cpu tier")
+        is_to_gpu = _is_gpu(session, words.take())
     cache, mover = session.cache, session.server.mover
     cold = cold_entries(cache, keys) if cache.copies.num_cold else []
     until = cache.clock.now + session.server.config.answer_lease / 1000
     for entry in cold:
         cache.promise(entry, until)
+    if is_to_gpu:
+        found = {entry for entry in map(cache.find, keys) if entry is not None}
+        wanted = {entry for entry in found if cache.gpu.want(entry)}
+        cold = [entry for entry in cold if entry in wanted]
+        session.out.append(reply.integer(len(wanted)))
     raised = mover.advise_prefetch(cold) if mover is not None and cold else 0
-    session.out.append(reply.integer(raised))
+    if not is_to_gpu:
+        session.out.append(reply.integer(raised))
+
+
+def _is_gpu(session: Session, tier: bytes) -> bool:
+    """Whether TO names the gpu tier and not memory. Raises CommandError for what is no such tier."""
+    if tier.lower() == b"gpu":
+        check_gpu(session)
+        return True
+    if tier.lower() != b"cpu":
+        raise CommandError(f"TO {shown(tier)}: pages can be brought to the cpu and gpu tiers")
+    return False
 
 
 @command("kv.touch")
@@ -307,6 +310,7 @@ def kv_info(session: Session, args: Args) -> None:
         session.send_nil()
         return
     now, wall_ms = session.cache.clock.now, session.server.clock.wall_ms
+    places = stored_in(session, entry)
     session.send(
         {
             "key": entry.key,
@@ -315,8 +319,10 @@ def kv_info(session: Session, args: Args) -> None:
             "bytes": entry.nbytes,
             "tokens": entry.tokens,
             "tier": tier_of(session, entry)[0],
-            "tiers": _tiers_of(session, entry),
-            "codec": "raw",
+            "tiers": list(places),
+            "codec": next(iter(places.values())).codec,
+            "codecs": {name: place.codec for name, place in places.items()},
+            "stored_bytes": {name: place.nbytes for name, place in places.items()},
             "level": entry.level.name.lower(),
             "parent": entry.parent_key or None,
             "children": len(entry.children or ()),
@@ -332,20 +338,13 @@ def kv_info(session: Session, args: Args) -> None:
     )
 
 
-def _tiers_of(session: Session, entry: Entry) -> list[str]:
-    """Return the names of all tiers that have an entry's bytes."""
-    mover = session.server.mover
-    names = [] if is_cold(entry) else ["cpu"]
-    return names + [mover.tier_of(record).name for record in entry.records if mover is not None]
-
-
 @command("kv.explain")
 def kv_explain(session: Session, args: Args) -> None:
     """Tell why a key is or is not here."""
     entry = session.cache.find(args[1])
     if entry is not None:
         state = "cold" if is_cold(entry) else "present"
-        tiers = _tiers_of(session, entry)
+        tiers = tiers_of(session, entry)
         where = " and ".join(tiers) + (" tier" if len(tiers) == 1 else " tiers")
         session.send([state, f"{entry.kind} of {entry.nbytes} bytes in the {where}"])
         return

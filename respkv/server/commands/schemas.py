@@ -1,19 +1,23 @@
 """KV.SCHEMA: what the pages of a namespace look like."""
 
 from collections.abc import Awaitable
+from typing import Any
 
 import anyio.lowlevel
 
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
-from respkv.engine.namespaces import Schema
+from respkv.engine.namespaces import AUTO, Schema
 from respkv.errors import CommandError, TierError
+from respkv.kernels.layout import Codec
 from respkv.page import Geometry, namespace_of
 from respkv.server.arguments import Words, count_ms, shown
 from respkv.server.commands.pages import LEVELS, level_of
+from respkv.server.page_specs import make_ready
 from respkv.server.registry import command
 from respkv.server.schema_files import SchemaFiles
 from respkv.server.session import Session
+from respkv.tiers.codec import check_available, parse_codec
 from respkv.tiers.record import Level
 from respkv.wire import reply
 from respkv.wire.parser import Args
@@ -22,6 +26,7 @@ STEP = 2000  # keys looked at before others are let in
 NAMESPACE_BYTES_MAX = 256
 NAMESPACES_MAX = 4096
 IDENTITY_BYTES_MAX = 1024  # of a fingerprint, an algorithm's name and a seed
+_TARGETS = {b"MAXERROR": "error_max", b"MINRATIO": "ratio_min"}
 _COUNTS = {b"LAYERS": "layers", b"HEADS": "heads", b"DIM": "dim", b"TOKENS": "tokens"}
 
 
@@ -51,6 +56,7 @@ async def _save(session: Session, files: SchemaFiles, schema: Schema) -> None:
 
     Cancelled: it is in force, and may be saved.
     """
+    await make_ready([schema])
     try:
         await files.save()
     except TierError:
@@ -67,9 +73,8 @@ def _parse(session: Session, args: Args) -> Schema:
     dtype: bytes | None = None
     fingerprint = seed = b""
     algorithm = b"sha256"
-    codecs: list[tuple[bytes, bytes]] = []
-    ttl_ms = 0
-    level: Level | None = None
+    codecs: dict[bytes, bytes] = {}
+    kept: dict[str, Any] = {}
     words = Words(args, 3)
     while words:
         word = words.word()
@@ -84,13 +89,18 @@ def _parse(session: Session, args: Args) -> Schema:
         elif word == b"SEED":
             seed = _identity(words)
         elif word == b"CODEC":
-            codecs.append(_codec(words))
+            codecs.update([_codec(session, words)])
+        elif word == b"EXACT":
+            kept["exact_first"] = words.count("EXACT first")
+            kept["exact_last"] = words.count("EXACT last")
+        elif word in _TARGETS:
+            kept[_TARGETS[word]] = words.fraction(word.decode())
         elif word == b"MAXBYTES":
             raise CommandError("MAXBYTES: this server has no quotas for a namespace")
         elif word == b"TTL":
-            ttl_ms = count_ms(words.take(), "TTL")
+            kept["ttl_ms"] = count_ms(words.take(), "TTL")
         elif word == b"DURABILITY":
-            level = _level(session, words.take())
+            kept["level"] = _level(session, words.take())
         else:
             raise words.unexpected()
     missing = [name.upper() for name in _COUNTS.values() if name not in counts]
@@ -101,8 +111,28 @@ def _parse(session: Session, args: Args) -> Schema:
         geometry = Geometry(**counts, dtype=shown(dtype))
     except ValueError as error:
         raise CommandError(str(error)) from None
-    pairs = tuple(codecs)
-    return Schema(namespace, geometry, fingerprint, algorithm, seed, pairs, ttl_ms, level)
+    pairs = tuple(codecs.items())
+    schema = Schema(namespace, geometry, fingerprint, algorithm, seed, pairs, **kept)
+    _check_codecs(schema)
+    return schema
+
+
+def _check_codecs(schema: Schema) -> None:
+    """Raise CommandError when pages of this shape cannot have these codecs."""
+    shape = schema.geometry
+    if schema.exact_first + schema.exact_last > shape.tokens:
+        raise CommandError(
+            f"EXACT {schema.exact_first} {schema.exact_last}: a page has {shape.tokens} tokens"
+        )
+    has_target = bool(schema.error_max) != bool(schema.ratio_min)
+    if schema.is_tuned != has_target or (schema.error_max and schema.ratio_min):
+        raise CommandError("CODEC auto needs either MAXERROR or MINRATIO, which need CODEC auto")
+    for _, names in schema.codecs:
+        if names == AUTO:
+            check_available(Codec.RH4, shape.dtype)
+        else:
+            for codec in parse_codec(names.decode()):
+                check_available(codec, shape.dtype)
 
 
 def _level(session: Session, word: bytes) -> Level:
@@ -122,14 +152,30 @@ def _identity(words: Words) -> bytes:
     return value
 
 
-def _codec(words: Words) -> tuple[bytes, bytes]:
-    tier, codec = words.take().lower(), words.take().lower()
-    if (tier, codec) != (b"cpu", b"raw"):
+def _codec(session: Session, words: Words) -> tuple[bytes, bytes]:
+    """Read what follows CODEC: a tier of this server, and the name of a codec."""
+    tier, name = words.take().lower(), words.take().lower()
+    tiers = {each.name.encode() for each in session.server.file_tiers} | {b"cpu"}
+    if tier not in tiers:
+        there = ", ".join(sorted(each.decode() for each in tiers))
+        raise CommandError(f"CODEC {shown(tier)}: this server has the tiers {there}")
+    if tier == b"cpu" and name != b"raw":
         raise CommandError(
-            f"CODEC {shown(tier)} {shown(codec)}: accepted is cpu raw; in files, pages of all"
-            " namespaces have the codec of their tier (setting disk-codec)"
+            f"CODEC cpu {shown(name)}: pages in memory are raw, so that they are lent"
         )
-    return tier, codec
+    if name == AUTO:
+        return tier, name
+    try:
+        codecs = parse_codec(name.decode(errors="replace"))
+    except ValueError as error:
+        raise CommandError(f"CODEC {shown(tier)} {shown(name)}: {error}, or auto") from None
+    return tier, codec_text(codecs)
+
+
+def codec_text(codecs: tuple[Codec, Codec]) -> bytes:
+    """Return the name of a codec, or of that of keys and that of values."""
+    key, value = (codec.name.lower() for codec in codecs)
+    return (key if key == value else f"{key}/{value}").encode()
 
 
 @command("kv.schema|get")
@@ -156,6 +202,14 @@ def kv_schema_get(session: Session, args: Args) -> None:
             "codecs": [list(pair) for pair in schema.codecs],
             "ttl_ms": schema.ttl_ms,
             "durability": level.name.lower(),
+            "exact_first": schema.exact_first,
+            "exact_last": schema.exact_last,
+            "max_error": str(schema.error_max),
+            "min_ratio": str(schema.ratio_min),
+            "chosen": [
+                codec_text(pair).decode()
+                for pair in session.cache.namespaces.chosen.get(schema.namespace, ())
+            ],
         }
     )
 

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from respkv.server.commands.pages import CPU_LETTER, LOAD_BYTES_PER_US, LOAD_US_FIXED
 from respkv.server.info import kv_fields
+from respkv.server.places import CPU_LETTER, LOAD_BYTES_PER_US, LOAD_US_FIXED
 from respkv.server.registry import command
 from respkv.server.session import Session
-from respkv.server.tier_info import file_fields, file_tier_fields
+from respkv.server.tier_info import file_fields, file_tier_fields, gpu_tier_fields
 from respkv.wire.parser import Args
 
 if TYPE_CHECKING:
@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 def kv_tiers(session: Session, args: Args) -> None:
     """Describe every tier."""
     cache = session.cache
+    gpu = session.server.gpu_tier
     session.send(
         [
+            *(
+                [{"name": gpu.name, "letter": gpu.letter, **gpu_tier_fields(session.server, gpu)}]
+                if gpu is not None
+                else ()
+            ),
             {
                 "name": "cpu",
                 "letter": CPU_LETTER,

@@ -18,11 +18,18 @@ _SCHEMA = subcommands(
         syntax=(
             "KV.SCHEMA SET namespace LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
             "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] "
-            "[CODEC tier codec [CODEC tier codec ...]] [TTL milliseconds] "
+            "[CODEC tier codec [CODEC tier codec ...]] [EXACT first last] "
+            "[MAXERROR error|MINRATIO ratio] [TTL milliseconds] "
             "[DURABILITY MEMORY|WRITTEN|DURABLE]"
         ),
         notes=(
             "Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema. "
+            "CODEC says how pages are stored in a tier: `raw`, `xs`, `f8`, `i8`, `i4`, `rh4`, "
+            "`rh3`, `rh2`, `rhz4`, `rhz3`, `rhz2`, or two of them, of keys and of values, as in "
+            "`rh4/rh3`, or `auto`: the cheapest of them, for keys and for values of each layer, "
+            "with which the relative L2 error is at most MAXERROR, or, with the smallest error, "
+            "pages get smaller MINRATIO times. EXACT keeps so many tokens of a page as they are: "
+            "the first ones, of pages without PARENT, and the last ones. "
             "DURABILITY is what the pages of the namespace survive once their put is answered, "
             "`durability` when left out. With file tiers the schema survives a restart."
         ),
@@ -107,8 +114,11 @@ _PAGES = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of bytes returned",
-        syntax="KV.GET key [LAYERS first count] [DEADLINE milliseconds]",
+        syntax="KV.GET key [LAYERS first count] [DEADLINE milliseconds] [AS raw|dtype]",
         notes=(
+            "AS a dtype (`bfloat16`, `float16`, `float32`, `float8_e4m3fn`, `float8_e5m2`) answers "
+            "the numbers in that type; AS `raw` an encoded page, whose head says how each plane is "
+            "stored, as a file has it. Both need a schema. "
             "Answers the bytes, or null. Works on ordinary values too, without LAYERS. A page in a "
             "file that is not in memory by the DEADLINE is answered with null; it is loaded all the "
             "same, so the next get finds it."
@@ -124,7 +134,10 @@ _PAGES = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of bytes returned",
-        syntax="KV.MGET numkeys key [key ...] [LAYERS first count] [DEADLINE milliseconds]",
+        syntax=(
+            "KV.MGET numkeys key [key ...] [LAYERS first count] [DEADLINE milliseconds] "
+            "[AS raw|dtype]"
+        ),
         notes=(
             "Answers an array with the bytes, or null, for each key; after the DEADLINE, null for "
             "those that are not in memory. Pages in files are loaded while those before them are "
@@ -144,7 +157,7 @@ _PAGES = (
         syntax="KV.MATCH numkeys key [key ...]",
         notes=(
             "Answers an array: how many pages from the first on are present, one letter for "
-            "the tier of each (`c` memory, `n` nvme, `d` disk), and the microseconds that loading "
+            "the tier of each (`g` gpu, `c` memory, `n` nvme, `d` disk), and the microseconds that loading "
             "them should take. The pages stay for `answer-lease` milliseconds."
         ),
     ),
@@ -158,10 +171,12 @@ _PAGES = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of keys",
-        syntax="KV.PREFETCH numkeys key [key ...] [TO cpu]",
+        syntax="KV.PREFETCH numkeys key [key ...] [TO cpu|gpu]",
         notes=(
-            "Answers at once, with how many pages are on their way now; those that are in memory, "
-            "are absent, or do not fit into what may be on its way are not counted."
+            "Answers at once, with how many pages are on their way now; those that are there, "
+            "are absent, or do not fit into what may be on its way are not counted. TO `gpu` has "
+            "pages copied to the gpu tier, too, once they are in memory; their namespaces must have "
+            "schemas."
         ),
     ),
     Command(
@@ -217,6 +232,23 @@ _PAGES = (
         notes="Answers 1, or 0 when the page is absent or was not pinned.",
     ),
     Command(
+        name="kv.quality",
+        arity=3,
+        flags=("readonly",),
+        categories=("kv",),
+        summary="Measure what a codec does to the pages of a namespace",
+        since="0.1.0",
+        group="kv",
+        complexity="O(N) where N is the number of bytes measured, 32 MiB or one page at most",
+        syntax="KV.QUALITY namespace codec",
+        notes=(
+            "Answers a map: codec, pages and tokens measured; for `key_` and `value_` the stored "
+            "`bits` of an element, and of the worst layer the `relative_l2` error, the `max_error` "
+            "and the `attention_error`, that of attention's outputs; and for each layer the "
+            "relative L2 errors of keys and of values. Takes seconds; needs `respkv[torch]`."
+        ),
+    ),
+    Command(
         name="kv.explain",
         arity=2,
         flags=("readonly", "fast"),
@@ -260,12 +292,15 @@ _SHARED_MEMORY = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of keys",
-        syntax="KV.LEASE numkeys key [key ...] [MS milliseconds]",
+        syntax="KV.LEASE numkeys key [key ...] [MS milliseconds] [TIER cpu|gpu]",
         notes=(
             "Answers an array: the lease, then for each key its offset and length, or null when "
             "there is no such page. Pages in files alone are brought into memory first; when not "
             "all of them can be there at once, the answer is an error: OOM. "
-            "The lease ends with its connection, or after its time."
+            "The lease ends with its connection, or after its time. TIER `gpu` answers an array of "
+            "four: the lease; for each key an array of offset, length and form, or null when no "
+            "copy of it can be made; the UUID of the device; and the CUDA IPC handle of the "
+            "allocation that the offsets are in. Pages without a copy on the device get one first."
         ),
     ),
     Command(

@@ -208,7 +208,7 @@ SERVER: tuple[Command, ...] = (
                 since="4.0.0",
                 group="server",
                 complexity="O(N) where N is the number of samples.",
-                syntax="MEMORY USAGE key [SAMPLES count]",
+                syntax="MEMORY USAGE key [SAMPLES count] [TIERS]",
             ),
             Command(
                 name="memory|help",

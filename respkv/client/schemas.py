@@ -1,0 +1,98 @@
+"""The commands on namespaces: what their pages look like, how they are stored, how well."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from respkv.client.commands import Command, Key, list_of, option, text_of, unexpected
+from respkv.client.replies import Reply
+from respkv.client.requests import Arg
+
+Durability = Literal["memory", "written", "durable"]
+
+
+def schema_set(
+    namespace: Key,
+    *,
+    layers: int,
+    heads: int,
+    dim: int,
+    tokens: int,
+    dtype: str,
+    fingerprint: bytes | str | None = None,
+    codecs: Mapping[str, str] | None = None,
+    exact: tuple[int, int] | None = None,
+    max_error: float | None = None,
+    min_ratio: float | None = None,
+    ttl_ms: int | None = None,
+    durability: Durability | None = None,
+) -> Command[None]:
+    """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
+
+    codecs:     of each tier a codec, of keys and values one each, or ``auto``:
+                ``{"nvme": "xs", "disk": "rh4/rh3"}``. Tiers that are not named store without loss.
+    exact:      so many tokens stay exact: the first ones of pages without a parent, and the last.
+    max_error, min_ratio: what ``auto`` keeps to: the relative L2 error of every layer's keys and
+                values, or how many times smaller pages get.
+    durability: what its pages survive once their put is answered; by the server's default if None.
+    Raises ServerError KVSCHEMA when it was declared with another geometry or fingerprint.
+    """
+    args: list[Arg] = ["KV.SCHEMA", "SET", namespace, "LAYERS", layers, "HEADS", heads]
+    args += ["DIM", dim, "TOKENS", tokens, "DTYPE", dtype]
+    option(args, "FINGERPRINT", fingerprint)
+    for tier, codec in (codecs or {}).items():
+        args += ("CODEC", tier, codec)
+    if exact is not None:
+        args += ("EXACT", *exact)
+    option(args, "MAXERROR", None if max_error is None else repr(max_error))
+    option(args, "MINRATIO", None if min_ratio is None else repr(min_ratio))
+    option(args, "TTL", ttl_ms)
+    option(args, "DURABILITY", durability)
+    return Command(args, lambda reply: None)
+
+
+def schema_get(namespace: Key) -> Command[dict[str, Any] | None]:
+    """Return the schema of a namespace; fingerprint and seed are bytes, other words are str."""
+    return Command(["KV.SCHEMA", "GET", namespace], _map)
+
+
+def schema_list() -> Command[list[str]]:
+    """Return the names of all namespaces that have a schema."""
+    return Command(["KV.SCHEMA", "LIST"], lambda reply: [text_of(name) for name in list_of(reply)])
+
+
+def quality(namespace: Key, codec: str) -> Command[dict[str, Any]]:
+    """Measure what a codec does to the pages of a namespace; takes seconds.
+
+    codec:   a name, or that of keys and that of values: ``rh4/rh3``.
+    Returns: stored bits of an element and errors, as KV.QUALITY describes them.
+    Raises:  ServerError when the namespace has no schema or no pages.
+    """
+    return Command(["KV.QUALITY", namespace, codec], _quality)
+
+
+def _quality(reply: Reply) -> dict[str, Any]:
+    found = _map(reply) or {}
+    floats = ("key_", "value_")
+    numbers = {name: float(found[name]) for name in found if name.startswith(floats)}
+    layers = [tuple(map(float, pair)) for pair in found.get("layers", ())]
+    return {**found, **numbers, "layers": layers}
+
+
+def _map(reply: Reply) -> dict[str, Any] | None:
+    if reply is None:
+        return None
+    if isinstance(reply, list):  # RESP2 has no maps
+        reply = dict(zip(map(text_of, reply[::2]), reply[1::2], strict=True))
+    if not isinstance(reply, dict):
+        raise unexpected("a map", reply)
+    named = {_words(name): value for name, value in reply.items()}
+    return {
+        name: value if name in ("fingerprint", "seed") else _words(value)
+        for name, value in named.items()
+    }
+
+
+def _words(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return [_words(item) for item in value] if isinstance(value, list) else value

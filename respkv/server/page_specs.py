@@ -1,0 +1,82 @@
+"""How pages are stored in each tier: what their namespaces ask for."""
+
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import anyio.to_thread
+
+from respkv.engine.namespaces import AUTO, Namespaces, Schema
+from respkv.kernels.layout import Codec
+from respkv.page import namespace_of
+from respkv.tiers import lossy
+from respkv.tiers.codec import PageSpec, has_torch, parse_codec
+from respkv.tiers.record import Meta
+
+Chosen = tuple[tuple[Codec, Codec], ...]
+
+logger = logging.getLogger(__name__)
+
+
+class _Known(NamedTuple):
+    schema: Schema
+    chosen: Chosen | None
+    spec: PageSpec | None
+
+
+class PageSpecs:
+    """The specs of all namespaces, made anew when a schema or a chosen codec is another one."""
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
+        self._known: dict[tuple[bytes, str], _Known] = {}
+
+    def of(self, tier: str, meta: Meta) -> PageSpec | None:
+        """Return how a tier is to store a page; None: as it does by itself."""
+        namespace = namespace_of(meta.key)
+        schema = self._namespaces.find(namespace)
+        if schema is None or not schema.codecs:
+            return None
+        chosen = self._namespaces.chosen.get(namespace)
+        known = self._known.get((namespace, tier))
+        if known is None or known.schema is not schema or known.chosen is not chosen:
+            known = _Known(schema, chosen, spec_of(schema, tier, chosen))
+            self._known[namespace, tier] = known
+        return known.spec
+
+
+async def make_ready(schemas: Iterable[Schema]) -> None:
+    """Load what the codecs of some schemas take, before a page has to wait for that.
+
+    Whoever moves a page to a tier gives up after a while, and torch takes seconds to import.
+    """
+    texts = {text for schema in schemas for _, text in schema.codecs}
+    if any(text == AUTO or _is_lossy(text) for text in texts) and has_torch():
+        await anyio.to_thread.run_sync(lossy.load)
+
+
+def _is_lossy(text: bytes) -> bool:
+    try:
+        return not all(codec.is_lossless for codec in parse_codec(text.decode(errors="replace")))
+    except ValueError:
+        return False
+
+
+def spec_of(schema: Schema, tier: str, chosen: Chosen | None) -> PageSpec | None:
+    """Return what a schema asks of a tier.
+
+    chosen: the codecs of its layers, where measuring is to choose them; None: not yet, so lossless.
+    """
+    text = dict(schema.codecs).get(tier.encode())
+    if text is None:
+        return None
+    exact_first, exact_last = schema.exact_first, schema.exact_last
+    try:
+        pair = (Codec.XS, Codec.XS) if text == AUTO else parse_codec(text.decode(errors="replace"))
+        codecs = (pair,) * schema.geometry.layers
+        if text == AUTO and chosen is not None:
+            codecs = chosen
+        return PageSpec(schema.geometry, codecs, exact_first, exact_last)
+    except ValueError as error:  # of a schema that another version saved
+        logger.error("namespace %r: tier %s keeps to itself: %s", schema.namespace, tier, error)
+        return None
