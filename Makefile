@@ -10,6 +10,7 @@ BIN := .venv/bin
 # Stamps: a target that needs the environment depends on one of them, so a second run is quick.
 CORE := .venv/core.stamp
 ALL := .venv/all.stamp
+BENCH := .venv/bench.stamp
 SOURCES := pyproject.toml constraints.txt .ci/venv
 
 # pyright's wrapper would otherwise ask the network whether a newer one exists.
@@ -36,6 +37,10 @@ $(ALL): $(SOURCES)
 	@PYTHON='$(PYTHON)' .ci/venv all
 	@touch $(CORE) $@
 
+$(BENCH): $(SOURCES)
+	@PYTHON='$(PYTHON)' .ci/venv bench
+	@touch $(CORE) $(ALL) $@
+
 .PHONY: setup
 setup: $(ALL) ## Make .venv with all that work on the project needs
 
@@ -58,6 +63,27 @@ demo: $(ALL) ## Two inference workers share a document's KV, also across a resta
 .PHONY: bench
 bench: $(ALL) redis fio ## Measure against redis-server and fio on this machine
 	@$(BIN)/python -m bench $(ARGS)
+
+.PHONY: bench-codecs
+bench-codecs: $(BENCH) ## Codecs on a CPU: against blosc2, zstd, lz4, and error against bits
+	@$(BIN)/python -m bench.codecs $(ARGS)
+	@$(BIN)/python -m bench.distortion
+
+# These two want an NVIDIA GPU with its driver and a torch built for CUDA. constraints.txt names
+# torch 2.13.0; on Linux PyPI's is built for CUDA 13.0 and brings its own triton, 3.7.1, for which
+# .ci/venv leaves triton's pin out where there is a driver: on a fresh machine nothing else is to be
+# done. Where .venv has the CPU build (2.13.0+cpu), or the driver is for an older CUDA, put another
+# build in its place: .venv/bin/pip install --force-reinstall torch --index-url URL, with the URL that
+# pytorch.org/get-started gives for the CUDA that nvidia-smi shows.
+# .venv/bin/python -c 'import torch; print(torch.cuda.is_available())' says whether all is there.
+# Without a GPU the first says what is missing, the second skips; both end well.
+.PHONY: bench-gpu
+bench-gpu: $(ALL) ## Kernels, attention and eviction on a GPU, in under 10 minutes
+	@$(BIN)/python -m bench.gpu $(ARGS)
+
+.PHONY: gpu-test
+gpu-test: $(ALL) ## The tests that need a GPU, and those of the kernels, on it
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 .PHONY: test
 test: lint types $(ALL) redis fio ## What the gate checks: ruff, mypy, pyright, pytest

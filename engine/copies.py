@@ -53,6 +53,10 @@ class Copies(Backlog):
         if self.leaving or self.unburied:
             self.wait_for_burial(entry)
 
+    def is_awaited(self, entry: Entry) -> bool:
+        """Whether a value is being written, or is to be, before a reply."""
+        return entry in self.urgent or entry in self.writing
+
     def want(self, entry: Entry, level: Level) -> None:
         """Have a value written at a level before the reply."""
         note = Note()

@@ -25,6 +25,7 @@ from respkv.tiers.record import Level, Meta, Record, Value
 
 LIVE_PERCENT = 50  # of a tier; nothing is dropped while it holds less
 RELATIVES_MAX = 256  # pages behind one that are looked at before it is dropped
+LOAD_LOOK_S = 0.005
 PATIENCE_S, PAUSE_S = 5.0, 10.0  # a tier that hangs does not take the one above it along
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class Descent:
 
     async def _leave(self, tier: int, records: list[Record]) -> None:
         """Copy what a tier is about to drop to a slower one."""
+        with anyio.move_on_after(PATIENCE_S):
+            await self._let_load(records)
         batch: list[Leaving] = []
         nbytes = 0
         ghosts = self._cache.copies.ghosts
@@ -119,6 +122,16 @@ class Descent:
                 await self._move_down(tier, batch)
                 batch, nbytes = [], 0
         await self._move_down(tier, batch)
+
+    async def _let_load(self, records: list[Record]) -> None:
+        """Wait until memory has what is to be written again for those who wait for that.
+
+        With its last copy gone, all that they could be told is that it failed.
+        """
+        for record in records:
+            entry: Entry = record.owner
+            while entry.is_cold and entry in self._cache.copies.urgent and record in entry.records:
+                await anyio.sleep(LOAD_LOOK_S)
 
     def _next_tier(self, tier: int, record: Record) -> int | None:
         to = choose_tier(self.tiers, record.payload_bytes, tier + 1)

@@ -274,7 +274,7 @@ class Loader:
         for record in entry.records:
             if record not in entry.records or not entry.is_cold:
                 break
-            touches = record.touches
+            touches, checksum = record.touches, record.checksum
             try:
                 with anyio.CancelScope(shield=True):
                     message = ReadRecord(record, entry.key, into, image)

@@ -10,6 +10,7 @@ from collections.abc import Container, Sequence
 from respkv.engine.burials import Unburied
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
+from respkv.engine.notes import Note
 from respkv.engine.tier import Tier
 from respkv.tiers.meta import is_content_addressed
 from respkv.tiers.record import Meta, Record
@@ -30,6 +31,7 @@ class Restore:
         self._stale = stale
         self._losers: dict[bytes, Unburied] = {}  # older values, which logs have to forget
         self._ended: dict[bytes, int] = {}  # generations of values whose time is over
+        self._differing: list[tuple[Entry, Record]] = []  # copies described as they are not
 
     def found(self, tier: int, meta: Meta, record: Record) -> bool:
         """Take a copy; False when it is not wanted: its time is over, or there is a newer value."""
@@ -60,14 +62,21 @@ class Restore:
         self._attach(entry, record)
         if is_newer:
             self._describe(entry, meta)
+        elif meta.level and not _says(meta, entry):
+            self._differing.append((entry, record))
         return True
 
     def bury(self) -> None:
         """Have the logs forget what is not wanted, when all of them have been read.
 
-        What was told to one log alone would otherwise come back when the newer value has ended.
+        What was told to one log alone would otherwise come back when the newer value has ended, or
+        with another TTL when the copy that was believed has gone.
         """
         copies = self._cache.copies
+        for entry, record in self._differing:
+            if record in entry.records:
+                copies.change(copies.meta(entry, record), record.tier, entry.level, Note())
+        self._differing.clear()
         for key, what in self._losers.items():
             copies.suspect(key, what)
             copies.bury(key, set(), 0, what.level, waits=False)
@@ -140,3 +149,9 @@ class Restore:
             cache.index.expire_at(entry, meta.expires_ms)
         if meta.parent != entry.parent_key:
             cache.index.link(entry, meta.parent)
+
+
+def _says(meta: Meta, entry: Entry) -> bool:
+    """Say whether a copy is described as its value is: with its TTL, priority and parent."""
+    there = meta.expires_ms, meta.priority, meta.parent
+    return there == (entry.expires_ms, entry.priority, entry.parent_key)

@@ -138,7 +138,8 @@ class Room:
         if entry.slot is not None and entry.slot.holders > 1:
             return True
         # What is to survive is not lost before it is written; what was loaded is there to be read.
-        return (entry.level > 0 and not entry.records) or entry in self._copies.kept
+        is_unsafe = not entry.records or self._copies.is_awaited(entry)
+        return (entry.level > 0 and is_unsafe) or entry in self._copies.kept
 
     def use_policy(self, name: str, entries: Iterator[Entry]) -> None:
         """Change the policy; ``entries`` are all that there are."""

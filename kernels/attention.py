@@ -11,109 +11,16 @@ head. Other codecs are decoded into pages when these are loaded: reading them he
 than the bandwidth that they save.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-CODE_DTYPES: Final = (torch.int8, torch.float8_e4m3fn)
-NUMBER_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+from respkv.kernels.paged_kv import CODE_DTYPES, NUMBER_DTYPES, PLAIN, PagedKV, Scoring
+from respkv.kernels.splits import DecodeWorkspace, decode_workspace, num_splits
+
 HEAD_DIM_MAX: Final = 256
 GROUP_MAX: Final = 64  # query heads of one kv head
-SPLIT_TOKENS_MIN: Final = 256  # a split of fewer costs more to merge than it saves
-SPLITS_MAX: Final = 256
-PROGRAMS_PER_SM: Final = 2  # of the decode kernel; see decode_triton.decode_tile
-
-
-@dataclass(frozen=True, slots=True)
-class PagedKV:
-    """One layer's pages, and which of them hold which sequence.
-
-    keys, values:             [num_blocks, T, H, D], any strides with D contiguous.
-    block_tables:             [B, blocks] int32: the block of tokens T * i to T * i + T - 1.
-    context_lens:             [B] int32: how many tokens of a sequence are in its pages; 0 is allowed.
-    key_scales, value_scales: [num_blocks, T, H] float32, any strides, when pages hold codes.
-
-    Nothing is read beyond a sequence's tokens, or a window's: what is there need not be a number,
-    and entries of the table for it need not be blocks.
-    """
-
-    keys: Tensor
-    values: Tensor
-    block_tables: Tensor
-    context_lens: Tensor
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How scores come from products of queries and keys.
-
-    sm_scale: factor of the products; 1 / sqrt(D) when None.
-    window:   how many keys a token sees, its own included; all when None.
-    soft_cap: scores become soft_cap * tanh(score / soft_cap); no cap when None.
-    """
-
-    sm_scale: float | None = None
-    window: int | None = None
-    soft_cap: float | None = None
-
-    def scale(self, head_dim: int) -> float:
-        """Return the factor of the products."""
-        return head_dim**-0.5 if self.sm_scale is None else self.sm_scale
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeWorkspace:
-    """Where splits of a sequence leave their parts: made once, also for captured graphs.
-
-    partial: [B, Q, num_splits, D] float32. lse: [B, Q, num_splits] float32. Contiguous; need not be
-    cleared. One launch at a time may use them.
-    """
-
-    partial: Tensor
-    lse: Tensor
-
-    @property
-    def num_splits(self) -> int:
-        """Programs that share a sequence and kv head."""
-        return self.lse.shape[2]
-
-
-PLAIN: Final = Scoring()
-
-
-def num_splits(*, programs: int, context_max: int, sm_count: int) -> int:
-    """Choose among how many programs to split each sequence.
-
-    programs:    without splits: sequences times kv heads.
-    context_max: tokens of the longest sequence that will come.
-    Returns:     the fewest splits whose last wave of programs leaves the GPU at most 15 % less busy
-                 than the best number of splits does.
-    Source:      the rule of FlashAttention's decoding (Dao et al., Flash-Decoding, 2023).
-    """
-    most = max(1, min(SPLITS_MAX, context_max // SPLIT_TOKENS_MIN))
-    slots = sm_count * PROGRAMS_PER_SM
-
-    def busy(splits: int) -> float:
-        waves = max(1, programs) * splits / slots
-        return waves / -(-max(1, programs) * splits // slots)
-
-    best = max(busy(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= 0.85 * best)
-
-
-def decode_workspace(
-    batch: int, query_heads: int, head_dim: int, splits: int, device: torch.device
-) -> DecodeWorkspace:
-    """Make a workspace for so many sequences and splits."""
-    sizes = (batch, query_heads, splits)
-    return DecodeWorkspace(
-        partial=torch.empty((*sizes, head_dim), dtype=torch.float32, device=device),
-        lse=torch.empty(sizes, dtype=torch.float32, device=device),
-    )
 
 
 def paged_decode(
@@ -131,7 +38,8 @@ def paged_decode(
                a sequence of no tokens.
     workspace: on a GPU decides how sequences are split; made for the width of the block table when
                not given. Give it, and ``out``, to capture the step in a graph.
-    Error:     2e-3 relative L2 in bfloat16 and float16, 1e-5 in float32, of attention in float64.
+    Error:     2e-3 relative L2 in bfloat16 and float16, 1e-5 in float32, of attention in float64,
+               before the output is rounded to its type.
     Raises ValueError when shapes, types or strides do not fit.
     """
     out = torch.empty_like(query) if out is None else out
@@ -244,7 +152,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scoring:
     """Return [N, Q, D] of query [N, Q, D], key and value [M, H, D], visible [N, M]."""
     if key.shape[0] == 0:
         return torch.zeros_like(query)
-    rows = query.unflatten(1, (key.shape[1], -1))
+    rows = torch.unflatten(query, 1, (key.shape[1], -1))
     scores = torch.einsum("nhgd,mhd->nhgm", rows, key) * scoring.scale(query.shape[-1])
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
@@ -284,6 +192,9 @@ def _check_pages(pages: PagedKV, query: Tensor, *, batch: int) -> None:
         for each in scales:
             if each is None or each.shape != keys.shape[:3] or each.dtype != torch.float32:
                 raise ValueError(f"scales of codes must be {list(keys.shape[:3])} float32")
+        steps = (keys.shape[3], *keys.stride()[:3], *values.stride()[:3])
+        if any(step % 2 for step in steps):
+            raise ValueError(f"rows of codes must begin at even bytes, not {_described(keys)}")
     elif keys.dtype != query.dtype or scales != (None, None):
         raise ValueError(f"pages of {keys.dtype} do not fit queries of {query.dtype}")
     for name, tensor, shape in (

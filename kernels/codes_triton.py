@@ -15,7 +15,7 @@ codes and takes them apart in registers: two products of half the width, of the 
 of odd index. On sm_90 that is 0.7 of the instructions per tile, and none of the slow conversions.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from typing import Any
 
@@ -85,8 +85,9 @@ def split_scale(scale):
 def split_rows(rows, INTERPRETED: tl.constexpr):
     """Return rows of queries as float16 below 2 in size, and the power of two taken out of each."""
     wide = rows.to(tl.float32)
-    exponent = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000
-    exponent = tl.maximum(exponent, 0x00800000)  # of a row of zeros
+    most = tl.max(tl.abs(wide), 1)
+    bits = most.to(tl.int32, bitcast=True)  # pyright: ignore[reportAttributeAccessIssue]
+    exponent = tl.maximum(bits & 0x7F800000, 0x00800000)  # the least, of a row of zeros
     scaled = wide * (0x7F000000 - exponent).to(tl.float32, bitcast=True)[:, None]
     power = exponent.to(tl.float32, bitcast=True)
     return (scaled if INTERPRETED else scaled.to(tl.float16)), power

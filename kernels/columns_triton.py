@@ -1,6 +1,6 @@
 """Kernels of groups of tokens, a low end and a step for each channel: keys of i8 and i4."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl

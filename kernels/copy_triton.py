@@ -7,7 +7,7 @@ A tile is tokens by numbers that lie side by side: all heads of a token where bo
 before head, the numbers of one head otherwise.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from collections.abc import Sequence
 from typing import Any, Final

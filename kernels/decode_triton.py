@@ -21,7 +21,9 @@ Source: Dao et al., Flash-Decoding, 2023 (splits and their merge); Kwon et al., 
 2023, arXiv:2309.06180 (block tables).
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# Constants are given to functions of Triton as they are.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
@@ -32,8 +34,8 @@ import triton.language as tl
 from torch import Tensor
 
 from respkv.kernels import launch
-from respkv.kernels.attention import DecodeWorkspace, PagedKV, Scoring
 from respkv.kernels.codes_triton import code_constants, from_word, split_rows, split_scale
+from respkv.kernels.paged_kv import PagedKV, Scoring
 from respkv.kernels.rounding_triton import to_element
 from respkv.kernels.softmax_triton import (
     LOG2E,
@@ -44,9 +46,11 @@ from respkv.kernels.softmax_triton import (
     place,
     weigh,
 )
+from respkv.kernels.splits import DecodeWorkspace
 from respkv.kernels.splits_triton import leave, merge_kernel, share
 
 ROWS_MIN: Final = 16  # what the tensor cores take at once
+WIDTH_MIN: Final = 32  # two halves of the 16 channels that they take at once
 DOUBLED_GROUP_MAX: Final = 16  # beyond it there is no room for every query twice
 MERGED_AT_ONCE: Final = 16
 
@@ -67,9 +71,9 @@ def decode_tile(head_dim: int, element_bytes: int) -> DecodeTile:
     Two programs fit an SM from A100 on and keep some 64 KiB on their way, twice what an SM's share
     of the memory's bandwidth times its latency asks for.
     """
-    tokens = 8192 // triton.next_power_of_2(head_dim)
-    if element_bytes == 4:  # each product is three, and its operands take twice the registers
-        return DecodeTile(max(16, min(64, tokens // 2)), warps=4, stages=5)
+    tokens = 8192 // max(WIDTH_MIN, triton.next_power_of_2(head_dim))
+    if element_bytes == 4:  # each product is three, of operands that take twice the registers
+        return DecodeTile(max(16, min(64, tokens // 2)), warps=8 if tokens < 64 else 4, stages=5)
     return DecodeTile(max(16, min(128, tokens)), warps=4, stages=7 if element_bytes == 1 else 5)
 
 
@@ -143,7 +147,7 @@ def decode_constants(
         "PAGE": pages.keys.shape[1],
         "ROWS": max(ROWS_MIN, triton.next_power_of_2(group)),
         "TILE": tile.tokens,
-        "WIDTH": triton.next_power_of_2(dim),
+        "WIDTH": max(WIDTH_MIN, triton.next_power_of_2(dim)),
         "HAS_WINDOW": scoring.window is not None,
         "HAS_CAP": scoring.soft_cap is not None,
         "INTERPRETED": launch.INTERPRETED,
@@ -165,7 +169,7 @@ def merge_constants(out: Tensor, splits: int) -> dict[str, Any]:
         "SPLITS": splits,
         "HEADS": out.shape[1],
         "DIM": out.shape[2],
-        "WIDTH": triton.next_power_of_2(out.shape[2]),
+        "WIDTH": max(WIDTH_MIN, triton.next_power_of_2(out.shape[2])),
         "CHUNK": MERGED_AT_ONCE,
         "INTERPRETED": launch.INTERPRETED,
     }

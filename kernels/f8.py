@@ -26,7 +26,7 @@ def encode(planes: Tensor, *, scales: Tensor, codes: Tensor) -> Tensor:
     Source:  Micikevicius et al., FP8 formats for deep learning, 2022, arXiv:2209.05433.
     """
     numbers = planes.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    amax = numbers.abs().amax(-1)
+    amax = torch.maximum(numbers.amax(-1), -numbers.amin(-1))
     scale = amax * (1 / E4M3_MAX)
     fits = (amax == 0) | ((scale >= SCALE_MIN) & (amax <= AMAX_MAX))
     scale.masked_fill_(amax == 0, 1.0)

@@ -11,7 +11,9 @@ are multiplied first or last. Blocks of 256 are two products of 128 and one stag
 the whole matrix would take 128 KiB of shared memory.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# What is a tensor, a constant or a tuple in a kernel, only Triton knows.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from functools import lru_cache
 from typing import Final
@@ -124,7 +126,7 @@ def rotated(
 ):  # fmt: skip
     """Return rows times signs times the matrix, not scaled: [R, PADDED] float32."""
     SPLIT: tl.constexpr = numbers.dtype == tl.float32
-    if WIDTH != matrix.shape[0]:
+    if matrix.shape[0] != WIDTH:
         signed = numbers.to(tl.float32) * signs[None, :]
         numbers = to_element(signed, numbers.dtype, INTERPRETED)
     return product(numbers, matrix, BLOCK, SPLIT, INTERPRETED)
@@ -161,4 +163,4 @@ def rotated_back(
     above = (codes * 2 + 0x4A800000).to(tl.float32, bitcast=True)
     numbers = above - (4194304 + (LEVELS - 1) / 2)
     rows = product(to_element(numbers, tl.bfloat16, INTERPRETED), matrix, BLOCK, False, INTERPRETED)
-    return rows if WIDTH == matrix.shape[0] else rows * signs[None, :]
+    return rows if matrix.shape[0] == WIDTH else rows * signs[None, :]

@@ -57,7 +57,7 @@ def encode_values(planes: Tensor, *, steps: Tensor, codes: Tensor) -> Tensor:
     Source:  Liu et al., KIVI, ICML 2024, arXiv:2402.02750 (values per token; here symmetric, 8 bit).
     """
     numbers = planes.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    amax = numbers.abs().amax(-1)
+    amax = torch.maximum(numbers.amax(-1), -numbers.amin(-1))
     step = (amax * (1 / VALUE_MAX)).half()
     fits = (amax == 0) | ((step >= interval.STEP_MIN) & step.isfinite())
     step.masked_fill_(step == 0, 1.0)

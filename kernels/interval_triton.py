@@ -4,7 +4,7 @@ Two codes of four bits are packed by splitting what was loaded contiguously: loa
 number would be two bytes wide.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -21,31 +21,31 @@ def ordered(x):
 
 @triton.jit
 def parameters(low, high, LEVELS: tl.constexpr):
-    """Return low ends and steps as float16, and ``too_large`` and ``too_small`` of groups.
+    """Return low ends and steps as float16, and for ``is_unfit`` what is large and small of groups.
 
     low, high: ends of groups, ``ordered``. A group that is all zeros is never in the way.
     """
     lo = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True) + 0.0
     hi = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     step = (hi - lo) * (1 / LEVELS)
-    # Bits of magnitudes have their order, and those of NaN and infinity are the greatest. A group
-    # of equal numbers, which has no step, counts with the numbers; zero becomes the greatest here.
+    half = step.to(tl.float16)
+    # Bits of magnitudes have their order, and those of NaN and infinity are the greatest.
     size = lo.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     large = tl.maximum(size, step.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    least = tl.where(hi == lo, tl.abs(lo), tl.maximum(step, 1e-30))
-    small = least.to(tl.uint32, bitcast=True) - 1
-    half = step.to(tl.float16)
+    # Numbers from 2^-8 on count as steps of 2^-18, equal ones as they are; zero becomes the greatest.
+    most = tl.maximum(tl.abs(lo), tl.abs(hi))
+    least = tl.maximum(tl.maximum(half.to(tl.float32), most * 0.0009765625), 1e-30)
+    small = tl.where(hi == lo, most, least).to(tl.uint32, bitcast=True) - 1
     return lo.to(tl.float16), tl.where(half == 0.0, 1.0, half).to(tl.float16), large, small
 
 
 @triton.jit
 def is_unfit(large, small):
-    """Tell whether some group does not fit, of the greatest and the least that came of them.
+    """Tell whether a group does not fit, of the greatest and the least of what came of the groups.
 
-    What rounds to an infinity of fp16 begins at 65520, what rounds to its least normal number at
-    2^-14 - 2^-25.
+    From 65520 on a number rounds to an infinity of fp16; steps are good from 2^-18 on.
     """
-    return (large >= 0x477FF000) | (small < 0x387FDFFF)
+    return (large >= 0x477FF000) | (small < 0x367FFFFF)
 
 
 @triton.jit

@@ -5,7 +5,9 @@ What is stored or loaded is always contiguous: neighbours are brought together a
 of two bytes. Three bits go through words of 32 bits: 32 codes are three of them.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# What is a tensor, a constant or a tuple in a kernel, only Triton knows.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ def store_codes(
         packed = first | (second << 2) | (third << 4) | (fourth << 6)
         _store_bytes(start, row, mask, packed, WIDTH // 4, PADDED // 4)
     else:
-        words = join_eights(tl.reshape(codes, (ROWS, PADDED // 8, 2, 2, 2)))
+        words = join_eights(tl.reshape(codes, (ROWS, PADDED // 8, 2, 2, 2)), 3)
         if WIDTH % 32 == 0:
             wide = words_of_three(tl.reshape(words, (ROWS, PADDED // 32, 2, 2)))
             number, inside = _three_of_four(WIDTH // 32, PADDED // 32)
@@ -63,34 +65,51 @@ def load_codes(
         number, inside = _three_of_four(WIDTH // 32, PADDED // 32)
         source = start.to(tl.pointer_type(tl.int32)) + row[:, None, None] * (WIDTH // 32 * 3)
         wide = tl.load(source + number, mask=mask[:, None, None] & inside, other=0)
-        words = tl.reshape(
-            three_to_words(tl.reshape(wide, (ROWS, PADDED // 32, 2, 2))), (ROWS, PADDED // 8)
-        )
+        words = tl.reshape(three_to_words(wide), (ROWS, PADDED // 8))
     else:
         number, inside = _three_of_four(WIDTH // 8, PADDED // 8)
         source = start + row[:, None, None] * (WIDTH // 8 * 3)
         each = tl.load(source + number, mask=mask[:, None, None] & inside, other=0).to(tl.int32)
         words = tl.sum(each << (tl.arange(0, 4) * 8)[None, None, :], 2)
-    return tl.reshape(split_eights(words), (ROWS, PADDED))
+    return tl.reshape(split_eights(words, 3), (ROWS, PADDED))
 
 
 @triton.jit
-def join_eights(codes):
-    """Return words of 24 bits, [..], of codes [.., 2, 2, 2] of 3 bits."""
+def join_eights(codes, BITS: tl.constexpr):
+    """Return words of 8 * BITS bits, [..], of codes [.., 2, 2, 2] of BITS (3 or 4) bits."""
     even, odd = tl.split(codes)
-    pairs = even | (odd << 3)
+    pairs = even | (odd << BITS)
     even, odd = tl.split(pairs)
-    fours = even | (odd << 6)
+    fours = even | (odd << (2 * BITS))
     even, odd = tl.split(fours)
-    return even | (odd << 12)
+    return even | (odd << (4 * BITS))
 
 
 @triton.jit
-def split_eights(words):
-    """Return codes [.., 2, 2, 2] of 3 bits of words of 24 bits."""
-    fours = tl.join(words & 0xFFF, (words >> 12) & 0xFFF)
-    pairs = tl.join(fours & 0x3F, fours >> 6)
-    return tl.join(pairs & 7, pairs >> 3)
+def split_eights(words, BITS: tl.constexpr):
+    """Return codes [.., 2, 2, 2] of BITS (3 or 4) bits of words of 8 * BITS bits."""
+    FOUR: tl.constexpr = (1 << (4 * BITS)) - 1
+    PAIR: tl.constexpr = (1 << (2 * BITS)) - 1
+    ONE: tl.constexpr = (1 << BITS) - 1
+    fours = tl.join(words & FOUR, (words >> (4 * BITS)) & FOUR)
+    pairs = tl.join(fours & PAIR, fours >> (2 * BITS))
+    return tl.join(pairs & ONE, pairs >> BITS)
+
+
+@triton.jit
+def join_bytes(numbers):
+    """Return two words of 32 bits, [..] each, of the bytes [.., 2, 2, 2]: the first four, the others."""
+    even, odd = tl.split(numbers)
+    even, odd = tl.split(even | (odd << 8))
+    return tl.split(even | (odd << 16))
+
+
+@triton.jit
+def split_bytes(first, second):
+    """Return the bytes [.., 2, 2, 2] of two words; the last of each with its sign."""
+    words = tl.join(first, second)
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.join(halves & 0xFF, halves >> 8)
 
 
 @triton.jit
@@ -108,8 +127,8 @@ def words_of_three(words):
 
 @triton.jit
 def three_to_words(wide):
-    """Return four words of 24 bits, [R, N, 2, 2], of three of 32 bits and any fourth."""
-    even, odd = tl.split(wide)
+    """Return four words of 24 bits, [R, N, 2, 2], of three of 32 bits and any fourth, [R, N, 4]."""
+    even, odd = tl.split(tl.reshape(wide, (wide.shape[0], wide.shape[1], 2, 2)))
     a, c = tl.split(even)
     b, _ = tl.split(odd)
     first = a & 0xFFFFFF

@@ -11,6 +11,7 @@ Tensors in memory take the plain torch reference, on a GPU kernels/copy_triton.p
 kernels/paged_coding.py encodes on the way.
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -42,7 +43,7 @@ class PagedBuffer:
         _check_views(self.keys, self.values)
         pairs = zip(self.keys, self.values, strict=True)
         rows = [[key.data_ptr(), value.data_ptr()] for key, value in pairs]
-        table = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        table = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
         object.__setattr__(self, "table", table)
 
     @classmethod
@@ -122,6 +123,17 @@ class PagedBuffer:
         return self.keys if side == "key" else self.values
 
 
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copy a small table to a device without waiting for what that has still to do.
+
+    From memory that is not pinned the copy would wait for the stream; the pinned copy is kept by
+    torch until the stream has passed it.
+    """
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
 def gather_pages_paged(
     buffer: PagedBuffer, slots: Tensor, *, page_tokens: int, out: Tensor | None = None
 ) -> Tensor:
@@ -181,9 +193,9 @@ def copy_tokens(
         elif tokens > buffer.num_slots:
             raise ValueError(f"{tokens} tokens are not within {buffer.num_slots} slots")
     if source.device.type != "cpu":
-        from respkv.kernels import copy_triton
-
-        copy_triton.copy_tokens(source, source_slots, target, target_slots, tokens, sides)
+        # A machine without a GPU need not have triton, which this imports.
+        kernels: Any = importlib.import_module("respkv.kernels.copy_triton")
+        kernels.copy_tokens(source, source_slots, target, target_slots, tokens, sides)
         return
     where_from = blocks_of(source, source_slots, tokens)
     where_to = blocks_of(target, target_slots, tokens)

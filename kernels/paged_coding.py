@@ -87,10 +87,11 @@ def encode_planes_on_device(
 ) -> tuple[Tensor, Tensor]:
     """Encode planes [N, T, H, D] of one side where they are, on a GPU.
 
+    planes:  any strides; copied first when the numbers of a head are not side by side.
     out:     [N, bytes of a plane] uint8 as of ``encode_paged``; made when not given.
     Returns: out, and [N] bool: which planes fit.
     """
-    buffer = PagedBuffer.from_planes(planes)
+    buffer = PagedBuffer.from_planes(planes if planes.stride(3) == 1 else planes.contiguous())
     count, tokens = planes.shape[:2]
     if out is None:
         out = _new_encoded(codec, side, buffer, count, tokens)[:, 0]
@@ -101,11 +102,16 @@ def encode_planes_on_device(
 
 
 def decode_planes_on_device(codec: Codec, encoded: Tensor, *, side: Side, out: Tensor) -> None:
-    """Decode [N, bytes of a plane] uint8 of one side into planes [N, T, H, D] on a GPU."""
-    buffer = PagedBuffer.from_planes(out)
+    """Decode [N, bytes of a plane] uint8 of one side into planes [N, T, H, D], any strides."""
+    planes = (
+        out if out.stride(3) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+    )
+    buffer = PagedBuffer.from_planes(planes)
     count, tokens = out.shape[:2]
     check_encoded(codec, side, buffer, count, tokens, encoded[:, None])
     _decode_side(codec, side, buffer, None, tokens, encoded[:, None])
+    if planes is not out:
+        out.copy_(planes)
 
 
 def check_encoded(
@@ -148,7 +154,7 @@ def _encode_side(
     else:
         where = blocks_of(buffer, slots, out.shape[0] * page_tokens)
         for layer, plane in enumerate(buffer.planes(side)):
-            planes = read_tokens(plane, where).unflatten(0, (-1, page_tokens))
+            planes = torch.unflatten(read_tokens(plane, where), 0, (-1, page_tokens))
             encoded, fit = ladder.encode_planes(codec, planes, side=side)
             out[:, layer] = encoded
             fits[:, layer] = fit
@@ -186,7 +192,7 @@ def _kernels_of(codec: Codec) -> Any:
 def _raw_planes(buffer: PagedBuffer, page_tokens: int, encoded: Tensor) -> PagedBuffer:
     shape = (page_tokens, *buffer.shape[2:])
     nbytes = math.prod(shape) * buffer.dtype.itemsize
-    planes = encoded[..., :nbytes].view(buffer.dtype).unflatten(2, shape).unbind(1)
+    planes = torch.unflatten(encoded[..., :nbytes].view(buffer.dtype), 2, shape).unbind(1)
     return PagedBuffer(planes, planes)
 
 

@@ -1,6 +1,6 @@
 """Kernels of rows in pieces of 32 channels, a low end and a step for each: values of i4."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -20,12 +20,12 @@ from respkv.kernels.rounding_triton import number_of, reciprocal, to_element
 @triton.jit
 def encode_pieces_kernel(
     table, like, slots, out, out_page, out_layer, fits, fits_page, fits_layer,
-    GROUP: tl.constexpr, STEPS: tl.constexpr, CODES: tl.constexpr, SIDE: tl.constexpr,
-    TOKENS: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    LEVELS: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, CODES: tl.constexpr,
+    SIDE: tl.constexpr, TOKENS: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, STRIDE_BLOCK: tl.constexpr, STRIDE_TOKEN: tl.constexpr,
     STRIDE_HEAD: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Encode ROWS rows (token and head) to four bits in groups of GROUP channels."""
+    """Encode ROWS rows (token and head) in groups of GROUP channels, codes up to LEVELS."""
     page, layer, tile = place_of_program(LAYERS, (TOKENS * HEADS + ROWS - 1) // ROWS)
     base = plane_base(table, like, layer, SIDE, ALIGNED)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -49,7 +49,7 @@ def encode_pieces_kernel(
     in_groups = in_plane[:, None] & (g * GROUP < DIM)[None, :]
     if DIM % GROUP:
         low, high = tl.where(in_groups, low, 0), tl.where(in_groups, high, 0)
-    lows, steps, large, small = parameters(low, high, 15)
+    lows, steps, large, small = parameters(low, high, LEVELS)
     plane = out + page * out_page + layer * out_layer
     at = row[:, None] * ((DIM + GROUP - 1) // GROUP) + g[None, :]
     tl.store(plane.to(tl.pointer_type(tl.float16)) + at, lows, mask=in_groups)
@@ -57,7 +57,7 @@ def encode_pieces_kernel(
 
     x = tl.reshape(x, (ROWS, WIDTH // GROUP, GROUP))
     inverse = reciprocal(steps.to(tl.float32))
-    codes = quantize(x, lows.to(tl.float32)[:, :, None], inverse[:, :, None], 15)
+    codes = quantize(x, lows.to(tl.float32)[:, :, None], inverse[:, :, None], LEVELS)
     codes = tl.reshape(codes, (ROWS, WIDTH))
     if DIM % 2:
         codes = tl.where(in_row, codes, 0)

@@ -31,6 +31,7 @@ from respkv.kernels.paged import PagedBuffer
 TILE_NUMBERS: Final = 4096
 NUMBERS_PER_WARP_ROWS: Final = 1024
 NUMBERS_PER_WARP_COLUMNS: Final = 2048
+LEVELS_I4: Final = 15
 GROUP_TOKENS: Final = {Codec.I8: GROUP_TOKENS_I8, Codec.I4: GROUP_TOKENS_I4}
 
 
@@ -52,13 +53,11 @@ def encode(
     if "F8" in shape:
         kernel = rows_triton.encode_rows_kernel
         shape["CAST"] = has_e4m3(buffer.device)
+    elif "SPAN" in shape:
+        kernel = columns_triton.encode_columns_kernel
     else:
-        by_column = side == "key"
-        kernel = (
-            columns_triton.encode_columns_kernel
-            if by_column
-            else pieces_triton.encode_pieces_kernel
-        )
+        kernel = pieces_triton.encode_pieces_kernel
+        shape["LEVELS"] = LEVELS_I4
     flags = fits.view(torch.uint8)
     launch.run(
         kernel,
@@ -88,7 +87,7 @@ def decode(
     shape = tile_shape(codec, side, buffer, page_tokens)
     if "F8" in shape:
         kernel = rows_triton.decode_rows_kernel
-    elif side == "key":
+    elif "SPAN" in shape:
         kernel = columns_triton.decode_columns_kernel
     else:
         kernel = pieces_triton.decode_pieces_kernel
@@ -115,7 +114,7 @@ def has_e4m3(device: torch.device) -> bool:
 def tile_shape(codec: Codec, side: Side, buffer: PagedBuffer, page_tokens: int) -> dict[str, Any]:
     """Return the constexprs that the encoding and the decoding kernel have in common.
 
-    ``F8`` is among those of the kernels of rows, ``BITS`` among those of columns.
+    ``F8`` is among those of the kernels of rows, ``SPAN`` among those of columns.
     """
     geometry = buffer.geometry()
     heads, dim = geometry["HEADS"], geometry["DIM"]
@@ -145,7 +144,7 @@ def tile_shape(codec: Codec, side: Side, buffer: PagedBuffer, page_tokens: int) 
 
 def num_tiles(shape: dict[str, Any]) -> int:
     """Return how many programs a page takes."""
-    if "BITS" in shape:
+    if "SPAN" in shape:
         columns = num_groups(shape["HEADS"] * shape["SPAN"], shape["WIDTH"])
         tiles = num_groups(shape["TOKENS"], shape["GROUP"]) * columns
     else:
@@ -155,8 +154,8 @@ def num_tiles(shape: dict[str, Any]) -> int:
 
 def num_warps(shape: dict[str, Any]) -> int:
     """Return how many warps a tile takes."""
-    per_warp = NUMBERS_PER_WARP_COLUMNS if "BITS" in shape else NUMBERS_PER_WARP_ROWS
-    return max(1, shape["ROWS"] * shape["WIDTH"] // per_warp)
+    per_warp = NUMBERS_PER_WARP_COLUMNS if "SPAN" in shape else NUMBERS_PER_WARP_ROWS
+    return max(1, int(shape["ROWS"] * shape["WIDTH"]) // per_warp)
 
 
 def _power(number: int) -> int:

@@ -1,6 +1,8 @@
 """The uniform quantizer of rotated rows, and their gains: as the reference, or in fewer steps."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# What is a tensor, a constant or a tuple in a kernel, only Triton knows.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -33,9 +35,7 @@ def quantize_exactly(
     if UNBIASED:
         bottom = top
         top = tree_sum(unit * unit)
-    is_zero = is_zero | (bottom == 0)
-    gain = tl.math.div_rn(norm * top, tl.where(is_zero, 1.0, bottom))
-    gain = tl.where(is_zero, 0.0, gain)
+    gain = tl.where(is_zero, 0.0, tl.math.div_rn(norm * top, bottom))
     return codes.to(tl.int32), gain.to(tl.float16), norm
 
 
@@ -70,7 +70,5 @@ def quantize_fast(
     if UNBIASED:
         bottom = top
         top = tl.sum(rows * rows, 1)
-    is_zero = is_zero | (bottom == 0)
-    gain = top * (SCALE / STEP) / tl.where(is_zero, 1.0, bottom)
-    gain = tl.where(is_zero, 0.0, gain)
+    gain = tl.where(is_zero, 0.0, top * (SCALE / STEP) / bottom)
     return codes, gain.to(tl.float16), norm

@@ -30,8 +30,8 @@ WARPS_OF: Final = {9: 4}
 # 64 rows of 128 numbers of 16 bits; half as many of float32, which takes three products.
 TILE_BYTES: Final = 16384
 ROWS_MAX: Final = 128
-PROGRAMS_MIN: Final = 1024  # several for each SM, before a program gets a second item
-ITEMS_MAX: Final = 4
+PROGRAMS_MIN: Final = 1024  # several for each SM, before a program gets more than it must
+TILES_MAX: Final = 4  # of a program, unless a group has more
 
 
 def encode(
@@ -133,11 +133,11 @@ def tile_shape(
         rows = max(16, min(rows, triton.next_power_of_2(tokens)))
         tiles = num_groups(tokens, rows)
         units = num_groups(page_tokens, GROUP_TOKENS_MEAN) * heads
-        items = _shared(units, num_planes)
+        items = _shared(units, num_planes, TILES_MAX // tiles)
         parts = num_groups(units, items)
     else:
         units = num_groups(page_tokens * heads, rows)
-        tiles, items = _shared(units, num_planes), 1
+        tiles, items = _shared(units, num_planes, TILES_MAX), 1
         parts = num_groups(units, tiles)
     return {
         **geometry,
@@ -167,14 +167,18 @@ def num_programs(shape: dict[str, Any], num_pages: int) -> int:
 
 def num_warps(device: torch.device) -> int:
     """Return how many warps a tile takes."""
-    if device.type == "cuda":
-        return WARPS_OF.get(torch.cuda.get_device_capability(device)[0], WARPS)
-    return WARPS
+    is_gpu = device.type == "cuda"
+    return warps_of(torch.cuda.get_device_capability(device)[0]) if is_gpu else WARPS
 
 
-def _shared(units: int, num_planes: int) -> int:
-    # How many units a program does: one more only when there are programs enough without it.
-    share = ITEMS_MAX
+def warps_of(generation: int) -> int:
+    """Return how many warps a tile takes on sm_80, sm_90 and so on, generation 8 and 9."""
+    return WARPS_OF.get(generation, WARPS)
+
+
+def _shared(units: int, num_planes: int, most: int) -> int:
+    # How many units a program does: more than one only where there are programs enough.
+    share = max(1, most)
     while share > 1 and num_planes * num_groups(units, share) < PROGRAMS_MIN:
         share //= 2
     return share

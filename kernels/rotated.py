@@ -45,9 +45,9 @@ class Quantizer(NamedTuple):
     zero: float
     is_rounding: bool
 
-    def codes(self, numbers: Tensor) -> Tensor:
-        """Return codes as float32; [...] float32 in, not written."""
-        steps = numbers * (1 / self.step)
+    def codes(self, numbers: Tensor, out: Tensor) -> Tensor:
+        """Return codes as float32, in the memory of ``out``; [...] float32 in, not written."""
+        steps = torch.mul(numbers, 1 / self.step, out=out)
         if self.is_rounding:
             return steps.round_().add_(self.zero).clamp_(0, self.code_max)
         return steps.floor_().add_(self.zero + 0.5).clamp_(0, self.code_max)
@@ -89,17 +89,18 @@ def encode(
     """
     num_planes, tokens, heads, dim = planes.shape
     numbers = planes.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    amax = numbers.abs().amax(-1)
+    amax = torch.maximum(numbers.amax(-1), -numbers.amin(-1))
     fits = ((amax == 0) | (amax >= ROW_MAX_MIN)) & amax.isfinite()
     good = fits.flatten(1).all(1)
     if means is not None:
         good &= _take_means(numbers, means)
     rows = numbers.new_zeros((rotated_dim(dim), num_planes * tokens * heads))
     rows[:dim] = numbers.view(-1, dim).t()
+    del numbers  # the rotation wants as much memory
     rows = rotate(rows.mul_(_signs_of(rows)), dim)
     gain, levels = _quantize_rows(rows, quantizer(codec), unbiased=unbiased)
     gains.copy_(gain.view(num_planes, tokens, heads))
-    by_row = levels.to(torch.int8).t().contiguous()  # [R, W]
+    by_row = levels.t().contiguous()  # [R, W]
     bits.pack(by_row.view(num_planes, tokens, heads, -1), ROTATED_BITS[codec], codes)
     return good & gains.isfinite().flatten(1).all(1)
 
@@ -145,16 +146,20 @@ def _take_means(numbers: Tensor, means: Tensor) -> Tensor:
 
 
 def _quantize_rows(rows: Tensor, how: Quantizer, *, unbiased: bool) -> tuple[Tensor, Tensor]:
-    # Returns gains [R] float16 and codes [W, R] float32; rows are overwritten.
-    norm = (tree_sum(rows * rows) / rows.shape[0]).sqrt_()
+    # Returns gains [R] float16 and codes [W, R] int8; rows are overwritten. New memory is the
+    # larger part of the time here, so what is done with is written over.
+    spare = rows * rows
+    norm = (tree_sum(spare) / rows.shape[0]).sqrt_()
     unit = rows.mul_((1.0 / norm).masked_fill_(norm == 0, 0.0))
-    codes = how.codes(unit)
-    found = how.numbers(codes.clone())
-    across = tree_sum(unit * found)
+    steps = how.codes(unit, out=spare)
+    codes = steps.to(torch.int8)
+    found = how.numbers(steps)
     if unbiased:
-        top, bottom = tree_sum(unit.mul_(unit)), across
+        top = tree_sum(unit * unit)
+        bottom = tree_sum(unit.mul_(found))
     else:
-        top, bottom = across, tree_sum(found.mul_(found))
+        top = tree_sum(unit.mul_(found))
+        bottom = tree_sum(found.mul_(found))
     # Where the norm is infinite this must not be finite: it is how the plane is known not to fit.
     gain = (norm * top / bottom).masked_fill_(norm == 0, 0.0)
     return gain.half(), codes

@@ -13,7 +13,9 @@ EXACT is the order of additions of the reference, for equality bit by bit: the i
 hand on a GPU to check it. Otherwise numbers that lie on the border of two codes may get either.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# What is a tensor, a constant or a tuple in a kernel, only Triton knows.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -70,7 +72,9 @@ def encode_kernel(
             count = tl.full([PADDED], 1.0, tl.float32) * tl.minimum(left, GROUP)
             stored = tl.math.div_rn(sums + 0.0, count).to(tl.float16)
             inside = column < tl.where(left > 0, DIM, 0)
-            tl.store(plane.to(tl.pointer_type(tl.float16)) + unit * DIM + column, stored, mask=inside)
+            tl.store(
+                plane.to(tl.pointer_type(tl.float16)) + unit * DIM + column, stored, mask=inside
+            )
             mean = tl.where(inside, stored.to(tl.float32), 0.0)
             bad = bad | (tl.max((~is_finite(mean)).to(tl.int32), 0) > 0)
             if not EXACT:
@@ -95,7 +99,7 @@ def encode_kernel(
             row = token * HEADS + head
             tl.store((plane + GAINS).to(tl.pointer_type(tl.float16)) + row, gain, mask=mask)
             store_codes(plane + CODES, row, mask, codes, BITS, WIDTH, ROWS, PADDED)
-            size = tl.max(numbers.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+            size = tl.max(size_bits(numbers, INTERPRETED), 1)
             is_good = is_finite(gain.to(tl.float32)) & is_finite(norm)
             is_good = is_good & ((size == 0) | (size >= ROW_MAX_MIN_BITS))
             bad = bad | (mask & ~is_good)
@@ -126,7 +130,6 @@ def decode_kernel(
         matrix = tl.load(matrix_ptr + number[:, None] * PRODUCT + number[None, :])
     for item in range(ITEMS):
         unit = part * ITEMS + item
-        mean = tl.zeros([PADDED], tl.float32)
         if SIDE == KEY:
             inside = column < tl.where(unit // HEADS * GROUP < TOKENS, DIM, 0)
             means = plane.to(tl.pointer_type(tl.float16)) + unit * DIM
@@ -143,7 +146,8 @@ def decode_kernel(
             else:
                 rows = rotated_back(codes, matrix, signs, LEVELS, WIDTH, BLOCK, INTERPRETED)
                 rows = rows * (gain * (STEP * SCALE))[:, None]
-            rows = rows + mean[None, :]
+            if SIDE == KEY:
+                rows += mean[None, :]
             if like.dtype.element_ty == tl.float16:
                 rows = tl.minimum(tl.maximum(rows, -FP16_MAX), FP16_MAX)
             start, is_there = token_starts(
@@ -181,6 +185,19 @@ def load_numbers(
     column = tl.arange(0, PADDED)
     source = base + (start + head * STRIDE_HEAD)[:, None] + column[None, :]
     return tl.load(source, mask=is_there[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def size_bits(numbers, INTERPRETED: tl.constexpr):
+    """Return the bits of |numbers| as float32: as integers they are in the same order.
+
+    The interpreter takes subnormal bfloat16 for zeros when it converts them.
+    """
+    if INTERPRETED and numbers.dtype == tl.bfloat16:
+        wide = numbers.to(tl.uint16, bitcast=True).to(tl.int32) << 16
+    else:
+        wide = numbers.to(tl.float32).to(tl.int32, bitcast=True)
+    return wide & 0x7FFFFFFF
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Scores are kept in base 2: log2(e) is part of the factor that they are multiplie
 The interpreter multiplies matrices of bfloat16 wrongly, so operands are float32 there.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl

@@ -103,12 +103,14 @@ def decode(stored: memoryview, into: Words) -> None:
     found = 0
     for start in range(0, count, _STEP):
         part = into[start : start + _STEP]
-        exponents = _unpack(codes[start // 8 * width :], width, part.size)
+        unpacked = _unpack(codes[start // 8 * width :], width, part.size)
+        exponents = unpacked[: part.size]
         places = np.flatnonzero(exponents == _LIMITS[width][0])
         bounds = np.searchsorted(places, np.arange(0, part.size, XS_BLOCK)) + found
         block = start // XS_BLOCK
-        if found + places.size > num_escapes or (bounds != starts[block:][: bounds.size]).any():
-            raise PageCorrupt("a plane of codec xs has escapes where its blocks say there are none")
+        is_wrong = found + places.size > num_escapes or unpacked[part.size :].any()
+        if is_wrong or (bounds != starts[block:][: bounds.size]).any():
+            raise PageCorrupt("a plane of codec xs has other codes than its blocks say")
         exponents += np.uint8(base)
         exponents[places] = escapes[found : found + places.size]
         found += places.size
@@ -217,7 +219,7 @@ def _pack(codes: Bytes, width: int, into: Bytes) -> None:
 
 
 def _unpack(stored: Bytes, width: int, count: int) -> Bytes:
-    """Return ``count`` codes, a byte each."""
+    """Return ``count`` codes, a byte each, and what is there behind the last one."""
     groups = num_groups(count, 32)
     whole = stored[: groups * 4 * width]
     if whole.size < groups * 4 * width:
@@ -231,7 +233,7 @@ def _unpack(stored: Bytes, width: int, count: int) -> Bytes:
         wide = (wide | wide << 8) & 0x00FF00FF00FF00FF
         wide = (wide | wide << 4) & 0x0F0F0F0F0F0F0F0F
         codes: Bytes = wide.view(np.uint8)
-        return codes[:count]
+        return codes
     first, second, third = words.reshape(-1, 3).T
     wide = np.empty((groups, 4), "<u8")
     wide[:, 0] = first & 0xFFFFFF
@@ -242,4 +244,4 @@ def _unpack(stored: Bytes, width: int, count: int) -> Bytes:
     wide = (wide | wide << 10) & 0x003F003F003F003F
     wide = (wide | wide << 5) & 0x0707070707070707
     codes = wide.reshape(-1).view(np.uint8)
-    return codes[:count]
+    return codes

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from respkv.config import FIXED, RUNTIME, SETTINGS, Config
+from respkv.config.gpu import Device
 from respkv.config.kinds import Choice, Count, Flag, Kind, Mode, size_bytes, size_text
 from respkv.errors import ConfigError
 
@@ -51,6 +52,8 @@ def examples(kind: Kind) -> list[str]:
             return [str(kind.least), str(kind.most)]
         case Mode():
             return ["700", "777"]
+        case Device():
+            return ["cpu", "cuda", "cuda:0", "cuda:15"]
         case _:
             return ["", "some text"]
 
@@ -326,6 +329,22 @@ def test_the_file_tiers_are_listed_the_fastest_first() -> None:
     assert list(disk.file_tiers()) == [("disk", "/mnt/disk", 1 << 40)]
     both = disk.with_values({"nvme-path": "/mnt/nvme", "nvme-bytes": "1gb"})
     assert [name for name, _, _ in both.file_tiers()] == ["nvme", "disk"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gpu-bytes", "1048575"),
+        ("gpu-device", ""),
+        ("gpu-device", "cuda:"),
+        ("gpu-device", "cuda:0:1"),
+        ("gpu-device", "meta"),
+        ("gpu-promote", "third"),
+    ],
+)
+def test_a_gpu_tier_that_cannot_be_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = .*: accepted are "):
+        Config().with_value(name, text)
 
 
 def test_a_config_cannot_be_changed_in_place() -> None:

@@ -116,9 +116,10 @@ def check_available(codec: Codec, dtype: str) -> None:
 def has_torch() -> bool:
     """Whether torch could be imported; it is not imported to find out."""
     try:
-        return "torch" in sys.modules or importlib.util.find_spec("torch") is not None
+        there = sys.modules.get("torch") or importlib.util.find_spec("torch")
     except (ImportError, ValueError):
         return False
+    return there is not None
 
 
 def encode_page(

@@ -335,10 +335,7 @@ class FileTier:
     # Small files beside the log
 
     async def save(self, name: str, data: bytes) -> None:
-        """Replace a small file of the directory, durably; it counts under the cap.
-
-        Raises TierError.
-        """
+        """Replace a small file of the directory durably, under the cap. Raises TierError."""
         checkpointer = self._started.checkpointer
         checkpointer.saved[name] = max(checkpointer.saved.get(name, 0), len(data))
         checkpointer.reserve()

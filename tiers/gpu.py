@@ -158,7 +158,7 @@ class GpuTier:
             raw.copy_(source, non_blocking=True)
             fits.append(self._to_host(encode_page(as_page(raw, form), form, out=stored)))
 
-        await self._move("in", slot, copy_in)
+        await self._move("in", slot, copy_in, is_copy=form.is_lossless)
         if fits and not bool(fits[0]):
             self.stats.unfit += 1
             return False
@@ -182,7 +182,7 @@ class GpuTier:
             target.copy_(source, non_blocking=True)
 
         began_s = perf_counter()
-        await self._move("out", slot, copy_out)
+        await self._move("out", slot, copy_out, is_copy=form.is_lossless)
         self._estimate.observe(into.nbytes, perf_counter() - began_s)
         self.stats.reads += 1
         self.stats.read_bytes += into.nbytes
@@ -240,14 +240,17 @@ class GpuTier:
 
     # -- inside -------------------------------------------------------------------------------
 
-    async def _move(self, way: Way, slot: Slot, work: Callable[[], None]) -> None:
-        """Launch work and wait until it is over; the slot is held until then."""
+    async def _move(self, way: Way, slot: Slot, work: Callable[[], None], *, is_copy: bool) -> None:
+        """Launch work and wait until it is over; the slot is held until then.
+
+        is_copy: it is one copy; else it launches kernels, whose first launch compiles for seconds.
+        """
         if self.reason:
             raise TierError(f"the gpu tier is off: {self.reason}")
         self.slots.hold(slot)
         try:
             with anyio.CancelScope(shield=True):
-                if self._lanes.is_quick:
+                if is_copy and self._lanes.is_quick:
                     ending = self._lanes.launch(way, work)
                 else:
                     ending = await anyio.to_thread.run_sync(

@@ -24,6 +24,7 @@ from respkv.tiers.parts import SEGMENTS_MIN, Parts, TierConfig
 from respkv.tiers.record import Meta, Record
 from respkv.tiers.recovery import Recovered, RecoveryCounts, recover
 from respkv.tiers.segments import Segment, SegmentTable
+from respkv.tiers.space import RELOCATED
 
 _OFFERED_AT_ONCE = 1024
 _SAVED = "schemas.json"
@@ -100,6 +101,7 @@ class Opened:
         checkpointer.reserve()
         self._choose_surplus()
         self._check_size()
+        self._make_way()
 
     async def offer(self, found: Callable[[Meta, Record], bool]) -> None:
         """Show everybody what is there; what is not wanted is freed."""
@@ -174,6 +176,22 @@ class Opened:
                 log.discard(record)
             table.fence(found)
             self._surplus.append(found)
+
+    def _make_way(self) -> None:
+        """Where crashes have left no segment free, let reclaim go on at the end of one.
+
+        What was open is sealed by a crash, however little was in it, because writes may have been
+        on their way. So short lives use up all segments, and with no place for what is to be kept
+        reclaim would have to drop it. The checkpoint to come tells the next start where to read on.
+        """
+        table = self.parts.log.table
+        sealed = [
+            each
+            for each in table.segments.values()
+            if each.state == "sealed" and each not in self._surplus
+        ]
+        if sealed and not self._was_left_clean and not self.parts.space.num_ready:
+            table.reopen(min(sealed, key=lambda each: each.offset), stream=RELOCATED)
 
     def _check_size(self) -> None:
         table = self.parts.log.table

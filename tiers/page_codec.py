@@ -51,6 +51,7 @@ class PageCodec:
         self._stats = stats
         self._encoders, self._decoders = _limiter(), _limiter()
         self._lacks_torch = False
+        self._complaints: set[str] = set()
 
     async def encode(self, meta: Meta, payload: memoryview) -> tuple[int, memoryview]:
         spec = self._spec_of(meta) if meta.kind == "kvpage" else None
@@ -67,10 +68,14 @@ class PageCodec:
 
     async def decode(self, codec: int, stored: memoryview, into: memoryview) -> bool:
         work = partial(_timed, partial(decode_stored, codec, stored, into))
-        if into.nbytes <= LOOP_BYTES_MAX and codec < ENCODED_ID_MIN:
-            is_lossless, seconds = work()
-        else:
-            is_lossless, seconds = await anyio.to_thread.run_sync(work, limiter=self._decoders)
+        try:
+            if into.nbytes <= LOOP_BYTES_MAX and codec < ENCODED_ID_MIN:
+                is_lossless, seconds = work()
+            else:
+                is_lossless, seconds = await anyio.to_thread.run_sync(work, limiter=self._decoders)
+        except TierError as error:
+            self._complain("pages in files cannot be read", error)
+            raise
         self._stats.decoded_bytes += into.nbytes
         self._stats.decode_us += int(seconds * 1e6)
         return is_lossless
@@ -95,8 +100,14 @@ class PageCodec:
                 return encode_page(payload, spec, has_parent=has_parent)
             except TierError as error:
                 self._lacks_torch = True
-                logger.error("pages are stored without loss, larger than asked for: %s", error)
+                self._complain("pages are stored without loss, larger than asked for", error)
         return encode_page(payload, spec.without_loss(), has_parent=has_parent)
+
+    def _complain(self, what: str, error: TierError) -> None:
+        """Log what is so for every page, once."""
+        if what not in self._complaints:
+            self._complaints.add(what)
+            logger.warning("%s: %s", what, error)
 
 
 def element_bytes(meta: Meta) -> int:

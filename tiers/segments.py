@@ -173,6 +173,16 @@ class SegmentTable:
         segment.stream = stream
         self._open[stream] = segment
 
+    def reopen(self, segment: Segment, *, stream: int) -> None:
+        """Go on behind the last batch of a sealed segment of which nothing is on its way."""
+        assert segment.state == "sealed"
+        assert segment.settled == segment.offset
+        assert not segment.writers
+        assert stream not in self._open
+        segment.state = "open"
+        segment.stream = stream
+        self._open[stream] = segment
+
     def allocate(self, nbytes: int, *, stream: int = 0) -> tuple[Segment, int] | None:
         """Take space for a batch in the open segment of a stream.
 

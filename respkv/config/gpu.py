@@ -1,14 +1,30 @@
 """The settings of the gpu tier."""
 
 import re
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from respkv.config.files import FileSettings
 from respkv.config.kinds import MIB, Choice, Kind, Size, size_text
 from respkv.errors import ConfigError
 
 GPU_BYTES_MIN = MIB
-_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,2})?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device(Kind):
+    """A device as torch names it."""
+
+    @property
+    def accepted(self) -> str:
+        """What may be written."""
+        return "cuda, cuda:0 and so on, cpu"
+
+    def read(self, value: object) -> Any:
+        """Return the name in lower case."""
+        name = value.lower() if isinstance(value, str) else ""
+        return name if _DEVICE.fullmatch(name) else None
 
 
 class GpuSettings(FileSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -23,9 +39,7 @@ class GpuSettings(FileSettings, kw_only=True, frozen=True, forbid_unknown_fields
             )
         ),
     ] = 0
-    gpu_device: Annotated[
-        str, Kind(about="Device of the gpu tier: cuda:0 and so on; cpu is for tests.")
-    ] = "cuda:0"
+    gpu_device: Annotated[str, Device(about="Device of the gpu tier; cpu is for tests.")] = "cuda:0"
     gpu_promote: Annotated[
         str,
         Choice(
@@ -36,13 +50,9 @@ class GpuSettings(FileSettings, kw_only=True, frozen=True, forbid_unknown_fields
     ] = "second"
 
     def check_gpu(self) -> None:
-        """Raise ConfigError when these settings cannot be."""
+        """Raise ConfigError when the tier is too small to be one."""
         if 0 < self.gpu_bytes < GPU_BYTES_MIN:
             raise ConfigError(
                 f"gpu-bytes = {self.gpu_bytes}: accepted are 0, and values"
                 f" from {size_text(GPU_BYTES_MIN)} on"
-            )
-        if not _DEVICE.fullmatch(self.gpu_device):
-            raise ConfigError(
-                f"gpu-device = {self.gpu_device!r}: accepted are cuda, cuda:0 and so on, and cpu"
             )

@@ -6,7 +6,7 @@ import pytest
 from respkv.engine.entry import Put
 from respkv.errors import TierError
 from respkv.tiers.record import Level, Record
-from tests.engine.fake_tier import FakeLog, FakeTier
+from tests.engine.fake_tier import FakeLog, FakeTier, Logged
 from tests.engine.files import DURABLE, WRITTEN, get, opened, settled, until
 from tests.fakes import make_cache
 
@@ -50,6 +50,25 @@ async def test_the_older_of_two_values_that_a_start_finds_is_buried() -> None:
         assert not [
             each for each in nvme.log.values if each.meta.generation > nvme.log.buried[b"key"]
         ]
+
+
+async def test_a_change_that_only_one_log_knows_after_a_crash_is_told_to_the_other() -> None:
+    cache, clock = make_cache()
+    nvme, disk = FakeTier(), FakeTier(name="disk")
+    async with opened(cache, nvme, disk) as mover:
+        entry = cache.put(b"key", b"value", DURABLE)
+        await settled(cache, mover)
+        await nvme.leave(list(entry.records))
+        (known,), (unknown,) = nvme.log.values, disk.log.values
+        changed = Logged(known.meta._replace(expires_ms=clock.wall_ms + 5000), known.data)
+        logs = FakeLog([changed]), FakeLog([Logged(unknown.meta, unknown.data)])
+    cache, _ = make_cache()
+    nvme, disk = FakeTier(logs[0]), FakeTier(logs[1], name="disk")
+    async with opened(cache, nvme, disk):
+        assert cache.entries[b"key"].expires_ms == clock.wall_ms + 5000
+        nvme.drop(cache.entries[b"key"].records[0], "evicted")
+        (left,) = disk.log.values
+        assert left.meta.expires_ms == clock.wall_ms + 5000
 
 
 async def test_a_value_whose_time_is_over_keeps_the_older_one_away_and_is_buried() -> None:
@@ -96,6 +115,52 @@ class SlowToWrite(FakeTier):
             return await super().read(record, key, into, image)
         finally:
             self.gate = gate
+
+
+async def test_one_of_those_that_are_replaced_is_there_until_the_last_is_written() -> None:
+    cache, _ = make_cache()
+    tier = FakeTier()
+    async with opened(cache, tier) as mover:
+        cache.put(b"key", b"old", DURABLE)
+        await settled(cache, mover)
+        (record,) = cache.entries[b"key"].records
+        tier.close_gate()
+        cache.put(b"key", b"newer", DURABLE)
+        await until(lambda: len(tier.writes) == 2)
+        cache.put(b"key", b"newest", DURABLE)
+        gate, tier.gate = tier.gate, anyio.Event()
+        assert gate is not None
+        gate.set()
+        await until(lambda: len(tier.writes) == 3)
+        assert record in tier.records
+        assert not tier.log.buried
+        tier.open_gate()
+        await settled(cache, mover)
+        await until(lambda: not cache.copies.leaving)
+        assert [each.data for each in tier.records.values()] == [b"newest"]
+        assert not cache.copies.ghosts
+
+
+async def test_a_put_is_answered_when_no_log_can_bring_back_the_value_before() -> None:
+    cache, _ = make_cache()
+    nvme, disk = SlowToWrite(), FakeTier(name="disk")
+    async with opened(cache, nvme, disk) as mover:
+        entry = cache.put(b"key", b"old", DURABLE)
+        await settled(cache, mover)
+        (record,) = entry.records
+        await nvme.leave([record])
+        nvme.drop(record, "evicted")
+        await until(lambda: not cache.copies.leaving)
+        since = cache.copies.ticket
+        disk.close_gate()
+        cache.put(b"key", b"newer", DURABLE)
+        await until(lambda: bool(nvme.records))
+        note = cache.copies.find(since + 1)
+        assert note is not None
+        assert note.todo
+        disk.open_gate()
+        await settled(cache, mover, since)
+        assert disk.log.buried[b"key"] >= record.generation
 
 
 async def test_what_is_being_replaced_moves_down_and_is_buried_where_it_went() -> None:

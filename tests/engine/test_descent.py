@@ -21,7 +21,7 @@ async def test_what_changes_while_a_copy_moves_is_told_to_the_tier_that_it_moves
         since, (record,) = cache.copies.ticket, entry.records
         disk.close_gate()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(nvme.leave, [record])
+            tasks.start_soon(leave, nvme, record)
             await until(lambda: bool(disk.writes))
             cache.expire_at(entry, clock.wall_ms + 5000)
             cache.pin(entry, clock.now + 9)
@@ -43,7 +43,7 @@ async def test_what_changes_while_a_copy_is_about_to_move_is_told_to_its_tier_to
         await settled(cache, mover)
         since, (record,) = cache.copies.ticket, entry.records
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(nvme.leave, [record])
+            tasks.start_soon(leave, nvme, record)
             while not cache.copies.moving:
                 await anyio.lowlevel.checkpoint()
             cache.expire_at(entry, clock.wall_ms + 5000)
@@ -64,7 +64,7 @@ async def test_a_change_is_not_waited_for_where_no_copy_arrives(end: str) -> Non
         since, (record,) = cache.copies.ticket, entry.records
         disk.close_gate()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(nvme.leave, [record])
+            tasks.start_soon(leave, nvme, record)
             await until(lambda: bool(disk.writes))
             cache.expire_at(entry, clock.wall_ms + 5000)
             if end == "deleted":
@@ -86,7 +86,7 @@ async def test_a_change_of_what_is_being_replaced_is_told_where_its_copy_arrives
         nvme.close_gate()
         disk.close_gate()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(nvme.leave, [record])
+            tasks.start_soon(leave, nvme, record)
             await until(lambda: bool(disk.writes))
             cache.expire_at(entry, clock.wall_ms + 5000)
             cache.put(b"key", b"newer", DURABLE)
@@ -126,7 +126,7 @@ async def test_what_is_replaced_while_it_is_about_to_move_moves_all_the_same() -
         (record,) = entry.records
         nvme.close_gate()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(nvme.leave, [record])
+            tasks.start_soon(leave, nvme, record)
             while not cache.copies.moving:
                 await anyio.lowlevel.checkpoint()
             assert not disk.writes
@@ -138,6 +138,11 @@ async def test_what_is_replaced_while_it_is_about_to_move_moves_all_the_same() -
         await until(lambda: not cache.copies.leaving)
         assert not disk.records
         assert await get(cache, mover, b"key") == b"newer"
+
+
+async def leave(tier: FakeTier, record: Record) -> None:
+    """Do as reclaim does with what it is about to drop."""
+    await tier.leave([record])
 
 
 class SlowToWrite(FakeTier):

@@ -328,6 +328,58 @@ async def test_the_level_of_a_page_that_is_there_is_raised_and_never_lowered() -
         assert entry.level == Level.DURABLE
 
 
+async def test_what_is_to_be_written_again_outlives_the_copy_that_it_is_read_from() -> None:
+    cache, _ = make_cache()
+    async with opened(cache, tier := FakeTier(), settings=KEEP) as mover:
+        entry = cache.put(ID, b"p" * 5000, Put("kvpage", level=Level.WRITTEN))
+        await settled(cache, mover)
+        await make_cold(cache, mover)
+        since = cache.copies.ticket
+        tier.close_gate()
+        cache.describe(entry, Put("kvpage", level=Level.DURABLE))
+        (record,) = entry.records
+        assert tier.keep(record)
+        is_over = False
+
+        async def reclaim() -> None:
+            nonlocal is_over
+            await tier.leave([record])
+            is_over = True
+            if record in tier.records:  # else the new copy has taken its place already
+                tier.drop(record, "evicted")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(reclaim)
+            await until(lambda: tier.reads == [ID])
+            await anyio.sleep(0.02)
+            assert not is_over
+            for _ in range(70):
+                cache.forget_cold()
+            assert entry.position >= 0
+            tier.open_gate()
+        await settled(cache, mover, since)
+        assert [each.level for each in entry.records] == [Level.DURABLE]
+        assert await get(cache, mover, ID) == b"p" * 5000
+
+
+async def test_memory_gives_up_nothing_that_is_to_be_written_again() -> None:
+    cache, clock = make_cache(1 << 20)
+    async with opened(cache, tier := FakeTier()) as mover:
+        entry = cache.put(ID, b"p" * 60_000, Put("kvpage", level=Level.WRITTEN))
+        await settled(cache, mover)
+        since = cache.copies.ticket
+        tier.close_gate()
+        cache.describe(entry, Put("kvpage", level=Level.DURABLE))
+        for number in range(40):
+            clock.advance(1)
+            cache.put(b"%d" % number, b"v" * 60_000)
+        assert not entry.is_cold
+        tier.drop(entry.records[0], "evicted")
+        tier.open_gate()
+        await settled(cache, mover, since)
+        assert [each.level for each in entry.records] == [Level.DURABLE]
+
+
 async def test_a_default_level_holds_for_puts_that_name_none() -> None:
     cache, _ = make_cache()
     async with opened(cache, tier := FakeTier()) as mover:

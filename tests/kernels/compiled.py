@@ -183,7 +183,14 @@ def _serve() -> None:
 
         try:
             answer = _answer(json.loads(line))
-        except (CompilationError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (
+            CompilationError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            OSError,
+        ) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -1,7 +1,7 @@
 """Interpret Triton's kernels where there is no GPU; give tests the device that they run on.
 
 The variable must be set before Triton is imported at all: its own library is made of ``triton.jit``
-functions as well. So nothing but a kernel's module and its test imports Triton at its top.
+functions as well. tests/conftest.py does so for whole runs, in which others may import it first.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
-        "something imported triton before tests/kernels could ask for its interpreter"
+        "triton was imported before anything asked for its interpreter: set TRITON_INTERPRET=1"
     )
     os.environ["TRITON_INTERPRET"] = "1"
 

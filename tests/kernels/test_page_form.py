@@ -45,7 +45,7 @@ def test_parts_follow_each_other_aligned_and_the_name_says_it_all(
         assert form == form.raw == PageForm(shape)
         return
     assert form.tokens + form.num_exact == shape.tokens
-    assert 0 < form.tokens
+    assert form.tokens > 0
     assert form.exact_bytes <= form.keys_offset < form.values_offset < form.nbytes
     assert form.keys_offset % PART_ALIGN_BYTES == form.values_offset % PART_ALIGN_BYTES == 0
     assert form.values_offset - form.keys_offset >= shape.layers * form.plane_bytes("key")

@@ -1,6 +1,6 @@
 """Rounding in Triton against torch's: every 16-bit number, and what lies between them."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: ANN001, ANN201
 
 import pytest
@@ -65,7 +65,7 @@ def padded(numbers: Tensor) -> Tensor:
     return torch.nn.functional.pad(numbers, (0, -numbers.numel() % BLOCK), value=1.0)
 
 
-def run(kernel: object, x: Tensor, *out: Tensor, **named: object) -> None:
+def run(kernel: object, x: Tensor, *out: Tensor, **named: bool) -> None:
     launch.run(kernel, x.numel() // BLOCK, x.device, x, *out, BLOCK=BLOCK, **named)
 
 

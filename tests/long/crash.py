@@ -173,6 +173,7 @@ def run_share(rounds: int, seed: str, base: str | None, only: str | None) -> Non
                     error.add_note(f"seed {seed}, round {index}, {regime}")
                     raise
             counts += each.counts
+        print(f"{seed}: {min(start + per_directory, rounds)} of {rounds}", flush=True)
     print(", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())), flush=True)
 
 

@@ -2,9 +2,10 @@
 
 Real are the cache, the mover, the actors and the file tiers; simulated are time, the devices, their
 faults, and clients. Every command changes the cache in one turn, so what each key was told is one
-list, in order. While a life lasts a read sees the last value of that list or nothing. After a crash
-it may see what any command left that was not certainly over: the last one that was acknowledged, or
-one after it. What was to survive, and was still known when the machine stopped, is there.
+list, in order. While a life lasts a read sees the last value of that list or nothing. After a crash,
+which may come in the middle of commands, it may see what any command left that was not certainly
+over: the last one that was acknowledged, or one after it; with the TTL that this one left. What was
+to survive, and was still known when the machine stopped, is there.
 """
 
 import errno
@@ -13,6 +14,7 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import anyio
@@ -28,7 +30,7 @@ from respkv.tiers.device import Device
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.format import check_page
 from respkv.tiers.parts import TierConfig
-from respkv.tiers.record import Level
+from respkv.tiers.record import Level, Record
 from respkv.tiers.slab import SlabAllocator
 from tests.fakes import ManualClock
 from tests.simulation.values import Value, value_of_page, value_of_write
@@ -101,19 +103,28 @@ class History:
         if step in steps:
             del steps[: steps.index(step)]
 
-    def see(self, key: bytes, data: bytes | None, wall_ms: int, *, crashed: bool = False) -> None:
-        """Assert that a value may be there now."""
+    def see(
+        self, key: bytes, data: bytes, expires_ms: int, wall_ms: int, *, crashed: bool = False
+    ) -> None:
+        """Assert that a value may be there now. What is found after a crash is the truth then."""
         steps = self.steps.get(key, [])
-        if data is None:
-            return
         if self.is_page(key):
             assert data == value_of_page(key, self.page_bytes).bytes(), f"{key!r}: wrong bytes"
             return
         may = steps if crashed else steps[-1:]
-        found = [step for step in may if step.value is not None and step.value.bytes() == data]
-        assert found, f"{key!r} is {data[:40]!r}, {len(data)} bytes; it may be one of {may}"
-        is_live = any(not step.expires_ms or step.expires_ms > wall_ms for step in found)
-        assert is_live, f"{key!r} is there though its TTL ended: {found}"
+        found = [
+            step
+            for step in may
+            if step.value is not None
+            and step.value.bytes() == data
+            and step.expires_ms == expires_ms
+        ]
+        what = f"{data[:40]!r}, {len(data)} bytes, and expires at {expires_ms}"
+        assert found, f"{key!r} is {what}; it may be one of {may}"
+        assert not expires_ms or expires_ms > wall_ms, f"{key!r} is there though its TTL ended"
+        if crashed:
+            steps[:] = found[-1:]
+            steps[0].is_over = True
 
 
 class Life:
@@ -140,6 +151,7 @@ class Life:
         self.tiers: list[FileTier] = []
         self.must_find: list[bytes] = []  # the life before promised them
         self.promised: list[bytes] = []
+        self.leaving: set[Record] = set()
         for number, (name, alignment) in enumerate((("nvme", 4096), ("disk", 64))):
             if number < len(files):
                 self._add_tier(name, alignment, files[number])
@@ -163,11 +175,20 @@ class Life:
         )
 
         async def connect() -> Device:
+            tier.leave = partial(self._leave, tier.leave)
             return faulty
 
+        tier = FileTier(config, connect, clock=anyio.current_time)
         self.devices.append(device)
         self.faulty.append(faulty)
-        self.tiers.append(FileTier(config, connect, clock=anyio.current_time))
+        self.tiers.append(tier)
+
+    async def _leave(
+        self, leave: Callable[[list[Record]], Awaitable[None]], records: list[Record]
+    ) -> None:
+        """Note what reclaim is about to drop: its log is told so a little earlier than the engine."""
+        self.leaving.update(records)
+        await leave(records)
 
     async def _pause(self, kind: Kind, name: str) -> None:
         await anyio.sleep(self.rng.choice((0, 0.0001, 0.001, 0.02)))
@@ -186,7 +207,7 @@ class Life:
             )
             try:
                 async with open_files(self.cache, self.tiers, settings) as mover:
-                    await self._play(mover)
+                    await self._play(mover, end)
                     if end != "clean":
                         left = self._crash(end)
                         raise Stop
@@ -201,7 +222,7 @@ class Life:
             self._keep_what_is_true()
         return left
 
-    async def _play(self, mover: Mover) -> None:
+    async def _play(self, mover: Mover, end: End) -> None:
         self.history.result.recovered += len(self.cache.entries)
         lost = [key for key in self.must_find if key not in self.cache.entries]
         assert not lost, f"acknowledged and lost: {lost}"
@@ -217,6 +238,9 @@ class Life:
             async with anyio.create_task_group() as tasks:
                 for _ in range(CLIENTS):
                     tasks.start_soon(self._be_client, mover)
+                if end != "clean" and self.rng.random() < 0.5:
+                    await anyio.sleep(self.rng.uniform(0, 4))
+                    tasks.cancel_scope.cancel()  # it ends in the middle of commands
         assert not scope.cancelled_caught, f"a client hangs for {LIFE_S_MAX} s"
         if self.has_faults:
             for each in self.faulty:
@@ -239,9 +263,11 @@ class Life:
                 await self._change(mover, key, self._delete)
             elif what < 0.95:
                 await self._change(mover, key, self._pin)
-            elif what < 0.955:
+            elif what < 0.98 and not self.history.is_page(key):
+                await self._change(mover, key, self._expire)
+            elif what < 0.985:
                 await self._flush(mover)
-            elif what < 0.97:
+            elif what < 0.993:
                 entries = [self.cache.find(each) for each in self.history.pages]
                 mover.advise_prefetch([each for each in entries if each is not None])
             else:
@@ -270,7 +296,8 @@ class Life:
             if entry.slot is not None:
                 header = cache.header(entry.slot)
                 check_page(header, cache.payload(entry.slot), key=key)
-            history.see(key, cache.copy(entry), self.clock.wall_ms, crashed=crashed)
+            now_ms = self.clock.wall_ms
+            history.see(key, cache.copy(entry), entry.expires_ms, now_ms, crashed=crashed)
         finally:
             mover.release(load)
 
@@ -328,6 +355,16 @@ class Life:
         if entry is not None:
             self.cache.pin(entry, self.clock.now + self.rng.choice((0, 0.1)))
 
+    def _expire(self, key: bytes) -> Step | None:
+        entry = self.cache.find(key)
+        if entry is None:
+            return None
+        left_ms = self.rng.choice((None, 20, 2000, 200_000))
+        expires_ms = 0 if left_ms is None else self.clock.wall_ms + left_ms
+        self.cache.expire_at(entry, expires_ms)
+        before = self.history.steps[key][-1]
+        return self.history.begin(key, Step(before.value, before.level, expires_ms))
+
     async def _flush(self, mover: Mover) -> None:
         steps = {key: self.history.begin(key, Step(None)) for key in self.history.steps}
         with suppress(TierError):
@@ -362,7 +399,9 @@ class Life:
 
     def _is_promised(self, entry: Entry, least: Level) -> bool:
         steps = self.history.steps.get(entry.key, [])
-        is_safe = any(record.level >= least for record in entry.records)
+        is_safe = any(
+            record.level >= least and record not in self.leaving for record in entry.records
+        )
         return is_safe and len(steps) == 1 and steps[0].is_over and not entry.expires_ms
 
     def _keep_what_is_true(self) -> None:
@@ -380,12 +419,6 @@ class Life:
                 del steps[:-1]
             elif entry is None:
                 steps[:] = [Step(None, is_over=True)]
-            elif not entry.is_cold:
-                data = cache.copy(entry)
-                steps[:] = [
-                    step for step in steps if step.value is not None and step.value.bytes() == data
-                ][-1:]
-                steps[0].is_over = True
 
     def _count(self) -> None:
         stats, result = self.cache.stats, self.history.result

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import anyio
+
 from respkv.tiers.gpu_lanes import Ending, Way
 
 
@@ -44,6 +46,12 @@ class LateLanes:
 
     def wait_for_users(self) -> None:
         self.num_waits_for_users += 1
+
+    async def launched(self, way: Way) -> None:
+        """Wait until something is on its way."""
+        with anyio.fail_after(5):
+            while not self.todo[way]:  # noqa: ASYNC110 (who launches does not say so)
+                await anyio.sleep(0.001)
 
     def finish(self, way: Way) -> bool:
         """Do the oldest work of a lane; False when there is none."""

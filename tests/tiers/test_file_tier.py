@@ -266,6 +266,30 @@ async def test_a_cap_that_was_lowered_holds(tmp_path: Path) -> None:
         await shelf.check()
 
 
+async def test_what_is_to_be_kept_stays_where_crashes_have_left_no_segment_free(
+    tmp_path: Path,
+) -> None:
+    def make(capacity_bytes: int) -> FileTier:
+        return open_nvme(tmp_path, capacity_bytes=capacity_bytes, segment_bytes=1 << 20)
+
+    keys = [b"key %d" % number for number in range(5)]
+    for key in keys:  # each in a segment of its own
+        async with running(make(12 << 20), is_clean=False) as (shelf, _):
+            await shelf.put(key, level=Level.DURABLE)
+    for life in range(5):
+        async with running(make(6 << 20), is_clean=False) as (shelf, _):
+            assert size_of(tmp_path) <= 6 << 20
+            shelf.keeps = lambda record: True
+            if life:  # before, it is killed as soon as it has started
+                await shelf.put(b"more %d" % life, level=Level.DURABLE)
+            await shelf.check()
+            assert shelf.gone == []
+            assert shelf.held.keys() >= {*keys}
+    async with running(make(6 << 20)) as (shelf, _):
+        await shelf.check()
+        assert len(shelf.held) == len(keys) + 4
+
+
 async def test_too_few_segments_are_refused(tmp_path: Path) -> None:
     tier = open_nvme(tmp_path, capacity_bytes=4 << 20, segment_bytes=1 << 20)
     with pytest.raises(TierError, match="have room for 3 segments of 1048576 bytes"):

@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import anyio
 import anyio.lowlevel
@@ -16,6 +17,7 @@ from respkv.kernels.page_form import PageForm
 from respkv.page import Geometry
 from respkv.tiers.format import hash64
 from respkv.tiers.gpu import GpuTier
+from respkv.tiers.gpu_lanes import Ending, Way
 from respkv.tiers.slab import Slot
 from tests.tiers.late_lanes import LateLanes
 
@@ -179,7 +181,7 @@ async def test_a_slot_is_not_taken_again_under_a_copy_into_it(
     slots = [taken(late, RAW) for _ in range(MIB // NBYTES)]
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(late.write, slots[0], page_of(1), RAW)
-        await anyio.lowlevel.checkpoint()
+        await lanes.launched("in")
         late.slots.give_back(slots[0])
         assert late.take(RAW.nbytes) is None
         lanes.finish_all()
@@ -205,7 +207,7 @@ async def test_a_copy_that_is_cancelled_ends_before_its_asker(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(copy)
-        await anyio.sleep(0.01)
+        await lanes.launched("in" if way == "in" else "out")
         tasks.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
             await anyio.sleep(0.01)
@@ -215,13 +217,34 @@ async def test_a_copy_that_is_cancelled_ends_before_its_asker(
     assert slot.holders == 1
 
 
+async def test_a_kernel_is_launched_in_a_thread_and_a_copy_is_not(
+    late: GpuTier, lanes: LateLanes
+) -> None:
+    """The first launch of a kernel compiles it, which takes seconds."""
+    threads: list[bool] = []
+    launch = lanes.launch
+
+    def noting(way: Way, work: Callable[[], None]) -> Ending:
+        threads.append(threading.current_thread() is threading.main_thread())
+        ending = launch(way, work)
+        lanes.finish_all()
+        return ending
+
+    lanes.launch = noting  # type: ignore[method-assign]
+    for form in (RAW, PageForm.of(SHAPE, Codec.I8, Codec.I8)):
+        slot = taken(late, form)
+        await late.write(slot, page_of(1), form)
+        await read(late, slot, form)
+    assert threads == [True, True, False, False]
+
+
 # -- failures ---------------------------------------------------------------------------------
 
 
 async def test_a_failed_device_is_off_for_good(late: GpuTier, lanes: LateLanes) -> None:
     slot = taken(late, RAW)
     lanes.error = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-    with pytest.raises(TierError, match="illegal memory access was encountered$"):
+    with pytest.raises(TierError, match=r"illegal memory access was encountered$"):
         await late.write(slot, page_of(1), RAW)
     assert late.state == "off"
     assert late.reason == "CUDA error: an illegal memory access was encountered"
@@ -240,7 +263,7 @@ async def test_a_device_that_fails_while_it_copies_is_off(late: GpuTier, lanes: 
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(read_late)
-        await anyio.sleep(0.005)
+        await lanes.launched("out")
         lanes.fail("out", RuntimeError("CUDA error: uncorrectable ECC error encountered"))
     assert late.state == "off"
     assert late.stats.errors == 1
@@ -327,5 +350,5 @@ async def test_no_slot_is_used_under_a_reader_whatever_is_cancelled(
             late.slots.check()
         while late.slots.used_bytes:
             lanes.finish(rng.choice(["in", "out"]))
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
     assert late.slots.used_bytes == 0

@@ -1,6 +1,7 @@
 """Lanes, and how their events are awaited."""
 
 import ctypes
+from collections.abc import Callable
 
 import anyio
 import pytest
@@ -28,7 +29,8 @@ async def test_what_has_ended_is_not_waited_for() -> None:
 
 
 async def test_others_run_while_an_event_is_awaited() -> None:
-    ending, turns = LateEnding(), 0
+    ending = LateEnding()
+    turns = 0
 
     async def others() -> None:
         nonlocal turns
@@ -53,7 +55,7 @@ async def test_looking_becomes_rare() -> None:
         await ended(ending)
     assert looks > 10, "often at first"
     assert gpu_lanes.PAUSE_S_MAX <= 0.005
-    before = ending.num_looks
+    before, later = ending.num_looks, 0
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ended, ending)
         await anyio.sleep(0.1)
@@ -122,6 +124,12 @@ def test_memory_that_cannot_be_pinned_is_a_warning(caplog: pytest.LogCaptureFixt
     assert "ulimit -l" in caplog.text
 
 
+def compute(cycles: int) -> None:
+    """Have the computing stream busy; 2 billion cycles take about a second."""
+    sleep: Callable[[int], None] = torch.cuda._sleep
+    sleep(cycles)
+
+
 @pytest.mark.gpu
 @needs_cuda
 async def test_copies_from_pinned_memory_run_beside_the_computing_stream() -> None:
@@ -133,8 +141,12 @@ async def test_copies_from_pinned_memory_run_beside_the_computing_stream() -> No
     source.fill_(7)
     target = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
-    torch.cuda._sleep(200_000_000)  # some 0.1 s of the computing stream
-    ending = lanes.launch("in", lambda: target.copy_(source, non_blocking=True) and None)
+    compute(200_000_000)
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+
+    ending = lanes.launch("in", copy)
     await ended(ending)
     assert not torch.cuda.current_stream().query(), "the copy did not wait for it"
     assert int(target[-1]) == 7
@@ -145,7 +157,7 @@ async def test_copies_from_pinned_memory_run_beside_the_computing_stream() -> No
 @needs_cuda
 async def test_what_is_launched_after_users_waits_for_them() -> None:
     lanes = CudaLanes(torch.device("cuda"), is_quick=True)
-    torch.cuda._sleep(100_000_000)
+    compute(100_000_000)
     lanes.wait_for_users()
     ending = lanes.launch("in", lambda: None)
     assert not ending.query()

@@ -1,6 +1,7 @@
 """Slots at a device's alignment: the arena's allocator, asked in another way."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_a_slot_is_aligned_and_large_enough(nbytes: int) -> None:
         assert slots.is_alike(slot, nbytes)
         found.append(slot)
     places = sorted(slot.offset for slot in found)
-    assert all(b - a >= nbytes for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= nbytes for a, b in pairwise(places))
     assert places[-1] + nbytes <= slots.capacity_bytes
     assert slots.used_bytes <= slots.capacity_bytes
     slots.check()
@@ -40,7 +41,7 @@ def test_slots_of_many_sizes_never_overlap() -> None:
         if taken is not None:
             held[taken] = nbytes
             spans = sorted((slot.offset, slot.offset + size) for slot, size in held.items())
-            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
             assert all(start % ALIGN_BYTES == 0 for start, _ in spans)
     slots.check()
 

@@ -98,7 +98,7 @@ def kv_lease(session: Session, args: Args) -> "Later | None":
         check_gpu(session)
         return lease_on_gpu(session, keys, deadline)
     if tier != b"CPU":
-        raise CommandError(f"TIER {shown(tier)}: pages are leased on the cpu and gpu tiers")
+        raise CommandError(f"TIER {shown(tier)}: pages are leased in the cpu and gpu tiers")
     check_shared(session)
     _lease_in_arena(session, keys, deadline)
     return None

@@ -156,12 +156,19 @@ def _codec(session: Session, words: Words) -> tuple[bytes, bytes]:
     """Read what follows CODEC: a tier of this server, and the name of a codec."""
     tier, name = words.take().lower(), words.take().lower()
     tiers = {each.name.encode() for each in session.server.file_tiers} | {b"cpu"}
+    if session.server.gpu is not None:
+        tiers.add(b"gpu")
     if tier not in tiers:
         there = ", ".join(sorted(each.decode() for each in tiers))
         raise CommandError(f"CODEC {shown(tier)}: this server has the tiers {there}")
     if tier == b"cpu" and name != b"raw":
         raise CommandError(
             f"CODEC cpu {shown(name)}: pages in memory are raw, so that they are lent"
+        )
+    if tier == b"gpu" and name in (AUTO, b"xs"):
+        raise CommandError(
+            f"CODEC gpu {shown(name)}: slots on a GPU have one size; accepted are raw and the codecs"
+            " of fixed size"
         )
     if name == AUTO:
         return tier, name
