@@ -21,7 +21,7 @@ import zstandard
 
 from bench.machine import describe
 from bench.tensors import Sample, samples
-from respkv.tiers import lossless
+from respkv.kernels import lossless
 from respkv.tiers.codec import PageSpec, decode_stored, encode_page, parse_codec
 
 RESULTS = Path(__file__).parent / "results" / "codecs.json"

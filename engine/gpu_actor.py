@@ -130,7 +130,7 @@ class GpuActor(Actor):
         place = gpu.take(form.nbytes)
         if place is None:
             return True
-        is_attached = False
+        is_attached = fits = False
         try:
             with anyio.CancelScope(shield=True):
                 fits = await self._written(place, payload, form)
@@ -156,6 +156,7 @@ class GpuActor(Actor):
         slots = self.tier.slots
         slots.hold(copy.slot)
         gpu.num_reading += 1
+        checksum: int | None = None
         try:
             with anyio.CancelScope(shield=True):
                 checksum = await self.tier.read(copy.slot, into, copy.form)

@@ -96,50 +96,53 @@ def encode_paged(
 
 
 def decode_paged(
-    encoded: Sequence[Tensor],
+    encoded: Sequence[Tensor] | Tensor,
     buffer: PagedBuffer,
     side: Side,
     slots: Tensor | None,
     *,
     page_tokens: int,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Decode planes of one side of pages into a worker's cache; waits for nothing.
 
-    encoded: P * L planes, page after page, each [bytes] uint8, contiguous. They must live until the
-             kernel has run.
+    encoded: P * L planes, page after page, each [bytes] uint8, contiguous, which must live until the
+             kernel has run; or [P, L, capacity] uint8 with ``sizes``, as ``encode_paged`` gives both,
+             which takes no look at each plane.
     Returns: [P, L] bool: whether a plane's bytes can be one's of so many numbers. What was written
-             for one whose cannot is of no use.
+             for one whose cannot, or that has none, is of no use.
     """
-    device, layers = buffer.device, buffer.num_layers
-    num_pages = len(encoded) // layers
-    good = torch.ones((num_pages, layers), dtype=torch.bool, device=device)
+    num_pages = len(encoded) // (1 if sizes is not None else buffer.num_layers)
     if not _is_direct(buffer, slots, page_tokens):
         planes = _new_planes(buffer, page_tokens, num_pages)
-        good = decode_paged(encoded, planes, side, None, page_tokens=page_tokens)
+        good = decode_paged(encoded, planes, side, None, page_tokens=page_tokens, sizes=sizes)
         tokens = num_pages * page_tokens
         copy_tokens(planes, None, buffer, slots, tokens=tokens, sides=(side,))
         return good
+    device, count = buffer.device, num_pages * buffer.num_layers
     shape = plane_shape(buffer, side, slots, page_tokens)
-    # A plane that is too short for its head is read from one that is wrong.
-    spare = torch.zeros(XS_INFO_BYTES, dtype=torch.uint8, device=device)
-    kept = [_aligned(each) if each.numel() >= XS_INFO_BYTES else spare for each in encoded]
-    share = share_of(len(encoded), shape["BLOCKS"])
-    places = torch.tensor([[each.data_ptr(), each.numel()] for each in kept], dtype=torch.int64)
-    where = places.t().contiguous().to(device)
+    share = share_of(count, shape["BLOCKS"])
+    if sizes is not None:
+        assert isinstance(encoded, Tensor)
+        places, lengths, kept = *_places_in(encoded, sizes), [encoded]
+    else:
+        places, lengths, kept = _places_of(encoded, device)
+    good = torch.ones((num_pages, buffer.num_layers), dtype=torch.bool, device=device)
     launch.run(
         decode_block_kernel,
-        len(encoded) * num_groups(shape["BLOCKS"], share),
+        count * num_groups(shape["BLOCKS"], share),
         device,
         buffer.table,
         buffer.keys[0],
         slots,
-        where[0],
-        where[1],
+        places,
+        lengths,
         good.view(torch.uint8),
         SHARE=share,
         num_warps=BLOCK_WARPS,
         **shape,
     )
+    del kept  # copies made for the kernel: until it is queued
     return good
 
 
@@ -192,6 +195,29 @@ def _gathered(
     tokens = num_pages * page_tokens
     copy_tokens(buffer, slots, planes, None, tokens=tokens, sides=(side,))
     return planes
+
+
+def _places_in(encoded: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    # Addresses and sizes of planes [P, L, capacity], on their device.
+    pages, layers, _ = encoded.shape
+    page = torch.arange(pages, device=encoded.device).unsqueeze(1) * encoded.stride(0)
+    layer = torch.arange(layers, device=encoded.device) * encoded.stride(1)
+    return (page + layer + encoded.data_ptr()).flatten(), sizes.to(torch.int64).flatten()
+
+
+def _places_of(
+    encoded: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    # Addresses and sizes of planes, copied without waiting for what the device does, and the planes.
+    # One that is too short for its head is read from one that is wrong.
+    spare = torch.zeros(XS_INFO_BYTES, dtype=torch.uint8, device=device)
+    kept = [_aligned(each) if each.numel() >= XS_INFO_BYTES else spare for each in encoded]
+    rows = torch.tensor(
+        [[each.data_ptr() for each in kept], [each.numel() for each in kept]], dtype=torch.int64
+    )
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[0], rows[1], kept
 
 
 def _aligned(encoded: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ have the most keys to see, so their programs come first and the short ones fill 
 
 The prefix comes before the new tokens in one online softmax; neither is copied together before.
 
-Source: Dao, FlashAttention-2, ICLR 2024, arXiv:2307.08691; rows of tokens times heads as in
-Ainslie et al., GQA, EMNLP 2023, arXiv:2305.13245 suggests itself.
+Source: Dao, FlashAttention-2, ICLR 2024, arXiv:2307.08691 (the tiled softmax and its order of work).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

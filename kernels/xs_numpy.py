@@ -6,7 +6,7 @@ the window's base, and a byte of sign and mantissa; a code of all ones says that
 a list, in order. layout.py has the bytes. Base and width are those that make the result smallest,
 which the counts of the exponents alone tell.
 
-An entropy coder (zstd over the byte plane, tiers/lossless.py) gains 3 to 5 % more and is two to
+An entropy coder (zstd over the byte plane, kernels/lossless.py) gains 3 to 5 % more and is two to
 three times as slow; a device would have to decode it bit by bit.
 
 numpy works in whole passes, so what it does here is cut into blocks that stay in the cache.

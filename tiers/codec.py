@@ -158,7 +158,7 @@ def decode_stored(codec: int, stored: memoryview, into: memoryview) -> bool:
     if codec == RAW_ID and stored.nbytes == into.nbytes:
         into.cast("B")[:] = stored.cast("B")
         return True
-    from respkv.tiers import lossless
+    from respkv.kernels import lossless
 
     lossless.decode(codec, stored, into)
     return True
@@ -259,7 +259,7 @@ def _encode_lossless(plane: memoryview, dtype: str) -> tuple[int, _Pieces] | Non
 
         words = xs_numpy.encode(np.frombuffer(plane, np.uint16))
         return None if words is None else (PLAIN, [words])
-    from respkv.tiers import lossless
+    from respkv.kernels import lossless
 
     form, stored = lossless.encode(plane, element_bytes=DTYPE_BYTES[dtype], codec="zstd")
     return (PACKED, [stored]) if form == lossless.ZSTD else None
@@ -267,7 +267,7 @@ def _encode_lossless(plane: memoryview, dtype: str) -> tuple[int, _Pieces] | Non
 
 def _decode_lossless(stored: memoryview, into: memoryview, form: int) -> None:
     if form == PACKED:
-        from respkv.tiers import lossless
+        from respkv.kernels import lossless
 
         lossless.decode(lossless.ZSTD, stored, into)
         return

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from respkv.tiers import lossless
+from respkv.kernels import lossless
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.page_codec import PageCodec, SpecOf, no_spec
 from respkv.tiers.parts import TierConfig

@@ -120,7 +120,7 @@ def _limiter() -> anyio.CapacityLimiter:
 
 
 def _encode_whole(payload: memoryview, element_bytes: int, name: str) -> tuple[int, _Stored]:
-    from respkv.tiers import lossless  # needs numpy, which a tier that stores raw is spared
+    from respkv.kernels import lossless  # needs numpy, which a tier that stores raw is spared
 
     return lossless.encode(payload, element_bytes=element_bytes, codec=name)
 

@@ -103,3 +103,14 @@ def _check(view: Buffer, dtype: str, shape: Sequence[int]) -> int:
     if nbytes != wanted:
         raise ValueError(f"{nbytes} bytes; {dtype} of shape {tuple(shape)} takes {wanted}")
     return nbytes
+
+
+def decode_page(encoded: Buffer, *, device: str = "cpu") -> torch.Tensor:
+    """Decode a page that was asked for ``as_="raw"``, on the device where it is wanted.
+
+    Returns: [L, 2, T, H, D] of its dtype; the bytes go to the device encoded.
+    Raises:  PageCorrupt when these are not the bytes of an encoded page.
+    """
+    from respkv.kernels.encoded import decode_encoded
+
+    return decode_encoded(view_of(encoded), device=device)

@@ -51,7 +51,7 @@ def keys_of(count: int, namespace: str = "ns") -> list[bytes]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
+def tiered(tmp_path: Path) -> Iterator[ServerProcess]:
     """A server whose memory holds 60 pages, above two file tiers."""
     running = ServerProcess(
         maxmemory="8mb",
@@ -94,10 +94,10 @@ def words(value: Any) -> Any:
 
 
 def test_pages_change_codec_on_their_way_down_and_come_back_within_bounds(
-    server: ServerProcess,
+    tiered: ServerProcess,
 ) -> None:
     keys = keys_of(260)
-    with Client(server.url) as client:
+    with Client(tiered.url) as client:
         client.schema_set("ns", **SHAPE, codecs={"nvme": "xs", "disk": "rh4"})
         for number, key in enumerate(keys):
             client.put(key, page_of(number))
@@ -117,9 +117,9 @@ def test_pages_change_codec_on_their_way_down_and_come_back_within_bounds(
         assert int(stats["kv_nvme_corrupt"]) == 0
 
 
-def test_a_page_promoted_from_a_lossy_tier_stays_what_was_decoded(server: ServerProcess) -> None:
+def test_a_page_promoted_from_a_lossy_tier_stays_what_was_decoded(tiered: ServerProcess) -> None:
     keys = keys_of(60)
-    with Client(server.url) as client:
+    with Client(tiered.url) as client:
         client.schema_set("ns", **SHAPE, codecs={"nvme": "i8"})
         for number, key in enumerate(keys):
             client.put(key, page_of(number))
@@ -134,9 +134,9 @@ def test_a_page_promoted_from_a_lossy_tier_stays_what_was_decoded(server: Server
         assert int(client.info()["kv_nvme_corrupt"]) == 0
 
 
-def test_as_raw_hands_out_what_is_stored_and_as_a_dtype_converts(server: ServerProcess) -> None:
+def test_as_raw_hands_out_what_is_stored_and_as_a_dtype_converts(tiered: ServerProcess) -> None:
     keys = keys_of(60)
-    with Client(server.url) as client:
+    with Client(tiered.url) as client:
         client.schema_set("ns", **SHAPE, codecs={"nvme": "rh4/rh2"})
         for number, key in enumerate(keys):
             client.put(key, page_of(number))
@@ -173,9 +173,9 @@ def test_as_raw_hands_out_what_is_stored_and_as_a_dtype_converts(server: ServerP
         assert client.get(keys[0], as_="float16", deadline_ms=0) is None
 
 
-def test_quality_measures_and_auto_chooses_what_keeps_to_the_target(server: ServerProcess) -> None:
+def test_quality_measures_and_auto_chooses_what_keeps_to_the_target(tiered: ServerProcess) -> None:
     keys = keys_of(16)
-    with Client(server.url) as client:
+    with Client(tiered.url) as client:
         client.schema_set("ns", **SHAPE, codecs={"nvme": "auto"}, max_error=0.012)
         with pytest.raises(ServerError, match="no pages to measure"):
             client.quality("ns", "rh4")
@@ -214,9 +214,9 @@ def test_quality_measures_and_auto_chooses_what_keeps_to_the_target(server: Serv
     ],
 )
 def test_what_a_schema_cannot_have_is_refused(
-    server: ServerProcess, more: list[str], message: str
+    tiered: ServerProcess, more: list[str], message: str
 ) -> None:
-    with Client(server.url) as client:
+    with Client(tiered.url) as client:
         with pytest.raises(ServerError) as caught:
             client.command("KV.SCHEMA", "SET", "bad", *SHAPE_WORDS, *more)
         assert message in str(caught.value)

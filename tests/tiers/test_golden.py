@@ -7,8 +7,8 @@ import anyio
 import pytest
 
 from respkv.errors import TierError
+from respkv.kernels.lossless import decode
 from respkv.tiers.format import HEADER_BYTES, check_page, hash64
-from respkv.tiers.lossless import decode
 from respkv.tiers.record import Meta, Record
 from respkv.tiers.recovery import Recovered, recover
 from respkv.tiers.segment_head import segment_name

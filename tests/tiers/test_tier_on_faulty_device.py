@@ -13,9 +13,9 @@ import anyio
 import pytest
 
 from respkv.errors import PageCorrupt, TierError
+from respkv.kernels.lossless import decode, encode
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.format import hash64
-from respkv.tiers.lossless import decode, encode
 from respkv.tiers.parts import TierConfig
 from respkv.tiers.record import Level, Meta, Record, Value
 from tests.simulation import virtual

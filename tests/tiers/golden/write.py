@@ -7,9 +7,9 @@ older version is never written again: that it can still be read is what test_gol
 import json
 from pathlib import Path
 
+from respkv.kernels.lossless import CODECS, encode
 from respkv.tiers.batch import Bury, Change
 from respkv.tiers.format import hash64
-from respkv.tiers.lossless import CODECS, encode
 from respkv.tiers.record import Level, Meta
 from respkv.tiers.superblock import FORMAT_VERSION
 from tests.tiers.small_log import Given, SmallLog, page_key

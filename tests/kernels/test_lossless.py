@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from respkv.errors import PageCorrupt
-from respkv.tiers.lossless import (
+from respkv.kernels.lossless import (
     BLOCK_BYTES,
     CODEC_NAMES,
     CODECS,

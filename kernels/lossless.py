@@ -1,4 +1,4 @@
-"""Lossless codecs for what the disk tier stores: byte planes, then zstd or lz4.
+"""Lossless codecs for bytes of any kind: byte planes, then zstd or lz4.
 
 The high bytes of bfloat16 numbers (sign and most of the exponent) repeat, the low ones (the
 mantissa) are noise. Between the noise no compressor finds the repeats: lz4 alone makes Gaussian
@@ -25,7 +25,8 @@ import numpy as np
 import zstandard
 
 from respkv.errors import PageCorrupt
-from respkv.tiers.format import Buffer
+
+Buffer = bytes | bytearray | memoryview
 
 RAW = 0
 ZSTD = 1
