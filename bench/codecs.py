@@ -8,6 +8,7 @@ in each round. Ours go the way of a tier: from the bytes of a page to what is wr
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -155,7 +156,8 @@ def _error(exact: list[memoryview], other: list[memoryview]) -> float:
         (_numbers(before), _numbers(after)) for before, after in zip(exact, other, strict=True)
     ]
     difference = sum(float((after - before).square().sum()) for before, after in pairs)
-    return (difference / sum(float(before.square().sum()) for before, _ in pairs)) ** 0.5
+    norm = sum(float(before.square().sum()) for before, _ in pairs)
+    return math.sqrt(difference / norm)
 
 
 def _numbers(page: memoryview) -> torch.Tensor:

@@ -19,14 +19,13 @@ from bench.gpu_kernels import Bench
 from bench.gpu_peers import peers, relative_error
 from bench.gpu_table import Row, times_as_fast, times_as_long
 from respkv.kernels.attention import (
-    PagedKV,
-    decode_workspace,
-    num_splits,
     paged_decode,
     paged_decode_reference,
     paged_prefill,
     paged_prefill_reference,
 )
+from respkv.kernels.paged_kv import PagedKV
+from respkv.kernels.splits import decode_workspace, num_splits
 from tests.kernels import data
 
 PAGES: Final = (16, 64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_clock import Work
-from respkv.kernels.attention import PagedKV
+from respkv.kernels.paged_kv import PagedKV
 
 # What a package that is there, but of another version than these calls are for, may raise.
 UNUSABLE: Final = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)

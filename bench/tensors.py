@@ -57,7 +57,9 @@ def _pages(keys: data.Generate, values: data.Generate) -> torch.Tensor:
         )
         for layer in range(shape.layers)
     ]
-    tokens = torch.stack(layers).unflatten(2, (NUM_PAGES, shape.tokens))  # [L, 2, P, T, H, D]
+    tokens = torch.unflatten(
+        torch.stack(layers), 2, (NUM_PAGES, shape.tokens)
+    )  # [L, 2, P, T, H, D]
     return tokens.permute(2, 0, 1, 3, 4, 5).contiguous()
 
 
@@ -81,5 +83,5 @@ def llama() -> Sample:
     with torch.no_grad():
         layers = model(torch.from_numpy(tokens)[None], use_cache=True).past_key_values.layers
     sides = torch.stack([torch.stack([each.keys[0], each.values[0]]) for each in layers])
-    pages = sides.unflatten(3, (-1, shape.tokens))  # [L, 2, H, P, T, D]
+    pages = torch.unflatten(sides, 3, (-1, shape.tokens))  # [L, 2, H, P, T, D]
     return Sample("small random Llama", pages.permute(3, 0, 1, 4, 2, 5).contiguous())

@@ -42,7 +42,7 @@ def convert(payload: memoryview, source: str, target: str) -> memoryview:
             if limit is not None:
                 np.clip(block, -limit, limit, out=block)
             into[start : start + BLOCK] = block.astype(_TYPES[target])
-    return memoryview(into.view(np.uint8))
+    return memoryview(into.view(np.uint8).data)
 
 
 def converted_bytes(nbytes: int, source: str, target: str) -> int:

@@ -112,7 +112,7 @@ def decode_paged(
     Returns: [P, L] bool: whether a plane's bytes can be one's of so many numbers. What was written
              for one whose cannot, or that has none, is of no use.
     """
-    num_pages = len(encoded) // (1 if sizes is not None else buffer.num_layers)
+    num_pages = len(encoded) // (1 if isinstance(encoded, Tensor) else buffer.num_layers)
     if not _is_direct(buffer, slots, page_tokens):
         planes = _new_planes(buffer, page_tokens, num_pages)
         good = decode_paged(encoded, planes, side, None, page_tokens=page_tokens, sizes=sizes)
@@ -122,9 +122,10 @@ def decode_paged(
     device, count = buffer.device, num_pages * buffer.num_layers
     shape = plane_shape(buffer, side, slots, page_tokens)
     share = share_of(count, shape["BLOCKS"])
-    if sizes is not None:
-        assert isinstance(encoded, Tensor)
-        places, lengths, kept = *_places_in(encoded, sizes), [encoded]
+    if isinstance(encoded, Tensor):
+        assert sizes is not None
+        kept = [encoded]
+        places, lengths = _places_in(encoded, sizes)
     else:
         places, lengths, kept = _places_of(encoded, device)
     good = torch.ones((num_pages, buffer.num_layers), dtype=torch.bool, device=device)

@@ -55,10 +55,9 @@ def encode_kernel(
     plane = tl.multiple_of(out + page * out_page + layer * out_layer, 16)
     column = tl.arange(0, PADDED)
     signs = tl.load(signs_ptr + column, mask=column < WIDTH, other=0.0)
-    number = tl.arange(0, PRODUCT)
     matrix = None
     if not EXACT:
-        matrix = tl.load(matrix_ptr + number[:, None] * PRODUCT + number[None, :])
+        matrix = load_square(matrix_ptr, PRODUCT)
     mean = tl.zeros([PADDED], tl.float32)
     bad = tl.zeros([ROWS], tl.int1)
     for item in range(ITEMS):
@@ -124,10 +123,9 @@ def decode_kernel(
     plane = tl.multiple_of(encoded + page * encoded_page + layer * encoded_layer, 16)
     column = tl.arange(0, PADDED)
     signs = tl.load(signs_ptr + column, mask=column < WIDTH, other=0.0)
-    number = tl.arange(0, PRODUCT)
     matrix = None
     if not EXACT:
-        matrix = tl.load(matrix_ptr + number[:, None] * PRODUCT + number[None, :])
+        matrix = load_square(matrix_ptr, PRODUCT)
     for item in range(ITEMS):
         unit = part * ITEMS + item
         if SIDE == KEY:
@@ -156,6 +154,13 @@ def decode_kernel(
             target = base + (start + head * STRIDE_HEAD)[:, None] + column[None, :]
             made = to_element(rows, like.dtype.element_ty, INTERPRETED)
             tl.store(target, made, mask=is_there[:, None] & (column < DIM)[None, :])
+
+
+@triton.jit
+def load_square(start, SIZE: tl.constexpr):
+    """Load a matrix, [SIZE, SIZE]."""
+    number = tl.arange(0, SIZE)
+    return tl.load(start + number[:, None] * SIZE + number[None, :])
 
 
 @triton.jit

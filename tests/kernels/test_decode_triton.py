@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from respkv.kernels import decode_triton
+from respkv.kernels import decode_triton, splits_triton
 from respkv.kernels.attention import paged_decode, paged_decode_reference
 from respkv.kernels.paged_kv import CODE_DTYPES, PLAIN, PagedKV, Scoring
 from respkv.kernels.splits import decode_workspace
@@ -256,3 +256,13 @@ def test_float32_multiplies_in_tensor_cores_without_spills() -> None:
     made = compiled(torch.float32, 90, dim=256)
     assert made.spill_bytes == 0
     assert "mma.sync" in made.ptx
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_merge_compiles_without_spills(arch: int) -> None:
+    constants = decode_triton.merge_constants(torch.empty(32, 32, 128, device="meta"), 37)
+    signature = {"partial": "*fp32:16", "lse": "*fp32:16", "out": "*bf16:16"}
+    constants["INTERPRETED"] = False
+    made = compile_for(splits_triton.merge_kernel, signature, constants, arch, num_warps=4)
+    assert made.spill_bytes == 0
+    assert 128 in made.load_bits

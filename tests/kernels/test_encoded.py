@@ -20,7 +20,7 @@ NAMES = [codec.name.lower() for codec in Codec]
 def payload_of(shape: Geometry, seed: int) -> memoryview:
     numbers = data.gaussian(shape.layers * 2 * shape.tokens, shape.heads, shape.dim, seed)
     page = numbers.to(getattr(torch, shape.dtype)).contiguous()
-    return memoryview(page.view(torch.uint8).numpy()).cast("B")
+    return memoryview(page.view(torch.uint8).numpy().tobytes())
 
 
 def by_tier(encoded: memoryview, nbytes: int) -> bytes:

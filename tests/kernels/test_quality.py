@@ -54,7 +54,7 @@ def test_layers_of_pages_are_measured_apart() -> None:
     shape = Geometry(2, 2, 64, 32, "bfloat16")
     calm = torch.randn(2, 2, 32, 2, 64, generator=torch.Generator().manual_seed(3))
     calm[1, 0, :, 0, 7] *= 100  # an outlier channel in the keys of layer 1
-    payload = memoryview(calm.to(torch.bfloat16).view(torch.uint8).numpy()).cast("B")
+    payload = memoryview(calm.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     found = measure_pages([payload, payload], shape, [Codec.I4, Codec.F8])
     assert [len(layers) for layers in found] == [2, 2]
     assert found[0][1][0].max_error > 5 * found[0][0][0].max_error

@@ -34,7 +34,7 @@ def page_of(number: int) -> memoryview:
     """Return a page of Gaussian keys and values."""
     shape = (LAYERS * 2 * TOKENS, HEADS, DIM)
     numbers = data.gaussian(*shape, number).contiguous()
-    return memoryview(numbers.view(torch.uint8).numpy()).cast("B")
+    return memoryview(numbers.view(torch.uint8).numpy().tobytes())
 
 
 def numbers_of(page: memoryview | None, dtype: str = "bfloat16") -> torch.Tensor:
@@ -80,8 +80,8 @@ def wait_until_in(client: Client, key: bytes, tier: str) -> dict[str, Any]:
 
 
 def info_of(client: Client, key: bytes) -> dict[str, Any]:
-    reply = client.command("KV.INFO", key)
-    return words(reply)
+    found: dict[str, Any] = words(client.command("KV.INFO", key))
+    return found
 
 
 def words(value: Any) -> Any:
