@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
-import blosc2
+import blosc2  # pyright: ignore[reportMissingImports]
 import lz4.block
 import torch
 import zstandard
@@ -69,14 +70,15 @@ def peers() -> Iterator[Coder]:
         ("blosc2 lz4 bitshuffle", blosc2.Codec.LZ4, blosc2.Filter.BITSHUFFLE),
         ("blosc2 zstd-1 shuffle", blosc2.Codec.ZSTD, blosc2.Filter.SHUFFLE),
     ):
-        yield Coder(name, _blosc2(codec, how), from_bytes(blosc2.decompress2))
+        decompress: Any = blosc2.decompress2
+        yield Coder(name, _blosc2(codec, how), from_bytes(decompress))
 
 
-def _blosc2(codec: blosc2.Codec, how: blosc2.Filter) -> Callable[[memoryview], bytes]:
+def _blosc2(codec: Any, how: Any) -> Callable[[memoryview], bytes]:
+    compress: Any = blosc2.compress2
+
     def encode(page: memoryview) -> bytes:
-        return bytes(
-            blosc2.compress2(page, codec=codec, clevel=1, filters=[how], typesize=2, nthreads=1)
-        )
+        return bytes(compress(page, codec=codec, clevel=1, filters=[how], typesize=2, nthreads=1))
 
     return encode
 

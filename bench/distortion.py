@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Final
 
-import matplotlib
-from matplotlib import pyplot
+import matplotlib  # pyright: ignore[reportMissingImports]
+from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
 from respkv.kernels.layout import Codec, Side
 from respkv.kernels.quality import Quality, measure

@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     @property
     def payloads(self) -> list[memoryview]:
         """The bytes of each page."""
-        return [memoryview(page.view(torch.uint8).numpy()).cast("B") for page in self.pages]
+        return [memoryview(page.view(torch.uint8).numpy().data).cast("B") for page in self.pages]
 
 
 def samples() -> Iterator[Sample]:

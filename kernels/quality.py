@@ -108,7 +108,7 @@ def _round_trip(codec: Codec, planes: Tensor, side: Side) -> tuple[float, Tensor
         if not is_fitting:
             num_bytes += planes[0].nbytes
         elif codec.is_entropy_coded:
-            num_bytes += len(entropy.pack(memoryview(plane.cpu().numpy()), layout))
+            num_bytes += len(entropy.pack(memoryview(plane.cpu().numpy().data), layout))
         else:
             num_bytes += layout.nbytes
     return 8 * num_bytes / planes.numel(), decoded
