@@ -61,6 +61,7 @@ class Descent:
             tier.describe = self._describe
             tier.keep = partial(self._keep, number)
             tier.leave = partial(self._leave, number)
+            tier.release = self._release
             tier.dropped = self._dropped
             tier.generation = self._cache.slabs.next_generation
 
@@ -69,6 +70,15 @@ class Descent:
 
     def _dropped(self, record: Record, why: str) -> None:
         self._cache.copies.detach(record, _REASONS.get(why, "lost"))
+
+    def _release(self, record: Record) -> bool:
+        """Whether a log may be told now to forget a copy, or a copy may go."""
+        copies, entry = self._cache.copies, record.owner
+        if copies.is_awaited(entry):
+            return False  # what is written has its generation, and may be read from it
+        if record.level and entry not in copies.ghosts:
+            entry.generation = 0  # the log forgets it, so it is written under another one
+        return True
 
     def _keep(self, tier: int, record: Record) -> bool:
         """Whether a copy is to live on when its segment is reclaimed."""
@@ -128,9 +138,10 @@ class Descent:
 
         With its last copy gone, all that they could be told is that it failed.
         """
+        urgent = self._cache.copies.urgent
         for record in records:
             entry: Entry = record.owner
-            while entry.is_cold and entry in self._cache.copies.urgent and record in entry.records:
+            while entry.is_cold and entry in urgent and record in entry.records:  # noqa: ASYNC110
                 await anyio.sleep(LOAD_LOOK_S)
 
     def _next_tier(self, tier: int, record: Record) -> int | None:

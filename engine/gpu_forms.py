@@ -7,6 +7,7 @@ from respkv.kernels.page_form import PageForm
 from respkv.tiers.codec import parse_codec
 
 TIER = b"gpu"
+MADE_MAX = 10_000
 
 
 class Forms:
@@ -23,6 +24,8 @@ class Forms:
             return None
         made = self._made.get(schema.namespace)
         if made is None or made[0] is not schema:
+            if len(self._made) >= MADE_MAX:  # of namespaces that have gone, most of them
+                self._made.clear()
             made = (schema, make_form(schema, is_first=True), make_form(schema, is_first=False))
             self._made[schema.namespace] = made
         return made[2] if entry.parent_key else made[1]

@@ -50,6 +50,7 @@ class Tier(Protocol):
     describe: Callable[[Record], Meta]
     keep: Callable[[Record], bool]
     leave: Callable[[list[Record]], Awaitable[None]]
+    release: Callable[[Record], bool]
     dropped: Callable[[Record, str], None]
     generation: Callable[[], int]
 

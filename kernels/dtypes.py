@@ -10,8 +10,6 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from respkv.page import DTYPE_BYTES
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK: Final = 1 << 18  # numbers at a time, so that what is between stays in the cache
@@ -43,8 +41,3 @@ def convert(payload: memoryview, source: str, target: str) -> memoryview:
                 np.clip(block, -limit, limit, out=block)
             into[start : start + BLOCK] = block.astype(_TYPES[target])
     return memoryview(into.view(np.uint8).data)
-
-
-def converted_bytes(nbytes: int, source: str, target: str) -> int:
-    """Return how many bytes a payload of ``nbytes`` has as another type."""
-    return nbytes // DTYPE_BYTES[source] * DTYPE_BYTES[target]

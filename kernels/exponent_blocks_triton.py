@@ -1,12 +1,9 @@
-"""``xs`` in kernels: blocks of ``XS_BLOCK`` numbers, each in a program of its own.
+"""``xs`` in kernels: blocks of ``XS_BLOCK`` numbers, in programs of their own.
 
-What a block cannot know by itself, the window of its plane and how many escapes come before it,
-``window_kernel`` finds out: a program counts the exponents of a plane, block by block, in shared
-memory, and then every choice and every ``starts`` follows from the counts. Reading the plane twice
-is what that costs; the alternative, blocks that wait for their predecessors, saves no reading, since
-the window must be known before the first of them can begin.
-
-In a block the place of an escape is a prefix sum: of eight numbers in a thread, then over threads.
+What a block must know of others, the window of its plane and how many escapes come before it, the
+kernel of exponent_window_triton.py has found out. Eight codes make a word of one thread. Of words it
+is that escapes are looked for and counted, and where they go is a prefix sum over words; an escape is
+then moved for each word at a time, as often as the word that has most of them needs.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -31,72 +28,6 @@ BLOCK = tl.constexpr(XS_BLOCK)
 EIGHTS = tl.constexpr(XS_BLOCK // 8)
 ALIGN = tl.constexpr(ALIGN_BYTES)
 INFO = tl.constexpr(XS_INFO_BYTES)
-COUNTED = tl.constexpr(4)  # blocks at a time: 64 numbers for each thread of 8 warps
-LISTED = tl.constexpr(64)  # starts at a time
-
-
-@triton.jit
-def window_kernel(
-    table, like, slots, out, sizes, counts, out_page, out_layer,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    STRIDE_BLOCK: tl.constexpr, STRIDE_TOKEN: tl.constexpr, STRIDE_HEAD: tl.constexpr,
-    ALIGNED: tl.constexpr, TOKENS: tl.constexpr, SIDE: tl.constexpr, NUMBERS: tl.constexpr,
-    BLOCKS: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    """Write ``info``, ``starts`` and the size of a plane's encoding; 0 where raw is as small.
-
-    counts: [planes, BLOCKS, 256] int16, scratch. sizes: [planes] int32.
-    """
-    page, layer, _ = place_of_program(LAYERS, 1)
-    plane = tl.program_id(0).to(tl.int64)
-    base = plane_base(table, like, layer, SIDE, ALIGNED)
-    exponent = tl.arange(0, 256)
-    mine = counts + plane * (BLOCKS * 256)
-    totals = tl.zeros([256], tl.int32)
-    for first in range(0, BLOCKS, COUNTED):
-        words = load_words(
-            base, slots, page, first, None, HEADS, DIM, BLOCK_TOKENS, STRIDE_BLOCK, STRIDE_TOKEN,
-            STRIDE_HEAD, TOKENS, NUMBERS, FLAT, COUNTED,
-        )  # fmt: skip
-        bins = ((words >> 7) & 255) | (tl.arange(0, COUNTED * BLOCK) // BLOCK * 256)
-        found = tl.reshape(tl.histogram(bins, COUNTED * 256), (COUNTED, 256))
-        block = first + tl.arange(0, COUNTED)
-        # What is not there was counted as zeros.
-        absent = BLOCK - numbers_of(block, NUMBERS)
-        found -= tl.where(exponent == 0, 1, 0)[None, :] * absent[:, None]
-        totals += tl.sum(found, 0)
-        target = mine + block[:, None] * 256 + exponent[None, :]
-        tl.store(target, found.to(tl.int16), mask=(block < BLOCKS)[:, None])
-    base_3, escapes_3 = best_window(totals, 7, NUMBERS)
-    base_4, escapes_4 = best_window(totals, 15, NUMBERS)
-    size_3 = size_of(3, escapes_3, NUMBERS, BLOCKS)
-    size_4 = size_of(4, escapes_4, NUMBERS, BLOCKS)
-    is_3 = size_3 <= size_4
-    size = tl.where(is_3, size_3, size_4)
-    lowest = tl.where(is_3, base_3, base_4)
-    window = tl.where(is_3, 7, 15)
-    is_smaller = size < 2 * NUMBERS
-    tl.store(sizes + plane, tl.where(is_smaller, size, 0))
-    target = (out + page * out_page + layer * out_layer).to(tl.pointer_type(tl.int32))
-    number = tl.arange(0, 4)
-    info = tl.where(number == 0, lowest + tl.where(is_3, 3, 4) * 256, 0)
-    info = tl.where(number == 1, tl.where(is_3, escapes_3, escapes_4), info)
-    tl.store(target + number, info, mask=number < tl.where(is_smaller, 4, 0))
-    tl.debug_barrier()  # other threads wrote the counts
-    before = 0
-    for first in range(0, BLOCKS, LISTED):
-        block = first + tl.arange(0, LISTED)
-        source = mine + block[:, None] * 256 + exponent[None, :]
-        found = tl.load(source, mask=(block < BLOCKS)[:, None], other=0).to(tl.int32)
-        is_inside = (exponent >= lowest) & (exponent < lowest + window)
-        inside = tl.sum(tl.where(is_inside[None, :], found, 0), 1)
-        escapes = numbers_of(block, NUMBERS) - inside
-        start = before + tl.cumsum(escapes, 0) - escapes
-        # The padding of this section is zeros.
-        start = tl.where(block < BLOCKS, start, 0)
-        end = tl.where(is_smaller, padded(BLOCKS, 4), 0)
-        tl.store(target + INFO // 4 + block, start, mask=block < end)
-        before += tl.sum(escapes, 0)
 
 
 @triton.jit
@@ -124,7 +55,7 @@ def encode_block_kernel(
         # What is not there becomes code 0 and rest 0.
         words = load_words(
             base, slots, page, block, lowest << 7, HEADS, DIM, BLOCK_TOKENS, STRIDE_BLOCK,
-            STRIDE_TOKEN, STRIDE_HEAD, TOKENS, NUMBERS, FLAT, 1,
+            STRIDE_TOKEN, STRIDE_HEAD, TOKENS, NUMBERS, FLAT, BLOCK,
         )  # fmt: skip
         start = tl.load(ints + INFO // 4 + block)
         exponents = (words >> 7) & 255
@@ -209,7 +140,7 @@ def decode_block_kernel(
         words = ((rest * 0x101) & 0x807F) | ((exponents << 7) & 0x7F80)
         to, is_wanted = places_of_numbers(
             slots, page, block, HEADS, DIM, BLOCK_TOKENS, STRIDE_BLOCK, STRIDE_TOKEN, STRIDE_HEAD,
-            TOKENS, NUMBERS, FLAT, 1,
+            TOKENS, NUMBERS, FLAT, BLOCK,
         )  # fmt: skip
         made = tl.reshape(words.to(tl.uint16), to.shape).to(like.dtype.element_ty, bitcast=True)
         tl.store(base + to, made, mask=is_wanted)
@@ -244,12 +175,6 @@ def padded(count, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def numbers_of(block, NUMBERS: tl.constexpr):
-    """Return how many numbers blocks have."""
-    return tl.minimum(tl.maximum(NUMBERS - block * BLOCK, 0), BLOCK)
-
-
-@triton.jit
 def rest_of(width, NUMBERS: tl.constexpr, BLOCKS: tl.constexpr):
     """Return where ``rest`` begins."""
     return INFO + padded(4 * BLOCKS, ALIGN) + padded((NUMBERS + 7) // 8 * width, ALIGN)
@@ -259,18 +184,6 @@ def rest_of(width, NUMBERS: tl.constexpr, BLOCKS: tl.constexpr):
 def size_of(width, num_escapes, NUMBERS: tl.constexpr, BLOCKS: tl.constexpr):
     """Return how many bytes a plane comes to."""
     return rest_of(width, NUMBERS, BLOCKS) + padded(NUMBERS, ALIGN) + padded(num_escapes, ALIGN)
-
-
-@triton.jit
-def best_window(totals, WINDOW: tl.constexpr, NUMBERS: tl.constexpr):
-    """Return the lowest exponent of the best window, the lowest such, and how many are outside."""
-    exponent = tl.arange(0, 256)
-    below = tl.cumsum(totals, 0)
-    last = tl.gather(below, tl.minimum(exponent + (WINDOW - 1), 255), 0)
-    held = last - below + totals
-    held = tl.where(exponent <= 256 - WINDOW, held, -1)
-    most = tl.max(held, 0)
-    return tl.min(tl.where(held == most, exponent, 256), 0), NUMBERS - most
 
 
 @triton.jit
@@ -347,16 +260,16 @@ def load_words(
     base, slots, page, first, absent,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
     STRIDE_TOKEN: tl.constexpr, STRIDE_HEAD: tl.constexpr, TOKENS: tl.constexpr,
-    NUMBERS: tl.constexpr, FLAT: tl.constexpr, COUNT: tl.constexpr,
+    NUMBERS: tl.constexpr, FLAT: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Load COUNT blocks, [COUNT * BLOCK] int32 from 0 to 65535.
+    """Load LENGTH numbers from a block on, [LENGTH] int32 from 0 to 65535.
 
     absent: the word that stands for numbers after the last one; None: any. Tokens that are nowhere
             are zeros.
     """
     place, is_there = places_of_numbers(
         slots, page, first, HEADS, DIM, BLOCK_TOKENS, STRIDE_BLOCK, STRIDE_TOKEN, STRIDE_HEAD,
-        TOKENS, NUMBERS, FLAT, COUNT,
+        TOKENS, NUMBERS, FLAT, LENGTH,
     )  # fmt: skip
     TAIL: tl.constexpr = NUMBERS // BLOCK * BLOCK != NUMBERS
     if FLAT and TAIL and absent is not None:
@@ -364,9 +277,9 @@ def load_words(
     else:
         other = 0.0
     words = tl.load(base + place, mask=is_there, other=other).to(tl.uint16, bitcast=True)
-    words = tl.reshape(words.to(tl.int32), (COUNT * BLOCK,))
+    words = tl.reshape(words.to(tl.int32), (LENGTH,))
     if not FLAT and TAIL and absent is not None:
-        words = tl.where(tl.arange(0, COUNT * BLOCK) < NUMBERS - first * BLOCK, words, absent)
+        words = tl.where(tl.arange(0, LENGTH) < NUMBERS - first * BLOCK, words, absent)
     return words
 
 
@@ -375,17 +288,17 @@ def places_of_numbers(
     slots, page, first,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
     STRIDE_TOKEN: tl.constexpr, STRIDE_HEAD: tl.constexpr, TOKENS: tl.constexpr,
-    NUMBERS: tl.constexpr, FLAT: tl.constexpr, COUNT: tl.constexpr,
+    NUMBERS: tl.constexpr, FLAT: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Return where numbers of COUNT blocks are, and which of them there are: [rows, columns].
+    """Return where LENGTH numbers from a block on are, and which there are: [rows, columns].
 
-    FLAT: page p is block p of the cache, without gaps. Otherwise DIM is a power of two up to BLOCK.
+    FLAT: page p is block p of the cache, without gaps. Otherwise DIM is a power of two up to LENGTH.
     """
     if FLAT:
-        number = first * BLOCK + tl.arange(0, COUNT * BLOCK)[None, :]
+        number = first * BLOCK + tl.arange(0, LENGTH)[None, :]
         return page * STRIDE_BLOCK + number, number < NUMBERS
     else:
-        row = first * (BLOCK // DIM) + tl.arange(0, COUNT * BLOCK // DIM)
+        row = first * (BLOCK // DIM) + tl.arange(0, LENGTH // DIM)
         start, is_there = token_starts(
             slots, page * TOKENS + row // HEADS, row < TOKENS * HEADS, BLOCK_TOKENS, STRIDE_BLOCK,
             STRIDE_TOKEN,

@@ -1,4 +1,4 @@
-"""``xs`` on a GPU: launches the kernels of exponent_blocks_triton.py.
+"""``xs`` on a GPU: launches the kernels of exponent_window_triton.py and exponent_blocks_triton.py.
 
 Two launches encode any number of planes, one decodes them, straight out of and into a worker's paged
 cache where D is a power of two; else by way of contiguous planes.
@@ -12,16 +12,14 @@ from torch import Tensor
 
 from respkv.errors import PageCorrupt
 from respkv.kernels import launch
-from respkv.kernels.exponent_blocks_triton import (
-    decode_block_kernel,
-    encode_block_kernel,
-    window_kernel,
-)
+from respkv.kernels.exponent_blocks_triton import decode_block_kernel, encode_block_kernel
+from respkv.kernels.exponent_window_triton import window_kernel
 from respkv.kernels.layout import ALIGN_BYTES, XS_BLOCK, XS_INFO_BYTES, Side, num_groups
 from respkv.kernels.paged import SIDES, PagedBuffer, copy_tokens
 
 NUMBERS_MAX: Final = 1 << 30  # of a plane: offsets within one are 32 bits
-WINDOW_WARPS: Final = 8
+# Told of no limit ptxas sets itself one of 80 registers on sm_90, and spills.
+WINDOW_OPTIONS: Final[dict[str, Any]] = {"num_warps": 8, "maxnreg": 112}
 BLOCK_WARPS: Final = 4
 PROGRAMS_MIN: Final = 2048
 SHARE_MAX: Final = 4
@@ -79,9 +77,7 @@ def encode_paged(
     counts = torch.empty((planes, blocks, 256), dtype=torch.int16, device=device)
     given = (buffer.table, buffer.keys[0], slots, out, sizes)
     strides = out.stride()[:2]
-    launch.run(
-        window_kernel, planes, device, *given, counts, *strides, num_warps=WINDOW_WARPS, **shape
-    )
+    launch.run(window_kernel, planes, device, *given, counts, *strides, **WINDOW_OPTIONS, **shape)
     launch.run(
         encode_block_kernel,
         planes * num_groups(blocks, share),

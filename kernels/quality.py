@@ -21,6 +21,7 @@ from respkv.page import Geometry
 
 NUM_QUERIES: Final = 64
 LOGITS_STD: Final = 2.5
+LOGITS_MAX: Final = 1 << 24  # numbers, whatever the shape of the pages
 _SEED: Final = 0x7265_7370
 
 
@@ -66,30 +67,39 @@ def measure(codec: Codec, keys: Tensor, values: Tensor) -> tuple[Quality, Qualit
     """Measure a codec on the keys and the values of one layer.
 
     keys, values: [N, T, H, D] of N pages, bfloat16, float16 or float32, on one device; at least one
-                  number. Attention goes over all N * T tokens.
+                  number. Attention goes over all N * T tokens, or some where they are very many.
     Returns: of the keys, and of the values. Planes that do not fit the codec are stored raw, and
-             count as that.
+             count as that; those with NaN or infinity, which never do, are in no error.
     """
     bits_keys, decoded_keys = _round_trip(codec, keys, "key")
     bits_values, decoded_values = _round_trip(codec, values, "value")
     if codec.is_lossless:
         return Quality(bits_keys, 0.0, 0.0, 0.0), Quality(bits_values, 0.0, 0.0, 0.0)
-    exact_keys, exact_values = _heads(keys), _heads(values)
+    good_keys, good_values = _finite(keys), _finite(values)
+    good = good_keys & good_values
+    exact_keys, exact_values = _heads(keys[good]), _heads(values[good])
     queries = _queries(exact_keys)
     exact = _attend(queries, exact_keys, exact_values)
-    with_keys = _attend(queries, _heads(decoded_keys), exact_values)
-    with_values = _attend(queries, exact_keys, _heads(decoded_values))
+    with_keys = _attend(queries, _heads(decoded_keys[good]), exact_values)
+    with_values = _attend(queries, exact_keys, _heads(decoded_values[good]))
+    errors_keys = _errors(keys[good_keys], decoded_keys[good_keys])
+    errors_values = _errors(values[good_values], decoded_values[good_values])
     return (
-        Quality(bits_keys, *_errors(keys, decoded_keys), relative_l2(exact, with_keys)),
-        Quality(bits_values, *_errors(values, decoded_values), relative_l2(exact, with_values)),
+        Quality(bits_keys, *errors_keys, relative_l2(exact, with_keys)),
+        Quality(bits_values, *errors_values, relative_l2(exact, with_values)),
     )
 
 
 def relative_l2(exact: Tensor, other: Tensor) -> float:
     """Return the L2 norm of the difference as a part of the norm of ``exact``; 0 for no difference."""
-    norm = float(exact.float().norm())
-    difference = float((other.float() - exact.float()).norm())
+    norm = float(exact.float().norm(dtype=torch.float64))
+    difference = float((other.float() - exact.float()).norm(dtype=torch.float64))
     return difference / norm if norm else difference
+
+
+def _finite(planes: Tensor) -> Tensor:
+    """[N, T, H, D] -> [N]"""
+    return planes.isfinite().flatten(1).all(1)
 
 
 def _round_trip(codec: Codec, planes: Tensor, side: Side) -> tuple[float, Tensor]:
@@ -121,13 +131,18 @@ def _xs(planes: Tensor) -> list[Tensor | None]:
 
 
 def _errors(exact: Tensor, decoded: Tensor) -> tuple[float, float]:
+    if not exact.numel():
+        return 0.0, 0.0
     difference = (decoded.float() - exact.float()).abs()
     return relative_l2(exact, decoded), float(difference.max())
 
 
 def _heads(planes: Tensor) -> Tensor:
-    """[N, T, H, D] -> [H, N * T, D] in float32."""
-    return planes.float().permute(2, 0, 1, 3).flatten(1, 2)
+    """[N, T, H, D] -> [H, N * T, D] in float32; of so many tokens that the logits stay few."""
+    count, tokens, heads, dim = planes.shape
+    step = max(1, -(-count * tokens * heads * NUM_QUERIES // LOGITS_MAX))
+    some = planes.reshape(count * tokens, heads, dim)[::step]
+    return some.float().permute(1, 0, 2)
 
 
 def _queries(keys: Tensor) -> Tensor:
@@ -135,6 +150,8 @@ def _queries(keys: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     heads, _, dim = keys.shape
     drawn = torch.randn(heads, NUM_QUERIES, dim, generator=generator).to(keys.device)
+    if not keys.shape[1]:
+        return drawn
     spread = (drawn @ keys.mT).flatten(1).std(1, correction=0).clamp_min(1e-20)
     return drawn * (LOGITS_STD / spread)[:, None, None]
 

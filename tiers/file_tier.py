@@ -49,6 +49,7 @@ class FileTier:
     describe: present Meta of a live record.
     keep:     its segment is to be reclaimed: is it worth copying?
     leave:    about to be dropped by reclaim; it may read them and move them elsewhere.
+    release:  may it be buried and dropped now? If so, its value gets another generation.
     dropped:  this copy is gone: "evicted", "corrupt" or "lost". May call ``free`` and ``bury``.
     generation: the next generation that nobody has used.
     """
@@ -72,6 +73,7 @@ class FileTier:
         self.describe: Callable[[Record], Meta] = hooks.describe
         self.keep: Callable[[Record], bool] = hooks.keep
         self.leave: Callable[[list[Record]], Awaitable[None]] = hooks.leave
+        self.release: Callable[[Record], bool] = hooks.release
         self.dropped: Callable[[Record, str], None] = hooks.dropped
         self.generation: Callable[[], int] = lambda: 0
         self._connect = connect
@@ -360,7 +362,7 @@ class FileTier:
             table,
             health=self.health,
             stats=self._stats,
-            hooks=Hooks(self.describe, self.keep, self.leave, self.dropped),
+            hooks=Hooks(self.describe, self.keep, self.leave, self.release, self.dropped),
             codec=self.codec,
             estimate=self.estimate,
             generation=self.generation,

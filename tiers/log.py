@@ -42,6 +42,7 @@ class Hooks:
     describe: Callable[[Record], Meta] = _undescribed
     keep: Callable[[Record], bool] = lambda record: False
     leave: Callable[[list[Record]], Awaitable[None]] = _let_go
+    release: Callable[[Record], bool] = lambda record: True
     dropped: Callable[[Record, str], None] = lambda record, why: None
 
 
@@ -143,6 +144,10 @@ class Log:
     def keep(self, record: Record) -> bool:
         """Say whether a live record is worth copying."""
         return record in self.young or self.hooks.keep(record)
+
+    def release(self, record: Record) -> bool:
+        """Say whether a live record may be buried or dropped by reclaim, in this turn."""
+        return record in self.young or self.hooks.release(record)
 
     def drop(self, record: Record, why: str, *, is_buried: bool = False) -> None:
         """Give up a live record and tell the engine.

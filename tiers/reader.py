@@ -119,7 +119,7 @@ class Reader:
 
     async def _read_stored(self, record: Record, spot: Spot, key: bytes) -> bytes:
         async with self._fetched(record, spot, key) as stored:
-            return bytes(stored)
+            return await _on_loop_or_thread(stored.nbytes, bytes, stored)
 
     @asynccontextmanager
     async def _fetched(self, record: Record, spot: Spot, key: bytes) -> AsyncIterator[memoryview]:

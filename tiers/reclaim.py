@@ -135,9 +135,10 @@ class Reclaimer:
         if any(self._is_in(record, segment) for record in kept):
             return False  # they are safe where they are
         leaving = await self._show(segment, leaving)
-        if not await self._carry(segment, leaving):
+        if not (await self._carry(segment) and await self._bury(segment, leaving)):
             return False
-        await self._drop(segment, leaving)
+        if any(self._is_in(record, segment) for record in leaving):
+            return False  # somebody wants them by now
         return await self._secure() and await self._free(segment)
 
     async def _secure(self) -> bool:
@@ -167,13 +168,10 @@ class Reclaimer:
         for _ in CHECKPOINT_NAMES:
             if not await self._checkpointer.try_write(without=set(leaving)):
                 return False
-        await self._drop(segment, leaving)
-        return await self._free(segment)
-
-    async def _drop(self, segment: Segment, records: list[Record]) -> None:
-        async for record in slowly(records):
+        async for record in slowly(leaving):
             if self._is_in(record, segment):
-                self._log.drop(record, "evicted", is_buried=True)
+                log.drop(record, "evicted", is_buried=True)
+        return await self._free(segment)
 
     def _has_room(self, segment: Segment, kept: list[Record], leaving: list[Record]) -> bool:
         """Say whether all that ``clear`` would write has a place to go."""
@@ -310,17 +308,32 @@ class Reclaimer:
             is_encoded=True,
         )
 
-    async def _carry(self, segment: Segment, leaving: list[Record]) -> bool:
-        """Log again, durably, what the notes of a segment say, and that some records are gone."""
+    async def _carry(self, segment: Segment) -> bool:
+        """Log again, durably, what the notes of a segment say."""
         notes = list(self._log.notes.get(segment.id, ()))
         for at in range(0, len(notes), _STEP):
             if not await self._carry_out(list(self.carried(notes[at : at + _STEP]))):
                 return False
-        for at in range(0, len(leaving), _STEP):
-            there = [each for each in leaving[at : at + _STEP] if self._is_in(each, segment)]
-            if not await self._carry_out(list(self._burials(there))):
-                return False
         return True
+
+    async def _bury(self, segment: Segment, leaving: list[Record]) -> bool:
+        """Log, durably, that some records are gone, and then drop them.
+
+        Not those that are wanted again: a value that is written meanwhile has the generation of the
+        copy that it is read from, and would be buried with it.
+        """
+        for at in range(0, len(leaving), _STEP):
+            going = [each for each in leaving[at : at + _STEP] if self._may_go(each, segment)]
+            if not await self._carry_out(list(self._burials(going))):
+                return False
+            for record in going:
+                if self._may_go(record, segment):
+                    self._log.drop(record, "evicted", is_buried=True)
+            await checkpoint()
+        return True
+
+    def _may_go(self, record: Record, segment: Segment) -> bool:
+        return self._is_in(record, segment) and self._log.release(record)
 
     async def _carry_out(self, pendings: list[Pending]) -> bool:
         await self._submit(pendings)

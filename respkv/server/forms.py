@@ -3,14 +3,15 @@
 ``AS dtype`` converts in a worker thread. ``AS raw`` hands out an encoded page
 (kernels/container.py): what a file has, checked but not decoded, so that a reader with a GPU decodes
 there and the socket carries fewer bytes; of a page in memory, its bytes behind a head, uncopied.
+
+What a page is may change whenever something is waited for, so it is looked up again after that, and
+its form is made from the schema that it has then.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
-from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import anyio
 import anyio.to_thread
@@ -19,8 +20,10 @@ from respkv.engine.entry import Entry
 from respkv.engine.namespaces import Schema
 from respkv.errors import CacheError, CommandError
 from respkv.kernels.container import MIXED_ID, raw_head, read_head, select_layers
+from respkv.page import DTYPE_BYTES
 from respkv.server.arguments import shown
 from respkv.server.loads import is_cold
+from respkv.tiers.slab import Slot
 from respkv.wire import reply
 
 if TYPE_CHECKING:
@@ -32,15 +35,17 @@ FLOATS: Final = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2
 Layers = tuple[int, int]
 
 
-class _Resident(Enum):
-    """What stands for a page that is in memory, and is sent from there."""
+class Held(NamedTuple):
+    """A page in memory, borrowed until it is sent from there: a range of its bytes behind a head."""
 
-    RESIDENT = 0
+    slot: Slot
+    head: bytes
+    start: int
+    stop: int
 
 
-RESIDENT: Final = _Resident.RESIDENT
 # An answer on its way: its bytes, where it is, or that there is none.
-Page: TypeAlias = bytes | memoryview | Literal[_Resident.RESIDENT] | None
+Page: TypeAlias = bytes | memoryview | Held | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Form:
     """How pages are asked for.
 
     layers:  the first one and how many; None: all.
-    seconds: how long is waited; None: until they are there.
+    seconds: how long is waited for what is in files alone; None: until it is in memory.
     dtype:   of the numbers, RAW for the stored form; "": as they came.
     """
 
@@ -81,17 +86,25 @@ async def send_one(session: "Session", key: bytes, form: Form) -> None:
 
     Cancelled: nothing is held.
     """
+    if session.is_muted:
+        return
     with session.until_lost():
-        _send(session, key, form, await _prepare(session, key, form))
+        _send(session, key, await _prepare(session, key, form))
 
 
 async def send_many(session: "Session", keys: Sequence[bytes], form: Form) -> None:
     """Answer with an array of pages in a form, each sent when the one before has room.
 
     Those behind it are prepared meanwhile, as many as there is a share of memory for. A page that
-    cannot be had in this form, or not in time, is absent.
+    cannot be read, or not in time, or that has changed meanwhile, is absent.
+    Raises CommandError, and nothing is answered, when a page cannot have this form.
     Cancelled: nothing is held; the answer is cut off.
     """
+    if session.is_muted:
+        return
+    for entry in map(session.cache.find, keys):
+        if entry is not None:
+            _schema_for(session, entry, form)
     deadline = None if form.seconds is None else anyio.current_time() + form.seconds
     ahead: deque[_Ahead] = deque()
     todo = deque(keys)
@@ -100,13 +113,13 @@ async def send_many(session: "Session", keys: Sequence[bytes], form: Form) -> No
             session.out.append(reply.array_header(len(keys)))
             async with anyio.create_task_group() as tasks:
                 while todo or ahead:
-                    while todo and (next_one := _take_share(session, todo[0], ahead)) is not None:
+                    while todo and (each := _take_share(session, todo[0], form, ahead)) is not None:
                         todo.popleft()
-                        ahead.append(next_one)
-                        tasks.start_soon(next_one.run, form, deadline)
+                        ahead.append(each)
+                        tasks.start_soon(each.run, form, deadline)
+                    await ahead[0].wait()
                     first = ahead.popleft()
-                    await first.done.wait()
-                    _send(session, first.key, form, first.page)
+                    _send(session, first.key, first.take())
                     first.give_back()
                     await session.make_room()
     finally:
@@ -114,14 +127,25 @@ async def send_many(session: "Session", keys: Sequence[bytes], form: Form) -> No
             each.give_back()
 
 
-def _take_share(session: "Session", key: bytes, ahead: "Sequence[_Ahead]") -> "_Ahead | None":
+def _take_share(
+    session: "Session", key: bytes, form: Form, ahead: "Sequence[_Ahead]"
+) -> "_Ahead | None":
     """Return the next page to prepare; None: there is no memory for it. The first needs no share."""
     entry, budget = session.cache.find(key), session.server.budget
-    share = 0 if entry is None or not ahead else entry.nbytes
+    share = 0 if entry is None or not ahead else _bytes_needed(session, entry, form)
     used = sum(each.share for each in ahead)
     if len(ahead) == AHEAD_MAX or used + share > budget.each_max or not budget.take(share):
         return None
     return _Ahead(session, key, share)
+
+
+def _bytes_needed(session: "Session", entry: Entry, form: Form) -> int:
+    """Return how much memory a page takes until it is sent: in the arena, or as it is made."""
+    schema = session.cache.namespaces.of_key(entry.key)
+    if schema is None or form.dtype == RAW:
+        return entry.nbytes
+    source, target = DTYPE_BYTES[schema.geometry.dtype], DTYPE_BYTES[form.dtype]
+    return max(entry.nbytes, entry.nbytes // source * target)
 
 
 class _Ahead:
@@ -130,45 +154,41 @@ class _Ahead:
     def __init__(self, session: "Session", key: bytes, share: int) -> None:
         self.key = key
         self.share = share
-        self.page: Page = None
-        self.done = anyio.Event()
         self._session = session
+        self._page: Page = None
+        self._done = anyio.Event()
 
     async def run(self, form: Form, deadline: float | None) -> None:
         left = None if deadline is None else max(0.0, deadline - anyio.current_time())
         try:
-            self.page = await _prepare(self._session, self.key, replace(form, seconds=left))
+            self._page = await _prepare(self._session, self.key, replace(form, seconds=left))
         except CacheError:
-            self.page = None
+            self._page = None
         finally:
-            self.done.set()
+            self._done.set()
+
+    async def wait(self) -> None:
+        if not self._done.is_set():
+            self._session.wire.wake()  # what is there may leave meanwhile
+            await self._done.wait()
+
+    def take(self) -> Page:
+        page, self._page = self._page, None
+        return page
 
     def give_back(self) -> None:
+        page = self.take()
+        if isinstance(page, Held):
+            self._session.cache.restore(page.slot)
         self._session.server.budget.give_back(self.share)
         self.share = 0
 
 
-async def _prepare(session: "Session", key: bytes, form: Form) -> Page:
-    """Return a page in its form; RESIDENT: it is in memory, and is sent from there as it is."""
-    entry = session.cache.find(key)
-    if entry is None:
-        return None
-    schema = schema_of(session, entry, "AS")
-    page: Page = None
-    with anyio.move_on_after(form.seconds):
-        if form.dtype == RAW:
-            page = await _stored(session, entry, schema, form.layers)
-        else:
-            page = await _converted(session, entry, schema, form)
-    return page
-
-
-def _send(session: "Session", key: bytes, form: Form, page: Page) -> None:
+def _send(session: "Session", key: bytes, page: Page) -> None:
     """Answer with what was prepared, and count it."""
     session.server.clock.refresh()
-    stats, entry = session.cache.stats, session.cache.find(key)
-    if page is RESIDENT and (entry is None or is_cold(entry)):
-        page = None  # it went in between, as it may before any get
+    cache = session.cache
+    stats, entry = cache.stats, cache.find(key)
     stats.page_hits += page is not None
     stats.page_misses += page is None
     stats.hits += page is not None
@@ -177,43 +197,99 @@ def _send(session: "Session", key: bytes, form: Form, page: Page) -> None:
         session.send_nil()
         return
     if entry is not None:
-        entry.touched = session.cache.clock.now
+        entry.touched = cache.clock.now
         entry.hits += 1
-    if page is not RESIDENT:
+        if cache.gpu.is_on:
+            cache.gpu.read(entry)
+    if isinstance(page, Held):
+        session.send_slot(page.slot, page.start, page.stop, head=page.head)
+        cache.restore(page.slot)
+    else:
         stats.bytes_out += len(page)
         session.send_value(page)
-        return
-    assert entry is not None
-    assert entry.slot is not None
-    schema = schema_of(session, entry, "AS")
-    head, start, stop = _head_of(schema, form.layers)
-    session.send_slot(entry.slot, start, stop, head=head)
 
 
-async def _stored(session: "Session", entry: Entry, schema: Schema, layers: Layers | None) -> Page:
-    """Return an encoded page: from a file as it is there, else from memory."""
-    mover = session.server.mover
-    _head_of(schema, layers)  # raises before anything is read
-    if mover is not None and is_cold(entry):
-        if any(record.codec >= MIXED_ID for record in entry.records):
-            found = await mover.read_stored(entry)
-            if found is not None and found[0] >= MIXED_ID:
-                return _some_layers(found[1], layers)
-        return await _from_memory(session, entry, partial(_with_head, schema, layers))
-    return RESIDENT
+async def _prepare(session: "Session", key: bytes, form: Form) -> Page:
+    """Return a page in its form.
+
+    Raises CommandError when it cannot have that, TierError when it cannot be read.
+    """
+    entry = session.cache.find(key)
+    if entry is None:
+        return None
+    schema, mover = _schema_for(session, entry, form), session.server.mover
+    if mover is None or not is_cold(entry):
+        return await _from_memory(session, key, form)
+    if form.seconds == 0:
+        mover.advise_prefetch([entry])
+        return None
+    load = None
+    try:
+        with anyio.move_on_after(form.seconds) as scope:
+            if form.dtype == RAW and any(each.codec >= MIXED_ID for each in entry.records):
+                stored = await mover.read_stored(entry)
+                if stored is not None and stored[0] >= MIXED_ID:
+                    return _some_layers(stored[1], schema, form.layers)
+            load = mover.start_load(entry)
+            await load.wait()
+        if scope.cancelled_caught:
+            mover.advise_prefetch([entry])  # it stays for whoever asks next
+        elif load is not None and load.error is not None and is_cold(entry):
+            raise load.error
+        return await _from_memory(session, key, form)
+    finally:
+        if load is not None:
+            mover.release(load)
 
 
-def _some_layers(encoded: bytes | memoryview, layers: Layers | None) -> bytes | memoryview:
+def _some_layers(
+    encoded: bytes | memoryview, schema: Schema, layers: Layers | None
+) -> bytes | memoryview:
+    head, view = read_head(encoded), memoryview(encoded)
+    if head.geometry != schema.geometry:
+        raise CommandError("AS raw needs a page that was stored in the shape of its namespace")
     if layers is None:
         return encoded
-    view = memoryview(encoded)
-    head, start, stop = select_layers(read_head(view), *layers)
-    return b"".join((head, view[start:stop]))
+    front, start, stop = select_layers(head, *layers)
+    return b"".join((front, view[start:stop]))
 
 
-def _with_head(schema: Schema, layers: Layers | None, payload: memoryview) -> bytes:
-    head, start, stop = _head_of(schema, layers)
-    return b"".join((head, payload[start:stop]))
+async def _from_memory(session: "Session", key: bytes, form: Form) -> Page:
+    """Return what is made of a page in memory, and None when it is not there."""
+    cache = session.cache
+    entry = cache.find(key)
+    if entry is None or (slot := entry.slot) is None:
+        return None
+    schema = _schema_for(session, entry, form)
+    source, target = schema.geometry.dtype, form.dtype
+    head, start, stop = _head_of(schema, form.layers)
+    cache.borrow(slot)
+    if target in (RAW, source):
+        return Held(slot, head if target == RAW else b"", start, stop)
+    try:
+        work = cache.payload(slot)[start:stop], source, target
+        threads = session.server.form_threads
+        return await anyio.to_thread.run_sync(_convert, *work, limiter=threads)
+    finally:
+        cache.restore(slot)
+
+
+def _convert(numbers: memoryview, source: str, target: str) -> memoryview:
+    # It needs numpy, which a server whose clients never ask for it is spared.
+    from respkv.kernels import dtypes
+
+    return dtypes.convert(numbers, source, target)
+
+
+def _schema_for(session: "Session", entry: Entry, form: Form) -> Schema:
+    """Return the schema of a page. Raises CommandError unless the page can have a form."""
+    schema = schema_of(session, entry, "AS")
+    source = schema.geometry.dtype
+    if form.dtype != RAW and source not in FLOATS:
+        raise CommandError(f"AS {form.dtype}: pages of {source} are codes, not numbers to convert")
+    if form.layers is not None:
+        layer_range(schema, *form.layers)
+    return schema
 
 
 def _head_of(schema: Schema, layers: Layers | None) -> tuple[bytes, int, int]:
@@ -231,43 +307,3 @@ def layer_range(schema: Schema, first: int, count: int) -> tuple[int, int]:
         return schema.geometry.layer_range(first, count)
     except ValueError as error:
         raise CommandError(str(error)) from None
-
-
-async def _converted(session: "Session", entry: Entry, schema: Schema, form: Form) -> Page:
-    """Return the numbers of a page, or of some layers, as another type."""
-    source, target = schema.geometry.dtype, form.dtype
-    if source not in FLOATS:
-        raise CommandError(f"AS {target}: pages of {source} are codes, not numbers to convert")
-    _, start, stop = _head_of(schema, form.layers)
-    # It needs numpy, which a server whose clients never ask for it is spared.
-    from respkv.kernels.dtypes import convert
-
-    def work(payload: memoryview) -> memoryview:
-        return convert(payload[start:stop], source, target)
-
-    return await _from_memory(session, entry, work)
-
-
-async def _from_memory(
-    session: "Session", entry: Entry, work: Callable[[memoryview], bytes | memoryview]
-) -> Page:
-    """Bring a page into memory if it is not there, and return what a thread makes of its bytes."""
-    cache, mover = session.cache, session.server.mover
-    load = mover.start_load(entry) if mover is not None and is_cold(entry) else None
-    try:
-        if load is not None:
-            await load.wait()
-            if load.error is not None and is_cold(entry):
-                raise load.error
-        slot = entry.slot
-        if slot is None:
-            return None if entry.value is None else work(memoryview(entry.value))
-        cache.borrow(slot)
-        try:
-            threads = session.server.form_threads
-            return await anyio.to_thread.run_sync(work, cache.payload(slot), limiter=threads)
-        finally:
-            cache.restore(slot)
-    finally:
-        if load is not None and mover is not None:
-            mover.release(load)

@@ -14,6 +14,7 @@ from respkv.tiers.codec import PageSpec, has_torch, parse_codec
 from respkv.tiers.record import Meta
 
 Chosen = tuple[tuple[Codec, Codec], ...]
+KNOWN_MAX = 10_000
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class PageSpecs:
         chosen = self._namespaces.chosen.get(namespace)
         known = self._known.get((namespace, tier))
         if known is None or known.schema is not schema or known.chosen is not chosen:
+            if len(self._known) >= KNOWN_MAX:  # of namespaces that have gone, most of them
+                self._known.clear()
             known = _Known(schema, chosen, spec_of(schema, tier, chosen))
             self._known[namespace, tier] = known
         return known.spec

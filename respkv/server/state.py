@@ -52,6 +52,9 @@ class Server:
         self.budget = Budget(config.move_bytes_max, arena.nbytes)
         # Beside them the event loop has to have a processor.
         self.form_threads = anyio.CapacityLimiter(max(1, (os.cpu_count() or 1) // 2))
+        self.measuring = (
+            anyio.Lock()
+        )  # apart from them: who waits for a page waits for milliseconds
         self.arena = arena
         self.clock = clock
         self.run_id = secrets.token_hex(20)

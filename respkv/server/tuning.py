@@ -1,12 +1,14 @@
 """Measuring codecs on live pages, and choosing them for namespaces that said "auto".
 
 A choice is made from a sample of the pages that a namespace has, in a thread, and made again when
-it has ``AGAIN`` times as many, since the first prompts of a day may not be like the rest. Pages
-that are stored already stay as they are.
+``AGAIN`` times as many pages have been put, since the first prompts of a day may not be like the
+rest. Pages that are stored already stay as they are.
 """
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,8 +21,10 @@ from respkv.engine.namespaces import Schema
 from respkv.engine.rungs import Plane, Rung, choose_ratio, choose_within
 from respkv.errors import CacheError
 from respkv.kernels.layout import Codec
-from respkv.page import DTYPE_BYTES
+from respkv.page import DTYPE_BYTES, Geometry
 from respkv.server.loads import is_cold
+from respkv.tiers import lossy
+from respkv.tiers.slab import Slot
 
 if TYPE_CHECKING:
     from respkv.kernels.quality import Quality
@@ -35,7 +39,8 @@ PAGES_MAX: Final = 8  # of a sample
 SAMPLE_BYTES_MAX: Final = 32 << 20  # of a sample, unless one page is larger
 AGAIN: Final = 16
 STEP: Final = 2000  # keys looked at before others are let in
-LOOK_KEYS_MAX: Final = 100_000
+LOOK_KEYS_MAX: Final = 100_000  # for pages in memory when there are others
+REST: Final = 20  # times as long as the keys were looked at they are not looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,55 +56,76 @@ async def measure_namespace(
 ) -> Sample | None:
     """Measure codecs on pages of a namespace; None: there are none.
 
-    The pages are held meanwhile. Raises TierError when those in files cannot be read.
+    One at a time, since it takes all of a processor for seconds; the pages are held meanwhile.
+    Raises TierError when those in files cannot be read, or torch is not there.
     """
-    pages_max = max(1, min(PAGES_MAX, SAMPLE_BYTES_MAX // schema.geometry.page_bytes))
-    entries = await _sample(server, schema, pages_max)
-    from respkv.kernels.quality import measure_pages  # torch: only who measures needs it
-
-    payloads: list[bytes] = []
-    for entry in entries:
-        if is_cold(entry) and server.mover is not None:
-            load = server.mover.start_load(entry)
-            try:
-                await load.wait()
-                if load.error is not None:
-                    raise load.error
-                _copy(server, entry, payloads)
-            finally:
-                server.mover.release(load)
-        else:
-            _copy(server, entry, payloads)
-    if not payloads:
-        return None
-    views = [memoryview(payload) for payload in payloads]
-    measured = await anyio.to_thread.run_sync(
-        measure_pages, views, schema.geometry, codecs, limiter=server.form_threads
-    )
-    return Sample(len(payloads), measured)
+    async with server.measuring:
+        page_bytes, bytes_max = schema.geometry.page_bytes, server.budget.each_max
+        pages_max = min(PAGES_MAX, min(SAMPLE_BYTES_MAX, bytes_max) // page_bytes)
+        held: list[Slot] = []
+        try:
+            for entry in await _sample(server, schema, max(1, pages_max)):
+                await _hold(server, schema, entry, held)
+            if not held:
+                return None
+            pages = [server.cache.payload(slot) for slot in held]
+            measured = await anyio.to_thread.run_sync(_measure, pages, schema.geometry, codecs)
+            return Sample(len(pages), measured)
+        finally:
+            for slot in held:
+                server.cache.restore(slot)
 
 
-def _copy(server: "Server", entry: Entry, payloads: list[bytes]) -> None:
-    if entry.slot is not None:
-        payloads.append(bytes(server.cache.payload(entry.slot)))
-    elif entry.value is not None:
-        payloads.append(entry.value)
+def _measure(
+    pages: Sequence[memoryview], geometry: Geometry, codecs: Sequence[Codec]
+) -> "list[list[tuple[Quality, Quality]]]":
+    lossy.load()  # torch, which takes seconds to import, and this thread alone from then on
+    from respkv.kernels.quality import measure_pages
+
+    return measure_pages(pages, geometry, codecs)
+
+
+async def _hold(server: "Server", schema: Schema, entry: Entry, held: list[Slot]) -> None:
+    """Borrow a page, unless it has gone; one that is in files alone is brought into memory."""
+    mover = server.mover
+    load = mover.start_load(entry) if mover is not None and is_cold(entry) else None
+    try:
+        if load is not None:
+            await load.wait()
+            if load.error is not None and is_cold(entry):
+                raise load.error
+        if entry.position >= 0 and _is_of(entry, schema) and entry.slot is not None:
+            server.cache.borrow(entry.slot)
+            held.append(entry.slot)
+    finally:
+        if load is not None and mover is not None:
+            mover.release(load)
 
 
 async def _sample(server: "Server", schema: Schema, pages_max: int) -> list[Entry]:
-    """Return some pages of a namespace, those in memory first."""
-    cache, found = server.cache, list[Entry]()
-    cursor = looked_at = 0
-    while looked_at < LOOK_KEYS_MAX:
-        cursor, entries = cache.index.scan(cursor, STEP)
-        looked_at += STEP
-        found += [entry for entry in entries if _is_of(entry, schema)]
-        found.sort(key=is_cold)
-        del found[pages_max:]
-        if not cursor or (len(found) == pages_max and not is_cold(found[-1])):
-            break
-        await anyio.lowlevel.checkpoint()
+    """Return some pages of a namespace; those in memory first, if there are some near."""
+    found: list[Entry] = []
+    async with aclosing(_steps(server)) as steps:
+        async for entries, looked_at in steps:
+            found += [entry for entry in entries if _is_of(entry, schema)]
+            found.sort(key=is_cold)
+            del found[pages_max:]
+            is_full = len(found) == pages_max
+            if is_full and (not is_cold(found[-1]) or looked_at >= LOOK_KEYS_MAX):
+                break
     return found
+
+
+async def _steps(server: "Server") -> AsyncGenerator[tuple[list[Entry], int], None]:
+    """Yield all entries, some at a time, and how many were looked at; others are let in between."""
+    cursor = looked_at = 0
+    while True:
+        cursor, found = server.cache.index.scan(cursor, STEP)
+        looked_at += STEP
+        yield found, looked_at
+        if not cursor:
+            return
+        await anyio.lowlevel.checkpoint()
 
 
 def _is_of(entry: Entry, schema: Schema) -> bool:
@@ -129,17 +155,28 @@ def choose(schema: Schema, sample: Sample) -> tuple[tuple[Codec, Codec], ...]:
 
 async def tune(server: "Server") -> None:
     """Choose codecs for the namespaces that want that, until cancelled."""
-    num_pages: dict[bytes, int] = {}  # of a namespace, when it was looked at last
+    num_pages: dict[bytes, int] = {}  # that had been put when a namespace was measured last
+    complaints: dict[bytes, str] = {}
+    rest_s = LOOK_S
     while True:
-        await anyio.sleep(LOOK_S)
-        namespaces = server.cache.namespaces
-        tuned = [namespaces.find(name) for name in namespaces.names()]
-        for schema in tuned:
-            if schema is not None and schema.is_tuned:
+        await anyio.sleep(rest_s)
+        schemas = _due(server, num_pages)
+        began_s = anyio.current_time()
+        names = await _filled(server, schemas)
+        rest_s = max(LOOK_S, REST * (anyio.current_time() - began_s))
+        for schema in schemas:
+            name = schema.namespace
+            if name in names:
+                num_pages[name] = max(server.cache.stats.pages_put, 1)
                 try:
-                    await _tune(server, schema, num_pages)
+                    await _tune(server, schema)
                 except CacheError as error:
-                    logger.warning("namespace %r: not measured: %s", schema.namespace, error)
+                    if complaints.get(name) != str(error):
+                        logger.warning("namespace %r: not measured: %s", name, error)
+                    complaints[name] = str(error)
+        for gone in num_pages.keys() - set(server.cache.namespaces.names()):
+            del num_pages[gone]
+            complaints.pop(gone, None)
 
 
 def not_tuned() -> None:
@@ -147,16 +184,42 @@ def not_tuned() -> None:
     logger.error("codecs are not chosen any more until the server starts again")
 
 
-async def _tune(server: "Server", schema: Schema, num_pages: dict[bytes, int]) -> None:
-    name, namespaces, put = schema.namespace, server.cache.namespaces, server.cache.stats.pages_put
-    is_chosen = name in namespaces.chosen
-    if is_chosen and put < AGAIN * num_pages.get(name, 0):
-        return
-    if not is_chosen and len(await _sample(server, schema, PAGES_MIN)) < PAGES_MIN:
-        return
-    num_pages[name] = max(put, 1)
+def _due(server: "Server", num_pages: dict[bytes, int]) -> list[Schema]:
+    """Return the namespaces whose codecs are to be chosen, for the first time or again."""
+    namespaces, put = server.cache.namespaces, server.cache.stats.pages_put
+    due: list[Schema] = []
+    for name in namespaces.names():
+        schema = namespaces.find(name)
+        if schema is None or not schema.is_tuned:
+            continue
+        if num_pages.get(name, 0) > put:  # CONFIG RESETSTAT
+            num_pages[name] = max(put, 1)
+        if name not in namespaces.chosen or put >= AGAIN * num_pages.get(name, 0):
+            due.append(schema)
+    return due
+
+
+async def _filled(server: "Server", schemas: list[Schema]) -> set[bytes]:
+    """Return the names of those namespaces that have enough pages to choose by."""
+    left = {schema.namespace: schema for schema in schemas}
+    counts: Counter[bytes] = Counter()
+    async with aclosing(_steps(server)) as steps:
+        async for entries, _ in steps:
+            for entry in entries if left else ():
+                schema = left.get(entry.namespace)
+                if schema is not None and _is_of(entry, schema):
+                    counts[entry.namespace] += 1
+                    if counts[entry.namespace] == PAGES_MIN:
+                        del left[entry.namespace]
+            if not left:
+                break
+    return {name for name, count in counts.items() if count >= PAGES_MIN}
+
+
+async def _tune(server: "Server", schema: Schema) -> None:
+    name, namespaces = schema.namespace, server.cache.namespaces
     sample = await measure_namespace(server, schema, LADDER)
-    if sample is None or namespaces.find(name) is not schema:
+    if sample is None or namespaces.find(name) != schema:
         return
     namespaces.chosen[name] = choose(schema, sample)
     logger.info(

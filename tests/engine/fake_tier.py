@@ -74,6 +74,7 @@ class FakeTier:
         self.describe: Callable[[Record], Meta]
         self.keep: Callable[[Record], bool]
         self.leave: Callable[[list[Record]], Awaitable[None]]
+        self.release: Callable[[Record], bool]
         self.dropped: Callable[[Record, str], None]
         self.generation: Callable[[], int]
         self.records: dict[Record, Logged] = {}

@@ -362,6 +362,30 @@ async def test_what_is_to_be_written_again_outlives_the_copy_that_it_is_read_fro
         assert await get(cache, mover, ID) == b"p" * 5000
 
 
+async def test_a_log_forgets_no_generation_that_is_on_its_way_or_will_be_written() -> None:
+    cache, _ = make_cache()
+    async with opened(cache, tier := FakeTier(), settings=KEEP) as mover:
+        entry = cache.put(ID, b"p" * 5000, Put("kvpage", level=Level.WRITTEN))
+        await settled(cache, mover)
+        (record,) = entry.records
+        since = cache.copies.ticket
+        tier.close_gate()
+        cache.describe(entry, Put("kvpage", level=Level.DURABLE))
+        assert not tier.release(record)  # it is about to be written
+        await until(lambda: len(tier.writes) == 2)
+        assert not tier.release(record)  # it is on its way
+        tier.open_gate()
+        await settled(cache, mover, since)
+        (record,) = entry.records
+        before = record.generation
+        assert tier.release(record)  # its log forgets all up to this generation
+        tier.drop(record, "evicted")
+        cache.describe(entry, Put("kvpage", level=Level.WRITTEN))
+        await until(lambda: len(entry.records) == 1)
+        assert entry.records[0].generation > before
+        assert await get(cache, mover, ID) == b"p" * 5000
+
+
 async def test_memory_gives_up_nothing_that_is_to_be_written_again() -> None:
     cache, clock = make_cache(1 << 20)
     async with opened(cache, tier := FakeTier()) as mover:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from respkv.engine import gpu_forms
 from respkv.engine.entry import Entry
 from respkv.engine.gpu_forms import Forms
 from respkv.engine.namespaces import Namespaces, Schema
@@ -74,3 +75,14 @@ def test_a_schema_that_changed_gives_another_form() -> None:
     assert forms.find(page()) == PageForm(SHAPE)
     namespaces.put(Schema(b"ns", SHAPE, codecs=((b"gpu", b"f8"),)))
     assert forms.find(page()) == PageForm.of(SHAPE, Codec.F8, Codec.F8)
+
+
+def test_namespaces_that_come_and_go_leave_little_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_forms, "MADE_MAX", 4)
+    forms, namespaces = forms_of()
+    for number in range(20):
+        name = b"ns%d" % number
+        namespaces.put(Schema(name, SHAPE))
+        assert forms.find(page(name + b":1")) is not None
+        namespaces.drop(name)
+    assert len(forms._made) <= 4

@@ -1,8 +1,11 @@
 """Measuring codecs: what is exact measures as exact, and errors are those that were made."""
 
+from math import isfinite
+
 import pytest
 import torch
 
+from respkv.kernels import quality
 from respkv.kernels.layout import Codec
 from respkv.kernels.quality import measure, measure_pages, relative_l2
 from respkv.page import Geometry
@@ -18,9 +21,9 @@ def planes(tokens: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("codec", [Codec.RAW, Codec.XS])
 def test_a_lossless_codec_has_no_error(codec: Codec) -> None:
-    for quality in measure(codec, *planes()):
-        assert (quality.relative_l2, quality.max_error, quality.attention_error) == (0, 0, 0)
-        assert quality.bits <= 16
+    for found in measure(codec, *planes()):
+        assert (found.relative_l2, found.max_error, found.attention_error) == (0, 0, 0)
+        assert found.bits <= 16
 
 
 def test_fewer_bits_mean_more_error() -> None:
@@ -65,3 +68,35 @@ def test_the_error_of_nothing_is_nothing() -> None:
     zeros = torch.zeros(3, 3)
     assert relative_l2(zeros, zeros) == 0
     assert relative_l2(zeros, zeros + 1) == 3
+
+
+def test_planes_that_are_no_numbers_are_in_no_error() -> None:
+    keys, values = planes()
+    keys[1, 3, 0, 5] = torch.nan
+    values[2, 0, 1, 0] = -torch.inf
+    for found in measure(Codec.RH4, keys, values):
+        assert 0.01 < found.relative_l2 < 0.15
+        assert 0 < found.attention_error < 1
+        assert 0 < found.max_error < 10
+    for found in measure(Codec.RH4, torch.full_like(keys, torch.nan), values):
+        assert found.attention_error == 0
+        assert isfinite(found.relative_l2)
+
+
+def test_pages_of_very_many_tokens_take_no_more_memory_for_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys, values = planes()
+    exact, _ = measure(Codec.I4, keys, values)
+    sizes: list[int] = []
+    attend = quality._attend
+
+    def noted(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        sizes.append(queries.shape[0] * queries.shape[1] * keys.shape[1])
+        return attend(queries, keys, values)
+
+    monkeypatch.setattr(quality, "_attend", noted)
+    monkeypatch.setattr(quality, "LOGITS_MAX", 10_000)
+    found, _ = measure(Codec.I4, keys, values)
+    assert max(sizes) <= 10_000
+    assert found.relative_l2 == exact.relative_l2

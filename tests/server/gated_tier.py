@@ -66,6 +66,7 @@ class GatedTier:
         self.describe: Callable[[Record], Meta] = _unset
         self.keep: Callable[[Record], bool] = _unset
         self.leave: Callable[[list[Record]], Awaitable[None]] = _unset
+        self.release: Callable[[Record], bool] = _unset
         self.dropped: Callable[[Record, str], None] = _unset
         self.generation: Callable[[], int] = _unset
         self.health = Health(self.name)

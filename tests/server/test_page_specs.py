@@ -10,6 +10,7 @@ import pytest
 from respkv.engine.namespaces import AUTO, Namespaces, Schema
 from respkv.kernels.layout import Codec
 from respkv.page import Geometry
+from respkv.server import page_specs
 from respkv.server.page_specs import PageSpecs
 from respkv.tiers.codec import PageSpec
 from respkv.tiers.record import Meta
@@ -51,6 +52,18 @@ def test_a_schema_that_changes_is_followed() -> None:
     assert specs.of("disk", META) is None
     namespaces.drop(b"ns")
     assert specs.of("nvme", META) is None
+
+
+def test_namespaces_that_come_and_go_leave_little_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_specs, "KNOWN_MAX", 4)
+    namespaces = Namespaces()
+    specs = PageSpecs(namespaces)
+    for number in range(20):
+        name = b"ns%d" % number
+        namespaces.put(replace(SCHEMA, namespace=name))
+        assert specs.of("nvme", META._replace(key=name + b":" + b"0" * 64)) is not None
+        namespaces.drop(name)
+    assert len(specs._known) <= 4
 
 
 def test_what_is_to_be_measured_is_lossless_until_it_was() -> None:

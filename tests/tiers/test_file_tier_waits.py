@@ -10,6 +10,7 @@ import pytest
 
 from respkv.errors import TierError
 from respkv.tiers import checkpointer, tickets
+from respkv.tiers.batch import Bury
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.parts import Parts, TierConfig
 from respkv.tiers.record import Level, Record
@@ -116,6 +117,34 @@ async def test_what_is_evicted_before_its_asker_has_it_was_written_all_the_same(
         assert why == "evicted"
         assert {key, *shelf.held} == {b"a", b"b"}
         await shelf.check()
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+async def test_what_is_wanted_again_is_neither_buried_nor_dropped(refusals: int) -> None:
+    async with running(make(FaultyDevice(MemoryDevice()))) as (shelf, _):
+        parts = parts_of(shelf.tier)
+        for key in (b"a", b"b"):
+            assert await shelf.put(key, 30_000, level=Level.DURABLE)
+        record = shelf.held[b"a"].record
+        assert record is not None
+        segment = parts.log.table.segments[record.segment]
+        parts.log.table.seal(segment)
+        asked: list[Record] = []
+
+        def release(each: Record) -> bool:
+            """Refuse from the first question about ``record`` on, or from the second."""
+            asked.append(each)
+            return each is not record or asked.count(each) != refusals
+
+        parts.log.hooks.release = release
+        assert not await parts.reclaimer.clear(segment)
+        assert [gone[0] for gone in shelf.gone] == [b"b"]
+        notes = [each.note for some in parts.log.notes.values() for each in some]
+        buried = {note.key for note in notes if isinstance(note, Bury)}
+        assert buried == ({b"b"} if refusals == 1 else {b"a", b"b"})
+        assert await shelf.get(b"a")
+        assert await parts.reclaimer.clear(segment)
+        assert shelf.held == {}
 
 
 async def test_reclaim_takes_what_was_handed_over_before_what_was_not() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
+from respkv.engine.namespaces import Schema
 from respkv.errors import CommandError
 from respkv.kernels.layout import Codec
 from respkv.server.arguments import shown
@@ -29,16 +30,16 @@ def kv_quality(session: Session, args: Args) -> Awaitable[None]:
         raise CommandError(str(error)) from None
     for codec in (*codecs, Codec.RH4):  # whatever is asked for, measuring needs torch
         check_available(codec, schema.geometry.dtype)
-    return _measure(session, args[1], codecs)
+    return _measure(session, schema, codecs)
 
 
-async def _measure(session: Session, namespace: bytes, codecs: tuple[Codec, Codec]) -> None:
-    schema = session.cache.namespaces.find(namespace)
-    assert schema is not None
+async def _measure(session: Session, schema: Schema, codecs: tuple[Codec, Codec]) -> None:
+    if session.is_muted:
+        return
     with session.until_lost():
         sample = await measure_namespace(session.server, schema, codecs)
         if sample is None:
-            raise CommandError(f"namespace {shown(namespace)} has no pages to measure")
+            raise CommandError(f"namespace {shown(schema.namespace)} has no pages to measure")
         session.send(
             {
                 "codec": codec_text(codecs),
