@@ -16,6 +16,7 @@ hand on a GPU to check it. Otherwise numbers that lie on the border of two codes
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # What is a tensor, a constant or a tuple in a kernel, only Triton knows.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl

@@ -165,3 +165,18 @@ async def test_what_conversions_make_counts_as_memory(monkeypatch: pytest.Monkey
         gate.set()
         (pages,) = await replies(wire, 1)
         assert len(pages) == 8
+
+
+async def test_what_is_said_twice_is_refused() -> None:
+    async with cold_server() as cold:
+        (key,) = put_pages(cold, 1)
+        wire = FakeWire(cold.server)
+        shape = ("LAYERS", 2, "HEADS", 4, "DIM", 64, "TOKENS", 64, "DTYPE", "bfloat16")
+        codecs = ("CODEC", "cpu", "raw", "CODEC", "CPU", "raw")
+        wire.feed(request("KV.GET", key, "AS", "raw", "AS", "float32"))
+        wire.feed(request("KV.GET", key, "LAYERS", 0, 1, "LAYERS", 1, 1))
+        wire.feed(request("KV.SCHEMA", "SET", "ns", *shape, *codecs))
+        first, second, third = map(str, await replies(wire, 3))
+        assert "unexpected option 'AS'" in first
+        assert "unexpected option 'LAYERS'" in second
+        assert "CODEC cpu is given twice" in third

@@ -4,8 +4,15 @@ from typing import Any
 
 import pytest
 
+from respkv.engine.entry import Put
+from respkv.engine.journeys import Move
+from respkv.engine.namespaces import Schema
+from respkv.page import Geometry
+from respkv.tiers.record import Level
 from tests.conftest import StartServer
-from tests.server.raw import Raw, error_of
+from tests.fakes import FakeWire
+from tests.server.cold import cold_server, replies
+from tests.server.raw import Raw, error_of, request
 
 GEOMETRY = "LAYERS 4 HEADS 2 DIM 8 TOKENS 16 DTYPE float16"
 PAGE_BYTES = 4 * 2 * 16 * 2 * 8 * 2
@@ -234,3 +241,23 @@ def test_the_pages_of_a_deleted_schema_are_not_served_under_the_next(raw: Raw) -
     assert raw.ask("KV.GET", "other:1") == b"x" * 99
     assert raw.ask("KV.SCHEMA", "DEL", "model") == 1
     assert raw.ask("KV.SCHEMA", "DEL", "model") == 0
+
+
+@pytest.mark.anyio
+async def test_a_file_that_a_page_is_on_its_way_to_is_told_that_its_schema_goes() -> None:
+    async with cold_server() as cold:
+        cold.cache.namespaces.put(Schema(b"ns", Geometry(1, 1, 64, 16, "bfloat16")))
+        buried: list[tuple[bytes, int]] = []
+
+        def bury(key: bytes, generation: int) -> int:
+            buried.append((key, generation))
+            return len(buried)
+
+        cold.tier.bury = bury  # type: ignore[method-assign]
+        entry = cold.cache.put(b"ns:1", bytes(4096), Put("kvpage"))
+        moved = Move(0, entry.generation + 1, Level.MEMORY)
+        cold.cache.copies.moving[entry] = [moved]
+        wire = FakeWire(cold.server)
+        wire.feed(request("KV.SCHEMA", "DEL", "ns"))
+        assert await replies(wire, 1) == [1]
+        assert buried == [(b"ns:1", moved.generation)]

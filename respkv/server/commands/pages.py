@@ -196,8 +196,12 @@ def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple
 def _form(words: Words) -> Form:
     """Read the options of KV.GET and KV.MGET."""
     form = Form()
+    seen: set[bytes] = set()
     while words:
         word = words.word()
+        if word in seen:  # which of the two was meant?
+            raise words.unexpected()
+        seen.add(word)
         if word == b"LAYERS":
             layers = (words.count("first layer"), words.count("layer count", 1))
             form = replace(form, layers=layers)

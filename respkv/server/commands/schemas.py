@@ -89,7 +89,10 @@ def _parse(session: Session, args: Args) -> Schema:
         elif word == b"SEED":
             seed = _identity(words)
         elif word == b"CODEC":
-            codecs.update([_codec(session, words)])
+            tier, name = _codec(session, words)
+            if tier in codecs:
+                raise CommandError(f"CODEC {shown(tier)} is given twice")
+            codecs[tier] = name
         elif word == b"EXACT":
             kept["exact_first"] = words.count("EXACT first")
             kept["exact_last"] = words.count("EXACT last")
@@ -232,8 +235,9 @@ def _delete_for_good(cache: Cache, entry: Entry) -> None:
 
     A page whose key names its content may come back otherwise, and would be of the wrong shape.
     """
-    tiers = {record.tier for record in entry.records}
-    generation = max([entry.generation, *(record.generation for record in entry.records)])
+    known = [*entry.records, *cache.copies.moving.get(entry, ())]
+    tiers = {each.tier for each in known}
+    generation = max([entry.generation, *(each.generation for each in known)])
     writing = cache.copies.writing.get(entry)
     if writing is not None:
         tiers.add(writing.tier)
