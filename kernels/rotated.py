@@ -149,7 +149,8 @@ def _quantize_rows(rows: Tensor, how: Quantizer, *, unbiased: bool) -> tuple[Ten
     # Returns gains [R] float16 and codes [W, R] int8; rows are overwritten. New memory is the
     # larger part of the time here, so what is done with is written over.
     spare = rows * rows
-    norm = (tree_sum(spare) / rows.shape[0]).sqrt_()
+    # Some libraries' float32 square root is a bit off now and then; through float64 it is exact.
+    norm = (tree_sum(spare) / rows.shape[0]).double().sqrt_().float()
     unit = rows.mul_((1.0 / norm).masked_fill_(norm == 0, 0.0))
     steps = how.codes(unit, out=spare)
     codes = steps.to(torch.int8)
