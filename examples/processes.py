@@ -168,6 +168,7 @@ def running_worker(name: str, model: Path, url: str, options: Namespace) -> Iter
     """Run a worker process."""
     command = [sys.executable, "-m", "examples.worker", "--model", str(model), "--server", url]
     command += ["--page-tokens", str(options.page_tokens), "--threads", str(options.threads)]
+    command += ["--nvme-codec", options.nvme_codec]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -12,7 +12,7 @@ server's own memory, and only the places of pages are sent.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,19 @@ Layers = list[tuple[Tensor, Tensor]]  # K and V of every layer, each [1, H, toke
 
 
 class SharedPages:
-    """The pages of one namespace. ``fingerprint`` names the weights that make them."""
+    """The pages of one namespace.
+
+    fingerprint: names the weights that make them.
+    codecs:      how tiers store them, as ``{"nvme": "xs"}``; without loss where it is not said.
+    """
 
     def __init__(
-        self, client: Client, namespace: str, geometry: Geometry, fingerprint: bytes
+        self,
+        client: Client,
+        namespace: str,
+        geometry: Geometry,
+        fingerprint: bytes,
+        codecs: Mapping[str, str] | None = None,
     ) -> None:
         self.client = client
         self.namespace = namespace
@@ -46,6 +55,7 @@ class SharedPages:
             tokens=geometry.tokens,
             dtype=geometry.dtype,
             fingerprint=fingerprint,
+            codecs=codecs,
         )
 
     def keys(self, tokens: Sequence[int]) -> list[bytes]:

@@ -149,6 +149,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=32)
     add("--maxmemory", default="256mb", help="what the server may hold in memory")
     add("--nvme-bytes", default="1gb", help="what it may hold in files")
+    add("--nvme-codec", default="xs", help="how: a lossy one may change tokens")
     add("--threads", type=int, default=1, help="threads of each worker")
     add("--layers", type=int, default=10, help="of the model with random weights")
     add("--hidden", type=int, default=512, help="of the model with random weights")

@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--server", required=True, help="URL of respkv")
     parser.add_argument("--namespace", default="shared-prompt")
     parser.add_argument("--page-tokens", type=int, default=128)
+    parser.add_argument("--nvme-codec", default="xs", help="how files hold the pages")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -183,7 +184,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, local_files_only=True)
     with torch.inference_mode(), Client(options.server) as client:
         worker = Worker(model, page_tokens=options.page_tokens)
-        pages = SharedPages(client, options.namespace, worker.geometry, fingerprint(model))
+        codecs = {"nvme": options.nvme_codec}
+        pages = SharedPages(client, options.namespace, worker.geometry, fingerprint(model), codecs)
         page = worker.geometry
         say("ready", shape=pages.shape, dtype=page.dtype, bytes=page.page_bytes)
         for line in sys.stdin:

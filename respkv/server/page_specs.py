@@ -10,7 +10,7 @@ from respkv.engine.namespaces import AUTO, Namespaces, Schema
 from respkv.kernels.layout import Codec
 from respkv.page import namespace_of
 from respkv.tiers import lossy
-from respkv.tiers.codec import PageSpec, has_torch, parse_codec
+from respkv.tiers.codec import PageSpec, has_torch, load_lossless, parse_codec
 from respkv.tiers.record import Meta
 
 Chosen = tuple[tuple[Codec, Codec], ...]
@@ -51,9 +51,12 @@ class PageSpecs:
 async def make_ready(schemas: Iterable[Schema]) -> None:
     """Load what the codecs of some schemas take, before a page has to wait for that.
 
-    Whoever moves a page to a tier gives up after a while, and torch takes seconds to import.
+    Whoever moves a page to a tier gives up after a while, and torch takes seconds to import; numpy
+    takes a fifth of one, which the first page would have to wait.
     """
     texts = {text for schema in schemas for _, text in schema.codecs}
+    if texts - {b"raw"}:
+        await anyio.to_thread.run_sync(load_lossless)
     if any(text == AUTO or _is_lossy(text) for text in texts) and has_torch():
         await anyio.to_thread.run_sync(lossy.load)
 
