@@ -168,6 +168,11 @@ def codec_name(codec_id: int) -> str:
     return Codec(codec_id - _FIRST_ID).name.lower() if known else f"codec-{codec_id}"
 
 
+def is_lossless(codec_id: int) -> bool:
+    """Say whether a page that is stored so comes back with every bit; a mixed one may not."""
+    return codec_id < MIXED_ID or codec_id - _FIRST_ID in (Codec.RAW, Codec.XS)
+
+
 def raw_plane_bytes(geometry: Geometry) -> int:
     """Return the bytes of a plane as it came."""
     return geometry.layer_bytes // 2

@@ -64,7 +64,7 @@ def decode(data: bytes) -> Mark | None:
 
 
 def read_marks(places: Sequence[tuple[str, str]]) -> list[Mark | None]:
-    """Return the mark in each directory, given as (name of the tier, path); None: it is damaged.
+    """Return the mark in each directory, given as (name of the tier, path); None: it cannot be read.
 
     Blocks.
     """
@@ -72,12 +72,12 @@ def read_marks(places: Sequence[tuple[str, str]]) -> list[Mark | None]:
     for tier, path in places:
         try:
             mark = decode((Path(path) / FILE_NAME).read_bytes())
+            if mark is None:
+                logger.error("tier %s: the file %s in %s is damaged", tier, FILE_NAME, path)
         except (FileNotFoundError, NotADirectoryError):
             mark = UNMARKED
         except OSError:
-            mark = None
-        if mark is None:
-            logger.error("tier %s: the file %s in %s is damaged", tier, FILE_NAME, path)
+            mark = None  # the tier meets the same when it starts, and says so
         found.append(mark)
     return found
 

@@ -14,6 +14,7 @@ import anyio
 
 from respkv.engine.namespaces import Namespaces, Schema
 from respkv.errors import PageCorrupt, TierError
+from respkv.kernels.layout import Codec
 from respkv.page import Geometry
 from respkv.tiers.format import hash64
 from respkv.tiers.record import Level
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from respkv.tiers.file_tier import FileTier
 
 logger = logging.getLogger(__name__)
+
+Chosen = dict[bytes, tuple[tuple[Codec, Codec], ...]]
 
 FILE_NAME = "schemas.json"
 FORMAT = "respkv schemas"
@@ -56,6 +59,7 @@ class SchemaFiles:
         Raises TierError when a file has a newer version than this server knows.
         """
         newest: tuple[int, list[Schema]] = (0, [])
+        chosen: Chosen = {}
         for tier in self._tiers:
             data = await tier.load(FILE_NAME)
             try:
@@ -64,11 +68,13 @@ class SchemaFiles:
                 self.num_damaged += 1
                 logger.error("%s of tier %s is ignored: %s", FILE_NAME, tier.name, error)
                 continue
-            newest = max(newest, found, key=lambda pair: pair[0])
+            if data is not None and found[0] > newest[0]:
+                newest, chosen = found, chosen_in(data)
         self._serial, schemas = newest
         self._saved = self._serial
         for schema in schemas:
             self._namespaces.put(schema)
+        self._namespaces.chosen.update(chosen)
         return schemas
 
     async def save(self) -> None:
@@ -84,7 +90,8 @@ class SchemaFiles:
                 return
             serial = self._serial
             schemas = [self._namespaces.find(name) for name in self._namespaces.names()]
-            data = encode(serial, [schema for schema in schemas if schema is not None])
+            chosen = self._namespaces.chosen
+            data = encode(serial, [schema for schema in schemas if schema is not None], chosen)
             failures = [
                 str(error) for error in [await self._save(t, data) for t in self._tiers] if error
             ]
@@ -102,13 +109,20 @@ class SchemaFiles:
         return None
 
 
-def encode(serial: int, schemas: Iterable[Schema]) -> bytes:
-    """Return the text of a file."""
+def encode(serial: int, schemas: Iterable[Schema], chosen: Chosen | None = None) -> bytes:
+    """Return the text of a file.
+
+    chosen: the codecs of namespaces whose codec is chosen by measuring.
+    """
     body: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "serial": serial,
         "schemas": [_plain(schema) for schema in schemas],
+        "chosen": {
+            name.hex(): [[key.name, value.name] for key, value in layers]
+            for name, layers in (chosen or {}).items()
+        },
     }
     body["checksum"] = checksum(body)
     return json.dumps(body, indent=1).encode()
@@ -134,6 +148,15 @@ def decode(data: bytes) -> tuple[int, list[Schema]]:
         return body["serial"], [_schema(each) for each in body["schemas"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PageCorrupt("it is not what was written") from error
+
+
+def chosen_in(data: bytes) -> Chosen:
+    """Return the codecs that were chosen, from a file that ``decode`` took; some have none."""
+    found = json.loads(data).get("chosen", {})
+    return {
+        bytes.fromhex(name): tuple((Codec[key], Codec[value]) for key, value in layers)
+        for name, layers in found.items()
+    }
 
 
 def checksum(body: dict[str, Any]) -> str:

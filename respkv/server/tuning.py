@@ -20,10 +20,12 @@ from respkv.engine.entry import Entry
 from respkv.engine.namespaces import Schema
 from respkv.engine.rungs import Plane, Rung, choose_ratio, choose_within
 from respkv.errors import CacheError
+from respkv.kernels.container import is_lossless
 from respkv.kernels.layout import Codec
 from respkv.page import DTYPE_BYTES, Geometry
 from respkv.server.loads import is_cold
 from respkv.tiers import lossy
+from respkv.tiers.format import read_header
 from respkv.tiers.slab import Slot
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ async def measure_namespace(
         held: list[Slot] = []
         try:
             for entry in await _sample(server, schema, max(1, pages_max)):
-                await _hold(server, schema, entry, held)
+                if _is_as_put(server, entry):
+                    await _hold(server, schema, entry, held)
             if not held:
                 return None
             pages = [server.cache.payload(slot) for slot in held]
@@ -94,7 +97,8 @@ async def _hold(server: "Server", schema: Schema, entry: Entry, held: list[Slot]
             await load.wait()
             if load.error is not None and is_cold(entry):
                 raise load.error
-        if entry.position >= 0 and _is_of(entry, schema) and entry.slot is not None:
+        is_wanted = entry.position >= 0 and _is_of(entry, schema) and _is_as_put(server, entry)
+        if is_wanted and entry.slot is not None:
             server.cache.borrow(entry.slot)
             held.append(entry.slot)
     finally:
@@ -107,7 +111,9 @@ async def _sample(server: "Server", schema: Schema, pages_max: int) -> list[Entr
     found: list[Entry] = []
     async with aclosing(_steps(server)) as steps:
         async for entries, looked_at in steps:
-            found += [entry for entry in entries if _is_of(entry, schema)]
+            found += [
+                entry for entry in entries if _is_of(entry, schema) and _is_as_put(server, entry)
+            ]
             found.sort(key=is_cold)
             del found[pages_max:]
             is_full = len(found) == pages_max
@@ -134,6 +140,17 @@ def _is_of(entry: Entry, schema: Schema) -> bool:
         and entry.namespace == schema.namespace
         and entry.nbytes == schema.geometry.page_bytes
     )
+
+
+def _is_as_put(server: "Server", entry: Entry) -> bool:
+    """Whether a page would be read as it was put: not from a copy that lost something.
+
+    What such a copy gives back lies on the steps of its codec, so the next one would seem exact.
+    """
+    if entry.slot is None:
+        return not entry.records or is_lossless(entry.records[0].codec)
+    checksum = read_header(server.cache.header(entry.slot)).checksum
+    return all(record.checksum == checksum for record in entry.records)
 
 
 def choose(schema: Schema, sample: Sample) -> tuple[tuple[Codec, Codec], ...]:
@@ -207,7 +224,7 @@ async def _filled(server: "Server", schemas: list[Schema]) -> set[bytes]:
         async for entries, _ in steps:
             for entry in entries if left else ():
                 schema = left.get(entry.namespace)
-                if schema is not None and _is_of(entry, schema):
+                if schema is not None and _is_of(entry, schema) and _is_as_put(server, entry):
                     counts[entry.namespace] += 1
                     if counts[entry.namespace] == PAGES_MIN:
                         del left[entry.namespace]
@@ -221,10 +238,12 @@ async def _tune(server: "Server", schema: Schema) -> None:
     sample = await measure_namespace(server, schema, LADDER)
     if sample is None or namespaces.find(name) != schema:
         return
-    namespaces.chosen[name] = choose(schema, sample)
+    chosen = namespaces.chosen[name] = choose(schema, sample)
+    if server.schema_files is not None:
+        await server.schema_files.save()
     logger.info(
         "namespace %r: codecs chosen from %d pages: %s",
         name.decode(errors="replace"),
         sample.pages,
-        " ".join(f"{key.name}/{value.name}".lower() for key, value in namespaces.chosen[name]),
+        " ".join(f"{key.name}/{value.name}".lower() for key, value in chosen),
     )

@@ -207,8 +207,10 @@ def test_quality_measures_and_auto_chooses_what_keeps_to_the_target(tiered: Serv
         (["CODEC", "gpu2", "raw"], "CODEC gpu2: this server has the tiers cpu, disk, nvme"),
         (["CODEC", "nvme", "zip"], "CODEC nvme zip: codec 'zip' is not one of raw, xs"),
         (["CODEC", "cpu", "i8"], "CODEC cpu i8: pages in memory are raw"),
-        (["CODEC", "nvme", "auto"], "CODEC auto needs either MAXERROR or MINRATIO"),
-        (["MAXERROR", "0.1"], "CODEC auto needs either MAXERROR or MINRATIO"),
+        (["CODEC", "nvme", "auto"], "CODEC auto needs either MAXERROR or MINRATIO, and not both"),
+        (["MAXERROR", "0.1"], "MAXERROR and MINRATIO need CODEC auto for at least one tier"),
+        (["CODEC", "nvme", "auto", "MAXERROR", "5"], "MAXERROR 5: it is a part of 1"),
+        (["CODEC", "nvme", "auto", "MINRATIO", "0.5"], "MINRATIO 0.5: pages would not get smaller"),
         (["CODEC", "nvme", "auto", "MAXERROR", "nan"], "MAXERROR must be a number greater than 0"),
         (["EXACT", "100", "29"], "EXACT 100 29: a page has 128 tokens"),
     ],
@@ -221,6 +223,28 @@ def test_what_a_schema_cannot_have_is_refused(
             client.command("KV.SCHEMA", "SET", "bad", *SHAPE_WORDS, *more)
         assert message in str(caught.value)
         assert client.schema_list() == []
+
+
+def test_what_a_lossy_copy_gave_back_is_not_measured(tiered: ServerProcess) -> None:
+    keys = keys_of(60)
+    with Client(tiered.url) as client:
+        client.schema_set("ns", **SHAPE, codecs={"nvme": "rh4"})
+        for number, key in enumerate(keys):
+            client.put(key, page_of(number))
+        wait_until_in(client, keys[0], "nvme")
+        fresh = client.quality("ns", "rh4")
+        assert 0.09 < fresh["key_relative_l2"] <= 0.112, "those in memory are as they were put"
+        for key in keys[30:]:
+            client.delete(key)
+        for key in keys[:8]:
+            wait_until_in(client, key, "nvme")
+        client.command("CONFIG", "SET", "promote", "first")
+        for key in keys[:8]:
+            assert client.get(key) is not None
+        for key in keys[8:30]:
+            client.delete(key)
+        with pytest.raises(ServerError, match="no pages to measure that are as they were put"):
+            client.quality("ns", "rh4")
 
 
 def test_codecs_of_a_schema_survive_a_restart(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from respkv.engine.namespaces import Namespaces, Schema
 from respkv.errors import PageCorrupt, TierError
+from respkv.kernels.layout import Codec
 from respkv.page import Geometry
 from respkv.server.schema_files import FILE_NAME, SchemaFiles, decode, encode
 from respkv.tiers.record import Level
@@ -52,6 +53,17 @@ def files_on(*shelves: Shelf) -> tuple[SchemaFiles, Namespaces]:
 def test_all_of_a_schema_is_read_back() -> None:
     assert decode(encode(12, SCHEMAS)) == (12, SCHEMAS)
     assert decode(encode(0, [])) == (0, [])
+
+
+async def test_what_was_chosen_by_measuring_survives_a_restart() -> None:
+    shelf = Shelf("nvme")
+    files, namespaces = files_on(shelf)
+    namespaces.put(Schema(b"ns", SHAPE, codecs=((b"nvme", b"auto"),), error_max=0.1))
+    namespaces.chosen[b"ns"] = ((Codec.RH4, Codec.I8), (Codec.XS, Codec.XS))
+    await files.save()
+    again, found = files_on(shelf)
+    await again.load()
+    assert found.chosen == namespaces.chosen
 
 
 def test_every_flipped_bit_is_noticed_or_changes_nothing() -> None:

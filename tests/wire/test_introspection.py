@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 # Redis shows these another way: every option of KILL as repeatable, LIST's types as exclusive with
 # nothing, GETKEYS without its arguments.
-OTHER_SYNTAX = {"client|kill", "client|list", "command|getkeys"}
+OTHER_SYNTAX = {"client|kill", "client|list", "command|getkeys", "memory|usage"}
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

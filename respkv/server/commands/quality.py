@@ -39,7 +39,9 @@ async def _measure(session: Session, schema: Schema, codecs: tuple[Codec, Codec]
     with session.until_lost():
         sample = await measure_namespace(session.server, schema, codecs)
         if sample is None:
-            raise CommandError(f"namespace {shown(schema.namespace)} has no pages to measure")
+            raise CommandError(
+                f"namespace {shown(schema.namespace)} has no pages to measure that are as they were put"
+            )
         session.send(
             {
                 "codec": codec_text(codecs),

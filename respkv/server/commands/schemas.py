@@ -17,7 +17,7 @@ from respkv.server.page_specs import make_ready
 from respkv.server.registry import command
 from respkv.server.schema_files import SchemaFiles
 from respkv.server.session import Session
-from respkv.tiers.codec import check_available, parse_codec
+from respkv.tiers.codec import check_available, parse_codec, takes_dtype
 from respkv.tiers.record import Level
 from respkv.wire import reply
 from respkv.wire.parser import Args
@@ -127,11 +127,19 @@ def _check_codecs(schema: Schema) -> None:
         raise CommandError(
             f"EXACT {schema.exact_first} {schema.exact_last}: a page has {shape.tokens} tokens"
         )
-    has_target = bool(schema.error_max) != bool(schema.ratio_min)
-    if schema.is_tuned != has_target or (schema.error_max and schema.ratio_min):
-        raise CommandError("CODEC auto needs either MAXERROR or MINRATIO, which need CODEC auto")
+    num_targets = bool(schema.error_max) + bool(schema.ratio_min)
+    if schema.is_tuned and num_targets != 1:
+        raise CommandError("CODEC auto needs either MAXERROR or MINRATIO, and not both")
+    if num_targets and not schema.is_tuned:
+        raise CommandError("MAXERROR and MINRATIO need CODEC auto for at least one tier")
+    if schema.error_max >= 1:
+        raise CommandError(f"MAXERROR {schema.error_max:g}: it is a part of 1, as 0.05 for 5 %")
+    if 0 < schema.ratio_min <= 1:
+        raise CommandError(f"MINRATIO {schema.ratio_min:g}: pages would not get smaller")
     for _, names in schema.codecs:
         if names == AUTO:
+            if not takes_dtype(Codec.RH4, shape.dtype):
+                raise CommandError(f"CODEC auto measures floating-point pages, not {shape.dtype}")
             check_available(Codec.RH4, shape.dtype)
         else:
             for codec in parse_codec(names.decode()):

@@ -26,7 +26,8 @@ _SCHEMA = subcommands(
             "`rh4/rh3`, or `auto`: the cheapest of them, for keys and for values of each layer, "
             "with which the relative L2 error is at most MAXERROR, or, with the smallest error, "
             "pages get smaller MINRATIO times. EXACT keeps so many tokens of a page as they are: "
-            "the first ones, of pages without PARENT, and the last ones. "
+            "the first ones, of pages without PARENT, and the last ones. Set again, a schema of the "
+            "same shape has the codecs and all other policies that are said now, and no others. "
             "DURABILITY is what the pages of the namespace survive once their put is answered, "
             "`durability` when left out. With file tiers the schema survives a restart."
         ),
