@@ -12,7 +12,7 @@ from pathlib import Path
 
 import respkv
 
-EXTRA_HOMES = ("respkv.kernels.", "respkv.integrations.", "respkv.cli.screen")
+EXTRA_HOMES = ("respkv.kernels.", "respkv.tiers.gpu", "respkv.integrations.", "respkv.cli.screen")
 EXTRA_PACKAGES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "rich"}
 
 
