@@ -148,6 +148,7 @@ class Cache(Residents):
         generation = slot.generation = self.slabs.next_generation()
         self._write_header(slot, key, schema, generation, checksum)
         entry = self.entries.get(key)
+        is_new = entry is None or entry.kind != how.kind
         if entry is None:
             entry = Entry(key, how.kind, nbytes, self.clock.now)
             entry.slot, slot.owner = slot, entry
@@ -160,6 +161,8 @@ class Cache(Residents):
         self.stats.bytes_in += nbytes
         if self.has_files:
             self.copies.stored(entry, self._level(how, schema))
+        if how.kind == "kvpage" and self.watchers:
+            self.watchers.stored(entry, is_new=is_new)
         return entry
 
     def has_page(self, key: bytes, nbytes: int) -> Entry | None:
@@ -248,6 +251,7 @@ class Cache(Residents):
         """
         removed = self.index.clear()
         self.gpu.clear()
+        self.watchers.cleared()
         for entry in removed[-FLUSHED_NOTED_MAX:]:
             self.history.note(entry.key, "flushed")
         if self.has_files:
@@ -290,10 +294,16 @@ class Cache(Residents):
         if how.kind == "kvpage":
             entry.tokens = how.tokens or (0 if schema is None else schema.geometry.tokens)
             entry.namespace = b"" if schema is None else schema.namespace
+            if how.token_ids:
+                entry.branch, entry.token_ids = how.branch, how.token_ids
             if how.parent is not None:
                 leaf = self.index.link(entry, how.parent)
                 if leaf is not None and not leaf.is_cold:
                     self.room.insert(leaf)
+            if how.depth is not None:
+                entry.depth = how.depth
+            elif entry.parent is not None:
+                entry.depth = entry.parent.depth + entry.parent.tokens
 
     def _level(self, how: Put, schema: Schema | None) -> Level:
         if how.level is not None:

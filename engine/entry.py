@@ -26,8 +26,11 @@ class Entry:
     """
 
     __slots__ = (
+        "account",
         "born",
+        "branch",
         "children",
+        "depth",
         "expires_ms",
         "generation",
         "held_until",
@@ -45,7 +48,9 @@ class Entry:
         "priority",
         "queue",
         "records",
+        "request",
         "slot",
+        "token_ids",
         "tokens",
         "touched",
         "value",
@@ -75,6 +80,11 @@ class Entry:
         self.position = -1  # its place in the index's table, for SCAN
         self.mark: float = 0.0  # for the eviction policy
         self.queue: Any = None  # for the eviction policy
+        self.depth = 0  # tokens in front of it in its chain, as far as it is known
+        self.branch = b""  # of a page that came with its tokens: what it shares with its siblings
+        self.token_ids = b""  # and the tokens it holds, int32 little-endian
+        self.request: Any = None  # the last request that touched it (requests.py)
+        self.account: Any = None  # whose bytes it is (accounts.py)
 
     @property
     def is_cold(self) -> bool:
@@ -88,6 +98,10 @@ class Put:
 
     expires_ms: wall-clock end of its TTL, 0 for none, None to keep the one the key has.
     parent:     key of the page it stands behind; None leaves the link as it is.
+    branch, token_ids: of a page that comes with its tokens, see ``Entry``; empty: they stay.
+    depth:      tokens in front of the page; None: as many as its parent says.
+    tenant:     whose quota it counts against, beside that of its namespace.
+    session:    the conversation that it belongs to; empty: none that is known.
     level:      what it must survive once the put is answered; None: what its namespace says, or
                 the cache.
     """
@@ -98,6 +112,11 @@ class Put:
     tokens: int = 0
     parent: bytes | None = None
     level: Level | None = None
+    branch: bytes = b""
+    token_ids: bytes = b""
+    depth: int | None = None
+    tenant: bytes = b""
+    session: bytes = b""
 
 
 PLAIN = Put()

@@ -18,6 +18,7 @@ from respkv.engine.memory import Memory
 from respkv.engine.namespaces import Namespaces, Schema
 from respkv.engine.room import Room, descendants, small_cost, with_descendants
 from respkv.engine.stats import Stats
+from respkv.engine.watch import Watchers
 from respkv.errors import OutOfMemory
 from respkv.tiers.format import Header, hash64, read_header, write_header
 from respkv.tiers.record import Level, Record
@@ -50,6 +51,7 @@ class Residents(Memory):
         self.room.evict, self.room.lose = self._evict, self._lose
         self.copies.lose, self.copies.requeue = self._lose_copy, self.room.insert
         self.copies.on_room = lambda: self.on_room()
+        self.watchers = Watchers()
         self.has_files = False
         self._cold_hand = 0
 
@@ -87,6 +89,8 @@ class Residents(Memory):
         self.room.insert(entry)
         if self.gpu.is_on:
             self.gpu.raised(entry)
+        if entry.kind == "kvpage" and self.watchers:
+            self.watchers.raised(entry)
 
     def raise_small(self, entry: Entry, value: bytes) -> bool:
         """Put a cold small value back onto the heap; False if it went while room was made."""
@@ -107,6 +111,8 @@ class Residents(Memory):
         self.room.remove(entry)
         self._let_go(entry)
         self.copies.demoted(entry)
+        if entry.kind == "kvpage" and self.watchers:
+            self.watchers.demoted(entry)
         if self.copies.num_cold > self.copies.cold_max:
             self.forget_cold()
 
@@ -150,6 +156,8 @@ class Residents(Memory):
         self, entry: Entry, kind: Kind, nbytes: int, slot: Slot | None, level: Level
     ) -> None:
         is_cold = entry.is_cold
+        if entry.kind == "kvpage" != kind and self.watchers:
+            self.watchers.removed(entry, "deleted")
         if self.gpu.is_on:
             self.gpu.drop(entry)
         if self.has_files:
@@ -188,6 +196,8 @@ class Residents(Memory):
 
     def _remove(self, entry: Entry, reason: Reason) -> None:
         is_cold = entry.is_cold
+        if entry.kind == "kvpage" and self.watchers:
+            self.watchers.removed(entry, reason)
         if not is_cold:
             self.room.remove(entry)
         leaf = self.index.remove(entry)

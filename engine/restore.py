@@ -105,6 +105,7 @@ class Restore:
             if entry.kind == "kvpage":
                 schema = cache.namespaces.of_key(entry.key)
                 entry.namespace = b"" if schema is None else schema.namespace
+                cache.watchers.restored(entry)
 
     def _is_full(self) -> bool:
         copies = self._cache.copies

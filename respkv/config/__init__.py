@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from respkv.config.gpu import GpuSettings
+from respkv.config.events import EventSettings
 from respkv.config.kinds import KIB, MIB, Choice, Count, Flag, Kind, Mode, Secret, Size, size_text
 from respkv.errors import ConfigError
 
@@ -30,7 +30,7 @@ _POLICIES = ("lru", "lfu", "fifo", "sieve", "s3fifo")
 
 
 class Config(
-    GpuSettings,
+    EventSettings,
     kw_only=True,
     frozen=True,
     forbid_unknown_fields=True,
@@ -292,7 +292,7 @@ class Setting:
 
 def _settings() -> Iterator[Setting]:
     # A base's fields come first; what matters with every start is to be read first.
-    fields, of_files = msgspec.structs.fields(Config), set(GpuSettings.__struct_fields__)
+    fields, of_files = msgspec.structs.fields(Config), set(EventSettings.__struct_fields__)
     for field in sorted(fields, key=lambda field: field.name in of_files):
         kind = field.type.__metadata__[0]
         assert isinstance(kind, Kind)
