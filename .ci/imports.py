@@ -12,8 +12,11 @@ from pathlib import Path
 
 import respkv
 
-EXTRA_HOMES = ("respkv.kernels.", "respkv.tiers.gpu", "respkv.integrations.", "respkv.cli.screen")
-EXTRA_PACKAGES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "rich"}
+EXTRA_HOMES = (
+    *("respkv.kernels.", "respkv.tiers.gpu", "respkv.integrations.", "respkv.cli.screen"),
+    "respkv.server.zmq_events",
+)
+EXTRA_PACKAGES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "rich", "zmq"}
 
 
 def modules(folder: Path, prefix: str) -> Iterator[str]:

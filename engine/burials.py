@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from respkv.engine.clock import Clock
 from respkv.engine.entry import Entry
+from respkv.engine.lineage import pack_lineage
 from respkv.engine.notes import Note, Notes, Settle
 from respkv.engine.tier import Tier
 from respkv.errors import TierError
@@ -163,4 +164,5 @@ class Burials(Notes):
             tokens=entry.tokens,
             hits=entry.hits,
             parent=entry.parent_key,
+            more=pack_lineage(entry),
         )

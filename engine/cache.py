@@ -17,16 +17,17 @@ from respkv.engine.history import Reason
 from respkv.engine.integrity import check_copies, check_holders
 from respkv.engine.landing import Landing
 from respkv.engine.leases import Lease, LeaseTable, Mode
-from respkv.engine.namespaces import Schema
+from respkv.engine.namespaces import TAG_BYTES, Schema, tag_of
+from respkv.engine.nodes import touch_parts
 from respkv.engine.prefix import longest_run
 from respkv.engine.residents import Residents
 from respkv.errors import CommandError
-from respkv.page import KEY_BYTES_MAX, PAGE_ID_BYTES
+from respkv.page import KEY_BYTES_MAX, part_of
+from respkv.tiers.meta import is_content_addressed
 from respkv.tiers.record import Level
 from respkv.tiers.slab import SlabAllocator, Slot
 
 FLUSHED_NOTED_MAX = 10_000  # a flush must not stall the loop with explanations
-PAGE_ID_DIGITS = 2 * PAGE_ID_BYTES
 
 
 class Cache(Residents):
@@ -70,15 +71,23 @@ class Cache(Residents):
         """Use the longest run of present pages from the start, cold ones too; keep it until then."""
         ended_by_ms = self.clock.wall_ms if self.index.num_volatile else 0
         run = longest_run(self.entries, keys, ended_by_ms)
+        self.use_run(run, until)
+        if run and run[-1].kind == "kvpage":
+            self.requests.matched(run, len(keys) * run[0].tokens, self.clock.now)
+        return run
+
+    def use_run(self, run: list[Entry], until: float) -> None:
+        """Use pages that a client is told about, and keep them until then."""
         now = self.clock.now
         for entry in run:
             entry.touched = now
             entry.hits += 1
             entry.held_until = until
+            if entry.parts:
+                touch_parts(entry, now)
         self._promised_until = max(self._promised_until, until)
         self.stats.matches += 1
         self.stats.matched_pages += len(run)
-        return run
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -107,19 +116,31 @@ class Cache(Residents):
             )
 
     def seal(self, key: bytes, landing: Landing, checksum: int, how: Put) -> Entry:
-        """Commit a landing whose bytes were checksummed elsewhere."""
+        """Commit a landing whose bytes were checksummed elsewhere.
+
+        Raises QuotaExceeded when its owner may not keep so much; the landing is as it was then.
+        """
         self.check_key(key, landing.nbytes)
+        if how.kind == "kvpage":
+            parent = self.entries.get(how.parent) if how.parent else None
+            self.accounts.check_put(key, how.tenant, landing.nbytes, parent)
         self._close(landing)
         return self.publish(key, landing.slot, landing.nbytes, checksum, how)
 
     def put(self, key: bytes, value: bytes, how: Put = PLAIN) -> Entry:
-        """Store a value that is already in memory. Raises OutOfMemory; the old value stays then."""
+        """Store a value that is already in memory.
+
+        Raises OutOfMemory and QuotaExceeded; the old value stays then.
+        """
         if len(value) <= SMALL_BYTES_MAX and how.kind == "string":
             return self.put_small(key, value, how)
         self.check_key(key, len(value))
         landing = self.reserve(len(value))
         landing.write(value)
-        return self.commit(key, landing, how)
+        try:
+            return self.commit(key, landing, how)
+        finally:
+            self.abandon(landing)
 
     def put_small(self, key: bytes, value: bytes, how: Put) -> Entry:
         """Store a value of at most SMALL_BYTES_MAX bytes on the heap."""
@@ -149,6 +170,10 @@ class Cache(Residents):
         self._write_header(slot, key, schema, generation, checksum)
         entry = self.entries.get(key)
         is_new = entry is None or entry.kind != how.kind
+        if entry is not None and not is_new and entry.branch[:TAG_BYTES] != tag_of(schema):
+            self.watchers.removed(entry, "schema")  # what this key was under another schema
+            entry.branch = entry.token_ids = b""
+            is_new = True
         if entry is None:
             entry = Entry(key, how.kind, nbytes, self.clock.now)
             entry.slot, slot.owner = slot, entry
@@ -157,36 +182,47 @@ class Cache(Residents):
         else:
             self._replace(entry, how.kind, nbytes, slot, self._level(how, schema))
         entry.generation = generation
+        entry.tenant = how.tenant
         self._describe(entry, how, schema)
         self.stats.bytes_in += nbytes
         if self.has_files:
             self.copies.stored(entry, self._level(how, schema))
         if how.kind == "kvpage" and self.watchers:
             self.watchers.stored(entry, is_new=is_new)
+            if how.session:
+                self.requests.belongs(entry, how.session)
         return entry
 
     def has_page(self, key: bytes, nbytes: int) -> Entry | None:
         """Return the page that a put of ``nbytes`` would only write again, or None.
 
-        A key that ends with a page id names its content, so what is there is what would come.
+        A key with a page's id names its content under one schema, so what is there is what would
+        come.
         """
-        digits = key[-PAGE_ID_DIGITS:]
-        if len(key) <= PAGE_ID_DIGITS or not _HEX.issuperset(digits):
+        if not is_content_addressed(key, "kvpage"):
             return None
         entry = self.find(key)
-        is_same = entry is not None and entry.kind == "kvpage" and entry.nbytes == nbytes
-        return entry if is_same else None
+        if entry is None or entry.kind != "kvpage" or entry.nbytes != nbytes:
+            return None
+        schema = self.namespaces.of_key(key)
+        return entry if entry.branch[:TAG_BYTES] == tag_of(schema) else None
 
     def describe(self, entry: Entry, how: Put) -> None:
         """Apply put options to a page that is already there; its level is raised, never lowered."""
         schema = self.namespaces.of_key(entry.key)
-        before = entry.expires_ms, entry.priority, entry.tokens, entry.parent_key
+        before = _told(entry)
+        had_tokens = bool(entry.token_ids)
         self._describe(entry, how, schema)
+        if entry.token_ids and not had_tokens:
+            self.watchers.stored(entry, is_new=False)
+        if how.pinned_until:
+            self.pins.note(entry)
+        self.accounts.requeue(entry)
         if self.has_files:
             level = self._level(how, schema)
             if level > entry.level:
                 self.copies.want(entry, level)
-            elif before != (entry.expires_ms, entry.priority, entry.tokens, entry.parent_key):
+            elif before != _told(entry):
                 self.copies.changed(entry)
 
     # -- leases -------------------------------------------------------------------------------
@@ -233,7 +269,16 @@ class Cache(Residents):
     def pin(self, entry: Entry, until: float) -> None:
         """Keep an entry from eviction until then; 0 ends that."""
         entry.pinned_until = until
+        self.pins.note(entry)
+        self.accounts.requeue(entry)
         self.copies.changed(entry)
+
+    def prioritize(self, entry: Entry, priority: int) -> None:
+        """Give a page another priority."""
+        if priority != entry.priority:
+            entry.priority = priority
+            self.accounts.requeue(entry)
+            self.copies.changed(entry)
 
     def lapse(self) -> list[int]:
         """End leases past their deadline; return the owners of overdue writers."""
@@ -283,23 +328,34 @@ class Cache(Residents):
         check_copies(self.copies, entries)
         check_holders(self.slabs, entries, self.leases, self._landings, self._borrowed)
         self.gpu.check()
+        self.accounts.check(entries)
         self.stats.checks += 1
 
     # -- inside -------------------------------------------------------------------------------
 
     def _describe(self, entry: Entry, how: Put, schema: Schema | None) -> None:
-        if how.expires_ms is not None and how.expires_ms != entry.expires_ms:
-            self.index.expire_at(entry, how.expires_ms)
+        if how.kind == "kvpage":
+            entry.part = part_of(entry.key)
+        expires_ms = 0 if entry.part is not None and how.parent else how.expires_ms
+        if expires_ms is not None and expires_ms != entry.expires_ms:
+            self.index.expire_at(entry, expires_ms)  # a part goes when its page does
         entry.priority = how.priority
+        if how.pinned_until:
+            entry.pinned_until = how.pinned_until
         if how.kind == "kvpage":
             entry.tokens = how.tokens or (0 if schema is None else schema.geometry.tokens)
             entry.namespace = b"" if schema is None else schema.namespace
             if how.token_ids:
                 entry.branch, entry.token_ids = how.branch, how.token_ids
+            elif not entry.branch:
+                entry.branch = tag_of(schema)
             if how.parent is not None:
                 leaf = self.index.link(entry, how.parent)
-                if leaf is not None and not leaf.is_cold:
-                    self.room.insert(leaf)
+                if leaf is not None:
+                    self.accounts.requeue(leaf)
+                    self._requeue_leaf(leaf)
+                if entry.part is not None and not entry.is_cold:
+                    self.room.insert(entry)  # another page may let it go
             if how.depth is not None:
                 entry.depth = how.depth
             elif entry.parent is not None:
@@ -313,4 +369,7 @@ class Cache(Residents):
         return self.default_level
 
 
-_HEX = frozenset(b"0123456789abcdef")
+def _told(entry: Entry) -> tuple[object, ...]:
+    """Return what files know of a page and a put may change."""
+    kept = entry.expires_ms, entry.priority, entry.pinned_until
+    return (*kept, entry.tokens, entry.parent_key, entry.depth, entry.token_ids)

@@ -17,8 +17,8 @@ from respkv.engine.entry import Entry
 from respkv.engine.history import Reason
 from respkv.engine.journeys import Move
 from respkv.engine.messages import WriteValues
+from respkv.engine.nodes import descendants, page_of
 from respkv.engine.placement import BATCH_BYTES_MAX, Ages, choose_tier, idle_s
-from respkv.engine.room import descendants
 from respkv.engine.tier import Tier
 from respkv.errors import CacheError
 from respkv.tiers.record import Level, Meta, Record, Value
@@ -92,9 +92,12 @@ class Descent:
         is_promised = entry.held_until > self._cache.clock.now
         if is_promised or self._cache.room.is_held(entry) or (entry.level and not entry.is_cold):
             return True
-        if any(self._must_stay(each) for each in islice(descendants(entry), RELATIVES_MAX)):
+        page, now = page_of(entry), self._cache.clock.now
+        if page is not entry and self._must_stay(page):
             return True
-        idle = idle_s(entry, self._cache.clock.now)
+        if any(self._must_stay(each) for each in islice(descendants(page), RELATIVES_MAX)):
+            return True
+        idle = min(idle_s(entry, now), idle_s(page, now))
         return self.ages[tier].is_worth_keeping(idle, has_level=entry.level > 0)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from respkv.page import Part
 from respkv.tiers.record import Level, Record
 from respkv.tiers.slab import Slot
 
@@ -43,6 +44,8 @@ class Entry:
         "nbytes",
         "parent",
         "parent_key",
+        "part",
+        "parts",
         "pinned_until",
         "position",
         "priority",
@@ -50,6 +53,7 @@ class Entry:
         "records",
         "request",
         "slot",
+        "tenant",
         "token_ids",
         "tokens",
         "touched",
@@ -77,6 +81,8 @@ class Entry:
         self.parent_key = b""
         self.parent: Entry | None = None
         self.children: set[Entry] | None = None  # present pages right behind it in its chain
+        self.part: Part | None = None  # it is none: a page, a tail, or a string
+        self.parts: set[Entry] | None = None  # present parts that hang on it
         self.position = -1  # its place in the index's table, for SCAN
         self.mark: float = 0.0  # for the eviction policy
         self.queue: Any = None  # for the eviction policy
@@ -84,6 +90,7 @@ class Entry:
         self.branch = b""  # of a page that came with its tokens: what it shares with its siblings
         self.token_ids = b""  # and the tokens it holds, int32 little-endian
         self.request: Any = None  # the last request that touched it (requests.py)
+        self.tenant = b""  # who put it first, and pays for it
         self.account: Any = None  # whose bytes it is (accounts.py)
 
     @property
@@ -102,6 +109,7 @@ class Put:
     depth:      tokens in front of the page; None: as many as its parent says.
     tenant:     whose quota it counts against, beside that of its namespace.
     session:    the conversation that it belongs to; empty: none that is known.
+    pinned_until: on the monotonic clock; 0.0 leaves the pin as it is.
     level:      what it must survive once the put is answered; None: what its namespace says, or
                 the cache.
     """
@@ -117,6 +125,7 @@ class Put:
     depth: int | None = None
     tenant: bytes = b""
     session: bytes = b""
+    pinned_until: float = 0.0
 
 
 PLAIN = Put()

@@ -27,7 +27,10 @@ from math import inf
 from typing import Protocol
 
 from respkv.engine.entry import Entry
+from respkv.engine.nodes import page_of
 from respkv.engine.queues import Fifo, Lfu, Lru, Queue, S3Fifo, Shared, Sieve
+from respkv.engine.survival import Survival
+from respkv.engine.survival_queue import SurvivalQueue
 
 RECHECKS = 8
 ASKS_MAX = 4096
@@ -155,10 +158,11 @@ class PriorityPolicy:
 
     def victim(self, verdict: Callable[[Entry], Verdict], now: float) -> Entry | None:
         self._chosen = None
+        self._shared.now = now
         self._recheck(verdict, RECHECKS)
         num_held = 0
         while num_held < ASKS_MAX:
-            entry = self._candidate()
+            entry = self._candidate(now)
             if entry is None:
                 if self._recheck(verdict, ASKS_MAX):
                     continue
@@ -187,7 +191,7 @@ class PriorityPolicy:
             self._queue_of(entry).restore(entry, place)
 
     def age(self, now: float) -> tuple[float, float]:
-        entry = self._candidate()
+        entry = self._candidate(now)
         if entry is None:
             return -inf, -inf
         return -entry.priority, now - self._queues[entry.queue].cold_since(entry)
@@ -203,7 +207,8 @@ class PriorityPolicy:
             assert all(entry.queue == priority for entry in queue)
         for entry in self._parked:
             assert entry.queue is _Aside.PARKED
-            assert entry.children, "a parked entry lost its last child and was not inserted again"
+            is_parent = bool(page_of(entry).children)
+            assert is_parent, "a parked entry lost its last child and was not inserted again"
         for entry in (*self._parked, *self._unwritten):
             assert not entry.records, "an entry that became clean was not inserted again"
         assert all(entry.queue is _Aside.UNWRITTEN for entry in self._unwritten)
@@ -214,10 +219,10 @@ class PriorityPolicy:
         assert tracked.union(self._parked, self._held, self._unwritten) == set(entries)
         assert self._chosen is None or self._chosen.queue is not None
 
-    def _candidate(self) -> Entry | None:
+    def _candidate(self, now: float) -> Entry | None:
         while self._priorities:
             priority = self._priorities[0]
-            entry = self._queues[priority].candidate()
+            entry = self._queues[priority].candidate(now)
             if entry is None:
                 del self._queues[priority], self._priorities[0]
             elif entry.priority == priority:
@@ -270,9 +275,15 @@ _QUEUES: dict[str, Callable[[Shared], Queue]] = {
     "sieve": Sieve,
     "s3fifo": S3Fifo,
 }
-POLICIES = tuple(_QUEUES)
+POLICIES = (*_QUEUES, "survival")
 
 
-def make_policy(name: str) -> Policy:
-    """Make an empty policy. Raises KeyError unless the name is one of POLICIES."""
+def make_policy(name: str, survival: Survival | None = None) -> Policy:
+    """Make an empty policy. Raises KeyError unless the name is one of POLICIES.
+
+    survival: what is known of requests, the same for all policies of a cache; None: nothing yet.
+    """
+    if name == "survival":
+        model = Survival() if survival is None else survival
+        return PriorityPolicy(name, lambda shared: SurvivalQueue(shared, model))
     return PriorityPolicy(name, _QUEUES[name])

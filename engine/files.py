@@ -92,6 +92,7 @@ async def _start(
         restore.finish()
         restore.bury()
         restore.tell()
+        cache.accounts.enforce()
     except BaseException:
         with anyio.CancelScope(shield=True):
             await _stop(opened)

@@ -63,17 +63,17 @@ class Index:
         if not self.entries:
             self._table.clear()
             self._free.clear()
-        for child in entry.children or ():
-            child.parent = None
-            self._orphans.setdefault(entry.key, set()).add(child)
-        entry.children = None
+        for each in *(entry.children or ()), *(entry.parts or ()):
+            each.parent = None
+            self._orphans.setdefault(entry.key, set()).add(each)
+        entry.children = entry.parts = None
         return self._unlink(entry)
 
     def is_circle(self, entry: Entry, parent_key: bytes) -> bool:
         """Whether an entry would stand behind itself if it were put behind ``parent_key``."""
         if parent_key == entry.key:
             return True
-        if not entry.children:
+        if not entry.children and not entry.parts:
             return False
         ancestor = self.entries.get(parent_key)
         while ancestor is not None and ancestor is not entry:
@@ -131,7 +131,7 @@ class Index:
         for entry in removed:
             entry.position = -1
             entry.expires_ms = 0
-            entry.parent = entry.children = None
+            entry.parent = entry.children = entry.parts = None
         self.entries.clear()
         self._table.clear()
         self._free.clear()
@@ -151,10 +151,10 @@ class Index:
             assert self._table[entry.position] is entry
             if entry.parent is not None:
                 assert self.entries[entry.parent_key] is entry.parent
-                assert entry in (entry.parent.children or ())
+                assert entry in (_siblings(entry, entry.parent) or ())
             assert (entry in waiting) == bool(entry.parent_key and entry.parent is None)
-            for child in entry.children or ():
-                assert child.parent is entry
+            for each in *(entry.children or ()), *(entry.parts or ()):
+                assert each.parent is entry
             if entry.expires_ms:
                 volatile += 1
                 assert (entry, entry.expires_ms) in tickets
@@ -172,11 +172,16 @@ class Index:
         parent_key, entry.parent_key = entry.parent_key, b""
         parent, entry.parent = entry.parent, None
         if parent is not None:
-            assert parent.children is not None
-            parent.children.discard(entry)
-            if not parent.children:
-                parent.children = None
-                return parent
+            siblings = _siblings(entry, parent)
+            assert siblings is not None
+            siblings.discard(entry)
+            if siblings:
+                return None
+            if entry.part is not None:
+                parent.parts = None
+                return None
+            parent.children = None
+            return parent
         elif parent_key:
             waiting = self._orphans[parent_key]
             waiting.discard(entry)
@@ -193,8 +198,17 @@ class Index:
         heapq.heapify(self._expiry)
 
 
+def _siblings(entry: Entry, parent: Entry) -> set[Entry] | None:
+    return parent.children if entry.part is None else parent.parts
+
+
 def _attach(entry: Entry, parent: Entry) -> None:
     entry.parent = parent
+    if entry.part is not None:
+        if parent.parts is None:
+            parent.parts = set()
+        parent.parts.add(entry)
+        return
     if parent.children is None:
         parent.children = set()
     parent.children.add(entry)

@@ -15,6 +15,7 @@ from respkv.engine.actor import Actor
 from respkv.engine.cache import Cache
 from respkv.engine.cleaner import Cleaner
 from respkv.engine.copies import RECORD_BYTES
+from respkv.engine.demotions import Demotions
 from respkv.engine.descent import Descent
 from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.loads import Loader
@@ -63,6 +64,7 @@ class Mover:
         self._cleaner = Cleaner(
             cache, self.tiers, actors, self.loader, self._epochs, self._note_written
         )
+        self.demotions = Demotions(cache)
         self.settings = settings
         share = cache.slabs.budget_bytes // 2 // (ENTRY_BYTES + RECORD_BYTES)
         self._copies.cold_max = max(COLD_MIN, share)
@@ -202,6 +204,7 @@ class Mover:
         self._settle_notes()
         if not self._paused:
             self._look_at_times()
+            self.demotions.look()
             self._cleaner.look()
 
     def _look_at_times(self) -> None:

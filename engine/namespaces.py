@@ -4,23 +4,79 @@ A worker whose model differs is told at once, by KV.SCHEMA SET or by its first K
 reading pages that would decode into noise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from xxhash import xxh3_64_intdigest
 
 from respkv.errors import SchemaMismatch
 from respkv.kernels.layout import Codec
-from respkv.page import Geometry, namespace_of
+from respkv.page import Geometry, Latents, namespace_of
 from respkv.tiers.record import Level
 
 AUTO = b"auto"
+TAG_BYTES = 8
+
+
+class Kind(Enum):
+    """What a group of layers keeps of a prompt, and what of it a position needs.
+
+    FULL:    K and V of every token; all of them.
+    SLIDING: the same; those of the last tokens, as many as the window has.
+    STATE:   one object at a position: what the layers carry on (convolution and recurrence); that
+             of this very position.
+    MLA:     a latent of every token; all of them.
+    """
+
+    FULL = "full"
+    SLIDING = "sliding"
+    STATE = "state"
+    MLA = "mla"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers of a hybrid model that keep the same, beside those of the namespace's own geometry.
+
+    geometry: of a full page; None: STATE, whose objects have ``nbytes`` and no shape.
+    window:   tokens, of SLIDING.
+    """
+
+    name: bytes
+    kind: Kind
+    geometry: Geometry | None = None
+    window: int = 0
+    nbytes: int = 0
+
+    def piece_geometry(self, tokens: int) -> Geometry | None:
+        """Return the shape of a page or tail of so many tokens; None: it has none."""
+        if self.geometry is None or self.geometry.tokens == tokens:
+            return self.geometry
+        return replace(self.geometry, tokens=tokens)
+
+    def piece_bytes(self, tokens: int) -> int:
+        """Return the bytes of a page or tail of so many tokens, or of a state."""
+        if self.geometry is None:
+            return self.nbytes
+        return self.geometry.page_bytes // self.geometry.tokens * tokens
+
+    def check_piece(self, tokens: int, nbytes: int) -> None:
+        """Raise SchemaMismatch unless a page of so many tokens, or a state, has ``nbytes``."""
+        expected = self.piece_bytes(tokens)
+        if nbytes != expected:
+            what = "a state" if self.geometry is None else f"a page of {tokens} tokens"
+            raise SchemaMismatch(
+                f"{what} of group {_shown(self.name)} has {expected} bytes, "
+                f"this payload has {nbytes}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
     """What the pages of a namespace look like, and how they are kept.
 
-    fingerprint: of the model's weights; hash_algorithm, seed: of the page-id chain. Opaque here.
+    fingerprint: of the model's weights; hash_algorithm, seed: of the page-id chain. Opaque here;
+        chains of tokens need an algorithm of respkv.chain.
     codecs:      (tier, codec) pairs; a codec is a name, or two with a slash: of keys and of values;
         "auto" is whichever was chosen by measuring.
     ttl_ms:      of new pages, 0: none.
@@ -29,12 +85,13 @@ class Schema:
         page that stands behind no other, and the last ones.
     error_max:   what "auto" keeps to: relative L2 error of every plane; 0: none is allowed.
     ratio_min:   or what it has to reach: raw bytes over stored ones; 0: nothing.
+    groups:      the other layers of a hybrid model, by name.
     """
 
     namespace: bytes
     geometry: Geometry
     fingerprint: bytes = b""
-    hash_algorithm: bytes = b"sha256"
+    hash_algorithm: bytes = b"blake3"
     seed: bytes = b""
     codecs: tuple[tuple[bytes, bytes], ...] = ()
     ttl_ms: int = 0
@@ -43,11 +100,35 @@ class Schema:
     exact_last: int = 0
     error_max: float = 0.0
     ratio_min: float = 0.0
+    groups: tuple[Group, ...] = ()
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What two workers must agree on to share pages."""
-        return (self.geometry, self.fingerprint, self.hash_algorithm, self.seed)
+        shared = (self.geometry, self.fingerprint, self.hash_algorithm, self.seed)
+        return (*shared, self.groups) if self.groups else shared  # files name it by its hash
+
+    def group(self, name: bytes) -> Group:
+        """Return a group; the empty name is that of the namespace's own geometry.
+
+        Raises SchemaMismatch naming the groups that there are.
+        """
+        if not name:
+            kind = Kind.MLA if isinstance(self.geometry, Latents) else Kind.FULL
+            return Group(b"", kind, self.geometry)
+        for group in self.groups:
+            if group.name == name:
+                return group
+        there = ", ".join(_shown(group.name) for group in self.groups) or "none"
+        raise SchemaMismatch(
+            f"namespace {_shown(self.namespace)} has no group {_shown(name)}; it has {there}"
+        )
+
+    @property
+    def piece_sizes(self) -> list[int]:
+        """Bytes of a full page of each group, and of each state."""
+        tokens = self.geometry.tokens
+        return [self.geometry.page_bytes, *(group.piece_bytes(tokens) for group in self.groups)]
 
     @property
     def is_tuned(self) -> bool:
@@ -58,6 +139,11 @@ class Schema:
     def fingerprint_hash(self) -> int:
         """64 bits of identity for page headers."""
         return xxh3_64_intdigest(repr((self.namespace, *self.identity)).encode())
+
+    @property
+    def tag(self) -> bytes:
+        """The same as TAG_BYTES bytes: how the branch of each of its pages begins."""
+        return self.fingerprint_hash.to_bytes(TAG_BYTES, "little")
 
 
 class Namespaces:
@@ -112,6 +198,11 @@ class Namespaces:
         self.chosen.clear()
 
 
+def tag_of(schema: Schema | None) -> bytes:
+    """Return how the branch of a page begins that was put under a schema, or under none."""
+    return b"" if schema is None else schema.tag
+
+
 def check_payload(schema: Schema, nbytes: int) -> None:
     """Raise SchemaMismatch unless a page of ``nbytes`` fits the schema."""
     expected = schema.geometry.page_bytes
@@ -132,8 +223,24 @@ def _shown(namespace: bytes) -> str:
 
 def _described(schema: Schema) -> str:
     shape = schema.geometry
+    groups = "".join(f", group {_group_described(group)}" for group in schema.groups)
     return (
-        f"layers {shape.layers}, heads {shape.heads}, dim {shape.dim}, tokens {shape.tokens}, "
+        f"{_shape_described(shape)}, tokens {shape.tokens}, "
         f"dtype {shape.dtype}, fingerprint {_shown(schema.fingerprint)}, "
-        f"hash {_shown(schema.hash_algorithm)}, seed {_shown(schema.seed)}"
+        f"hash {_shown(schema.hash_algorithm)}, seed {_shown(schema.seed)}{groups}"
     )
+
+
+def _shape_described(shape: Geometry) -> str:
+    if isinstance(shape, Latents):
+        return f"mla, layers {shape.layers}, dim {shape.dim}"
+    return f"layers {shape.layers}, heads {shape.heads}, dim {shape.dim}"
+
+
+def _group_described(group: Group) -> str:
+    name, kind = _shown(group.name), group.kind.value
+    if group.geometry is None:
+        return f"{name} {kind} of {group.nbytes} bytes"
+    window = f" {group.window}" if group.window else ""
+    shape = _shape_described(group.geometry).removeprefix("mla, ")
+    return f"{name} {kind}{window} ({shape}, dtype {group.geometry.dtype})"

@@ -26,6 +26,7 @@ from respkv.engine.entry import Entry
 
 HEAP_SLACK = 64
 LOOKS_MAX = 512
+RESIDENCE_COUNT = 1000  # evictions over which the mean of their idle times runs
 _FREQUENCY_MAX = 3
 _SMALL_SHARE = 10  # the small queue of s3fifo is meant to hold one in so many
 
@@ -39,12 +40,22 @@ class Shared:
     num_resident: entries that the policy tracks, in a queue or aside.
     inflation:    lfu: the rank of the last victim.
     ghost:        s3fifo: hashes of the keys that left the small queue unused, oldest first.
+    now:          when a victim was asked for last, seconds of the monotonic clock.
+    residence_s:  running mean of how long victims had been idle.
     """
 
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
     num_resident: int = 0
     inflation: float = 0.0
     ghost: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    now: float = 0.0
+    residence_s: float = 0.0
+    num_evicted: int = 0
+
+    def note_residence(self, idle_s: float) -> None:
+        """Count how long an entry had been idle when it was evicted."""
+        self.num_evicted = min(self.num_evicted + 1, RESIDENCE_COUNT)
+        self.residence_s += (idle_s - self.residence_s) / self.num_evicted
 
     def trim_ghost(self) -> None:
         """Forget the oldest ghosts, so that there are at most as many as entries."""
@@ -69,8 +80,11 @@ class Queue(ABC):
         """Queue an entry that is new to this queue."""
 
     @abstractmethod
-    def candidate(self) -> Entry | None:
-        """Return whose turn it is, or None when the queue is empty. It stays where it is."""
+    def candidate(self, now: float) -> Entry | None:
+        """Return whose turn it is, or None when the queue is empty. It stays where it is.
+
+        now: seconds of the monotonic clock, as in ``touched``.
+        """
 
     @abstractmethod
     def withdraw(self, entry: Entry) -> float:
@@ -125,7 +139,7 @@ class Ranked(Queue):
         self._sweep()
         return place
 
-    def candidate(self) -> Entry | None:
+    def candidate(self, now: float) -> Entry | None:
         heap = self._heap
         coldest: Item | None = None
         looks = 0
@@ -232,7 +246,7 @@ class Sieve(Queue):
         entry.mark = entry.hits
         self._ahead[entry] = None
 
-    def candidate(self) -> Entry | None:
+    def candidate(self, now: float) -> Entry | None:
         coldest: Entry | None = None
         looks = 0
         while self and looks < LOOKS_MAX:
@@ -300,7 +314,7 @@ class S3Fifo(Queue):
         else:
             self._small[entry] = None
 
-    def candidate(self) -> Entry | None:
+    def candidate(self, now: float) -> Entry | None:
         small, main = self._small, self._main
         coldest: Entry | None = None
         looks = 0

@@ -2,11 +2,12 @@
 
 An entry's bytes leave memory in two ways. A clean one is demoted: it stays in the index and its copy
 in a file is found. A dirty one is lost with its key. So only losing has to care for the pages that
-stand behind it.
+stand behind it, and for the parts that go with it (nodes.py).
 """
 
-from itertools import islice
+from itertools import chain, islice
 
+from respkv.engine.accounts import Accounts
 from respkv.engine.clock import Clock
 from respkv.engine.copies import Copies
 from respkv.engine.entry import Entry, Kind
@@ -16,7 +17,10 @@ from respkv.engine.index import Index
 from respkv.engine.landing import Landing
 from respkv.engine.memory import Memory
 from respkv.engine.namespaces import Namespaces, Schema
-from respkv.engine.room import Room, descendants, small_cost, with_descendants
+from respkv.engine.nodes import descendants, page_of, with_descendants
+from respkv.engine.pins import Pins
+from respkv.engine.requests import Requests
+from respkv.engine.room import Room, small_cost
 from respkv.engine.stats import Stats
 from respkv.engine.watch import Watchers
 from respkv.errors import OutOfMemory
@@ -47,11 +51,18 @@ class Residents(Memory):
         self.stats = Stats()
         self.copies = Copies(clock)
         self.gpu = GpuCopies(clock, self.namespaces)
+        self.requests = Requests(clock)
         self.room = Room(slabs, policy, small_max=small_max, clock=clock, copies=self.copies)
+        self.room.survival = self.requests.survival
         self.room.evict, self.room.lose = self._evict, self._lose
         self.copies.lose, self.copies.requeue = self._lose_copy, self.room.insert
         self.copies.on_room = lambda: self.on_room()
         self.watchers = Watchers()
+        self.watchers.add(self.requests)
+        self.accounts, self.pins = Accounts(clock, self.entries), Pins(clock)
+        self.accounts.is_held, self.accounts.lose = self.room.is_held, self._lose_to_quota
+        self.watchers.add(self.accounts)
+        self.watchers.add(self.pins)
         self.has_files = False
         self._cold_hand = 0
 
@@ -122,16 +133,25 @@ class Residents(Memory):
         for _ in range(COLD_LOOKS):
             self._cold_hand += 1
             entry = self.index.at(self._cold_hand)
-            while entry is not None and entry.children:
+            if entry is None:
+                continue
+            entry = page_of(entry)
+            while entry.children:
                 entry = min(entry.children, key=_touched)  # who stands behind it goes first
-            if entry is None or not entry.is_cold or self.room.is_held(entry):
+            if not self._may_be_forgotten(entry):
                 continue
             if coldest is None or entry.touched < coldest.touched:
                 coldest = entry
         if coldest is not None:
-            self._lose(coldest)
+            self._lose_all(coldest)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _may_be_forgotten(self, leaf: Entry) -> bool:
+        if not leaf.parts:
+            return leaf.is_cold and not self.room.is_held(leaf)
+        is_any_cold = leaf.is_cold or any(part.is_cold for part in leaf.parts)
+        return is_any_cold and not self.room.is_any_held(leaf)
 
     def _take(self, nbytes: int, *, may_lose: bool = True, is_last: bool = True) -> Slot:
         try:
@@ -158,6 +178,9 @@ class Residents(Memory):
         is_cold = entry.is_cold
         if entry.kind == "kvpage" != kind and self.watchers:
             self.watchers.removed(entry, "deleted")
+        self.accounts.uncount(entry)
+        if kind == "string":
+            self._remove_parts(entry, "deleted")
         if self.gpu.is_on:
             self.gpu.drop(entry)
         if self.has_files:
@@ -195,6 +218,7 @@ class Residents(Memory):
             self._give_back(slot)
 
     def _remove(self, entry: Entry, reason: Reason) -> None:
+        self._remove_parts(entry, reason)
         is_cold = entry.is_cold
         if entry.kind == "kvpage" and self.watchers:
             self.watchers.removed(entry, reason)
@@ -207,9 +231,19 @@ class Residents(Memory):
             self.copies.removed(entry, reason)
         if not is_cold:
             self._let_go(entry)
-        if leaf is not None and not leaf.is_cold:
-            self.room.insert(leaf)
+        if leaf is not None:
+            self._requeue_leaf(leaf)
         self.history.note(entry.key, reason)
+
+    def _remove_parts(self, entry: Entry, reason: Reason) -> None:
+        for part in tuple(entry.parts or ()):
+            self._remove(part, reason)
+
+    def _requeue_leaf(self, leaf: Entry) -> None:
+        """Queue a page that has become a leaf, and the parts that had to wait for that."""
+        for each in leaf, *(leaf.parts or ()):
+            if not each.is_cold:
+                self.room.insert(each)
 
     def _evict(self, entry: Entry) -> None:
         """Take an entry's bytes out of memory: with its key, unless there is a copy in a file."""
@@ -217,7 +251,13 @@ class Residents(Memory):
             self.stats.demoted += 1
             self.demote(entry)
         else:
-            self._lose(entry)
+            self._lose_all(page_of(entry))
+
+    def _lose_all(self, page: Entry) -> None:
+        """Lose a page and its parts."""
+        for part in tuple(page.parts or ()):
+            self._lose(part)
+        self._lose(page)
 
     def _lose(self, entry: Entry) -> None:
         self.stats.evicted += 1
@@ -225,13 +265,20 @@ class Residents(Memory):
         self.stats.evicted_dirty += self.has_files and self.copies.spares(entry)
         self._remove(entry, "evicted")
 
+    def _lose_to_quota(self, entry: Entry) -> None:
+        self.stats.evicted += 1
+        self.stats.evicted_bytes += entry.nbytes
+        self._remove(entry, "quota")
+
     def _lose_copy(self, entry: Entry, reason: Reason) -> None:
         """Remove a cold entry whose last copy went, and never leave a hole when there was a choice."""
-        behind = islice(descendants(entry), RELATIVES_MAX)
+        page = page_of(entry)
+        others = chain((page,), descendants(page))
+        behind = islice((each for each in others if each is not entry), RELATIVES_MAX)
         if reason != "evicted" or any(each.level or self.room.is_held(each) for each in behind):
             self._remove(entry, reason)  # it may come again; who stands behind it cannot
             return
-        for doomed in reversed(with_descendants(entry)):
+        for doomed in reversed(with_descendants(page)):
             self._lose(doomed)
 
     def _expire(self, entry: Entry) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Container, Sequence
 from respkv.engine.burials import Unburied
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
+from respkv.engine.lineage import pack_lineage, take_lineage
 from respkv.engine.notes import Note
 from respkv.engine.tier import Tier
+from respkv.page import part_of
 from respkv.tiers.meta import is_content_addressed
 from respkv.tiers.record import Meta, Record
 
@@ -99,8 +101,9 @@ class Restore:
         for name in cache.namespaces.names():
             schema = cache.namespaces.find(name)
             largest = cache.slabs.payload_bytes_max  # memory may be smaller than it was
-            if schema is not None and schema.geometry.page_bytes <= largest:
-                cache.slabs.add_class(schema.geometry.page_bytes)
+            for nbytes in () if schema is None else schema.piece_sizes:
+                if nbytes <= largest:
+                    cache.slabs.add_class(nbytes)
         for entry in cache.entries.values():
             if entry.kind == "kvpage":
                 schema = cache.namespaces.of_key(entry.key)
@@ -142,17 +145,19 @@ class Restore:
         now, wall_ms = cache.clock.now, cache.clock.wall_ms
         entry.kind, entry.nbytes = meta.kind, meta.payload_bytes
         entry.generation, entry.level = meta.generation, meta.level
+        take_lineage(entry, meta.more)
         entry.priority, entry.tokens, entry.hits = meta.priority, meta.tokens, meta.hits
         idle_ms = max(0, wall_ms - meta.touched_ms) if meta.touched_ms else 0
         entry.touched = entry.born = now - idle_ms / 1000
         entry.pinned_until = now + (meta.pinned_ms - wall_ms) / 1000 if meta.pinned_ms else 0.0
         if meta.expires_ms != entry.expires_ms:
             cache.index.expire_at(entry, meta.expires_ms)
+        entry.part = part_of(entry.key) if entry.kind == "kvpage" else None
         if meta.parent != entry.parent_key:
             cache.index.link(entry, meta.parent)
 
 
 def _says(meta: Meta, entry: Entry) -> bool:
-    """Say whether a copy is described as its value is: with its TTL, priority and parent."""
-    there = meta.expires_ms, meta.priority, meta.parent
-    return there == (entry.expires_ms, entry.priority, entry.parent_key)
+    """Say whether a copy is described as its value is: with its TTL, priority and place."""
+    there = meta.expires_ms, meta.priority, meta.parent, meta.more
+    return there == (entry.expires_ms, entry.priority, entry.parent_key, pack_lineage(entry))

@@ -17,6 +17,8 @@ from respkv.engine.clock import Clock
 from respkv.engine.copies import Copies
 from respkv.engine.entry import ENTRY_BYTES, Entry
 from respkv.engine.eviction import Policy, Verdict, make_policy
+from respkv.engine.nodes import page_of, right_behind, with_descendants
+from respkv.engine.survival import Survival
 from respkv.errors import OutOfMemory
 from respkv.tiers.slab import Slab, SlabAllocator, Slot
 
@@ -31,9 +33,11 @@ MUCH_COLDER = 2.0  # a class whose next victim waited so many times longer has t
 class Room:
     """Slots and heap bytes, and the order in which entries leave them.
 
-    evict: takes an entry's bytes out of memory and calls ``remove`` here; its slot is free then.
+    evict: takes an entry's bytes out of memory and calls ``remove`` here; its slot is free then. If
+           that loses it, all goes that goes with it (nodes.py).
     lose:  does the same and removes its key as well, whatever copies there are.
     small_max: bytes that keys and values on the heap may take, index entries included.
+    survival: what the policies know of requests.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Room:
         self.slabs_cleared = 0
         self.evict: Callable[[Entry], None] = self.remove
         self.lose: Callable[[Entry], None] = self.remove
+        self.survival = Survival()
         self._clock = clock
         self._copies = copies
         self._policies: dict[int, Policy] = {}
@@ -128,7 +133,21 @@ class Room:
         """Say whether an entry may go if nothing else can."""
         if entry.children and not entry.records:
             return Verdict.PARENT
+        if (entry.parts or entry.part) and not entry.records:
+            return self._verdict_of_all(page_of(entry))
         return Verdict.HELD if self.is_held(entry) else Verdict.EVICT
+
+    def is_any_held(self, page: Entry) -> bool:
+        """Whether a page, or a part that would be lost with it, has to stay."""
+        now = self._clock.now
+        return any(
+            each.held_until > now or self.is_held(each) for each in (page, *(page.parts or ()))
+        )
+
+    def _verdict_of_all(self, page: Entry) -> Verdict:
+        if page.children:
+            return Verdict.PARENT
+        return Verdict.HELD if self.is_any_held(page) else Verdict.EVICT
 
     def is_held(self, entry: Entry) -> bool:
         """Whether somebody was promised that the entry stays, or is reading it now."""
@@ -288,24 +307,27 @@ class Room:
 
     def _is_stuck(self, entry: Entry, stuck: dict[Entry, bool]) -> bool:
         """Whether an entry is held, or one behind it that would go with it."""
-        if entry.records or not entry.children:
+        if entry.records:
             return self.is_held(entry)
-        path = [entry]
+        page = page_of(entry)
+        if page is entry and not page.children and not page.parts:
+            return self.is_held(page)
+        path = [page]
         while path:
             last = path[-1]
-            unknown = [child for child in last.children or () if child not in stuck]
+            unknown = [each for each in right_behind(last) if each not in stuck]
             if unknown:
                 path += unknown
             else:
-                stuck[last] = self.is_held(last) or any(map(stuck.get, last.children or ()))
+                stuck[last] = self.is_held(last) or any(map(stuck.get, right_behind(last)))
                 path.pop()
-        return stuck[entry]
+        return stuck[page]
 
     def _clear(self, entry: Entry) -> None:
         if entry.records:
             self.evict(entry)
             return
-        for doomed in reversed(with_descendants(entry)):
+        for doomed in reversed(with_descendants(page_of(entry))):
             self.lose(doomed)
 
     def _is_cold_enough(self, own: int) -> bool:
@@ -355,25 +377,8 @@ class Room:
         payload_bytes = self._class_of(entry)
         policy = self._policies.get(payload_bytes)
         if policy is None:
-            policy = self._policies[payload_bytes] = make_policy(self.policy)
+            policy = self._policies[payload_bytes] = make_policy(self.policy, self.survival)
         return policy
-
-
-def with_descendants(entry: Entry) -> list[Entry]:
-    """Return an entry and all pages behind it, each after the page it stands behind."""
-    found = [entry]
-    for each in found:
-        found.extend(each.children or ())
-    return found
-
-
-def descendants(entry: Entry) -> Iterator[Entry]:
-    """Yield the pages behind an entry, nearest first for each."""
-    todo = list(entry.children or ())
-    while todo:
-        each = todo.pop()
-        yield each
-        todo += each.children or ()
 
 
 def small_cost(key: bytes, nbytes: int) -> int:

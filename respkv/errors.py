@@ -38,10 +38,28 @@ class OutOfMemory(CacheError):
     code = "OOM"
 
 
+class QuotaExceeded(CacheError):
+    """A namespace or tenant has used what it may, and nothing of it may go now."""
+
+    code = "KVQUOTA"
+
+
+class PinRefused(CacheError):
+    """Too much is pinned already for one more pin."""
+
+    code = "KVPIN"
+
+
 class SchemaMismatch(CacheError):
     """What was sent does not fit the schema of its namespace."""
 
     code = "KVSCHEMA"
+
+
+class SequenceGap(CacheError):
+    """The pages in front of what was to be put are not here; the message names where to go on."""
+
+    code = "KVGAP"
 
 
 class LeaseGone(CacheError):

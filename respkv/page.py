@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 KEY_BYTES_MAX = 512
 PAGE_ID_BYTES = 32
@@ -47,9 +48,14 @@ class Geometry:
             raise ValueError(f"dtype must be one of {known}, not {self.dtype!r}")
 
     @property
+    def planes(self) -> int:
+        """Planes of a layer, each ``[T, H, D]``: one of K and one of V."""
+        return 2
+
+    @property
     def layer_bytes(self) -> int:
-        """Bytes of one layer: K and V of every token and head."""
-        return 2 * self.tokens * self.heads * self.dim * DTYPE_BYTES[self.dtype]
+        """Bytes of one layer: all planes of every token and head."""
+        return self.planes * self.tokens * self.heads * self.dim * DTYPE_BYTES[self.dtype]
 
     @property
     def page_bytes(self) -> int:
@@ -106,3 +112,54 @@ def page_keys(namespace: str | bytes, ids: Iterable[bytes]) -> list[bytes]:
 def namespace_of(key: bytes) -> bytes:
     """Return the namespace of a page key: all before the last colon; empty when there is none."""
     return key.rpartition(b":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Latents(Geometry):
+    """The shape of pages of latents, ``[L, T, D]``: keys and values of all heads are made of them.
+
+    Source: DeepSeek-AI, DeepSeek-V2, 2024, arXiv:2405.04434 (multi-head latent attention).
+    """
+
+    def __post_init__(self) -> None:
+        Geometry.__post_init__(self)
+        if self.heads != 1:
+            raise ValueError(f"latents are of all heads together: heads is 1, not {self.heads}")
+
+    @property
+    def planes(self) -> int:
+        """One plane: there is no K and V."""
+        return 1
+
+
+class Part(Enum):
+    """What hangs on a page under a key of its own, ``<key of a page>.<suffix>``.
+
+    BOUND: the page of another group of layers; without it the page is of no use.
+    FREE:  logits, hidden states, the state of recurrent layers: they may go alone.
+    """
+
+    BOUND = "bound"
+    FREE = "free"
+
+
+_DIGITS = 2 * PAGE_ID_BYTES
+_HEX = frozenset(b"0123456789abcdef")
+_SUFFIXES = {b"g": Part.BOUND, b"s": Part.FREE, b"logits": Part.FREE, b"hidden": Part.FREE}
+
+
+def part_of(key: bytes) -> Part | None:
+    """Say what kind of part a key names; None: it names a page, or anything else."""
+    if key[-_DIGITS - 1 : -_DIGITS] == b":" or b"." not in key:
+        return None
+    name = key[key.rfind(b":") + 1 :]
+    page_id, suffix = name[:_DIGITS], name[_DIGITS:].split(b".", 2)
+    if len(suffix) < 2 or suffix[0] or not _HEX.issuperset(page_id):
+        return None
+    is_group = suffix[1] in (b"g", b"s")
+    return _SUFFIXES.get(suffix[1]) if is_group == (len(suffix) == 3) else None
+
+
+def part_key(key: bytes, suffix: bytes) -> bytes:
+    """Return the key of a part of a page. suffix: ``logits``, ``hidden``, ``g.<group>``, ..."""
+    return b"%b.%b" % (key, suffix)

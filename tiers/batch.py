@@ -27,7 +27,15 @@ from respkv.tiers.format import (
     read_header,
     write_header,
 )
-from respkv.tiers.meta import KEY_BYTES_MAX, META, is_content_addressed, meta_bytes, pack_meta
+from respkv.tiers.meta import (
+    BEHIND_BYTES_MAX,
+    KEY_BYTES_MAX,
+    META,
+    MORE_BYTES_MAX,
+    is_content_addressed,
+    meta_bytes,
+    pack_meta,
+)
 from respkv.tiers.record import Level, Meta
 from respkv.tiers.sizes import round_up
 
@@ -48,7 +56,7 @@ HEAD_PREFIX_BYTES = PREFIX.size
 VALUE = struct.Struct("<BBQQ")  # 0, codec, offset, stored bytes
 BURY = struct.Struct("<BHQ")  # 1, key bytes, generation
 IS_VALUE, IS_BURY, IS_CHANGE = range(3)
-_ITEM_BYTES_MAX = VALUE.size + META.size + 2 * KEY_BYTES_MAX
+_ITEM_BYTES_MAX = VALUE.size + META.size + BEHIND_BYTES_MAX
 
 
 class Bury(NamedTuple):
@@ -246,6 +254,7 @@ class Batch:
     def _count(self, nbytes: int, meta: Meta | None) -> None:
         assert self.has_room()
         assert meta is None or max(len(meta.key), len(meta.parent)) <= KEY_BYTES_MAX
+        assert meta is None or len(meta.more) <= MORE_BYTES_MAX
         self.num_items += 1
         self._used_bytes += nbytes
 

@@ -18,7 +18,18 @@ from typing import NamedTuple
 from respkv.errors import PageCorrupt
 from respkv.tiers.batch import NONCE_BYTES
 from respkv.tiers.format import Buffer, hash64
-from respkv.tiers.meta import KINDS, LEVELS, META, META_FIELDS, meta_numbers
+from respkv.tiers.meta import (
+    BEHIND_BYTES_MAX,
+    HAS_MORE,
+    KINDS,
+    LEVELS,
+    META,
+    META_FIELDS,
+    MORE,
+    behind,
+    behind_bytes,
+    meta_numbers,
+)
 from respkv.tiers.record import Meta, Record
 from respkv.tiers.segments import SegmentRow
 from respkv.tiers.sizes import round_up
@@ -69,7 +80,7 @@ class Checkpoint:
 
 
 def checkpoint_bytes_max(records: int, key_bytes: int, segments: int) -> int:
-    """Return at most how large a checkpoint is. key_bytes: of all keys and parents' keys."""
+    """Return at most how large a checkpoint is. key_bytes: of all that stands behind the fields."""
     nbytes = _HEAD.size + segments * _ROW.size + records * _RECORD.size + key_bytes
     # A block ends where the next record does not fit, and no record is larger than half of one
     # plus its fields; usual ones lose next to nothing.
@@ -109,7 +120,7 @@ def encode_checkpoint(
         index = row_of.get(record.segment)
         if index is None or record.sequence > head.sequence:
             continue
-        nbytes = _RECORD.size + len(meta.key) + len(meta.parent)
+        nbytes = _RECORD.size + behind_bytes(meta)
         if writer.is_full(nbytes):
             yield writer.end_block(is_last=False)
         writer.add_record(meta, record, index, nbytes)
@@ -135,7 +146,7 @@ class _Writer:
     def add_record(self, meta: Meta, record: Record, row: int, nbytes: int) -> None:
         where = (row, record.offset, record.stored_bytes, record.sequence, record.codec)
         self.records.append(_RECORD.pack(*meta_numbers(meta), *where))
-        self.keys += (meta.key, meta.parent)
+        self.keys += behind(meta)
         self.used_bytes += nbytes
 
     def end_block(self, *, is_last: bool) -> bytes:
@@ -216,7 +227,7 @@ class CheckpointReader:
     def _decode_records(self, fields: memoryview, keys: bytes) -> None:
         # A restart waits for this loop: locals, and no call that is not needed.
         ids = [row.id for row in self._rows]
-        append = self._found.append
+        append, unpack_more = self._found.append, MORE.unpack_from
         at = 0
         try:
             for (
@@ -225,13 +236,18 @@ class CheckpointReader:
                 row, offset, stored_bytes, sequence, codec,
             ) in _RECORD.iter_unpack(fields):  # fmt: skip
                 middle = at + key_bytes
-                end = middle + parent_bytes
+                end = behind = middle + parent_bytes
+                more = b""
+                if kind == HAS_MORE:
+                    end += MORE.size
+                    more = keys[end : end + unpack_more(keys, behind)[0]]
+                    end += len(more)
                 meta = _new_meta(
                     Meta,
                     (
                         keys[at:middle], KINDS[kind], payload_bytes, checksum, generation,
                         LEVELS[level], expires_ms, pinned_ms, touched_ms, priority, tokens, hits,
-                        keys[middle:end],
+                        keys[middle:behind], more,
                     ),
                 )  # fmt: skip
                 at = end
@@ -240,7 +256,7 @@ class CheckpointReader:
                     sequence, meta.level, None,
                 )  # fmt: skip
                 append((meta, record))
-        except IndexError as error:
+        except (IndexError, struct.error) as error:
             raise PageCorrupt("a record of the checkpoint has a number that is none") from error
         if at != len(keys):
             raise PageCorrupt("the keys of a block of the checkpoint have other lengths")
@@ -257,3 +273,4 @@ def decode_checkpoint(data: Buffer) -> Checkpoint:
 
 
 assert _RECORD.size == META.size + 29
+assert _BLOCK.size + _RECORD.size + BEHIND_BYTES_MAX <= BLOCK_BYTES

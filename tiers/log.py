@@ -19,6 +19,7 @@ from time import monotonic
 from respkv.tiers.batch import Bury, Change, Note
 from respkv.tiers.device import Device
 from respkv.tiers.health import Health
+from respkv.tiers.meta import behind_bytes
 from respkv.tiers.record import NOWHERE, Level, Meta, Record
 from respkv.tiers.segments import Segment, SegmentTable
 from respkv.tiers.tier_stats import TierStats
@@ -108,7 +109,7 @@ class Log:
 
     def adopt(self, record: Record, meta: Meta) -> None:
         """Take over a record that recovery found and counted."""
-        key_bytes = len(meta.key) + len(meta.parent)
+        key_bytes = behind_bytes(meta)
         self.live.setdefault(record.segment, {})[record] = key_bytes
         self.key_bytes += key_bytes
         self.stats.contents.add(record)

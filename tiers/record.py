@@ -28,6 +28,7 @@ class Meta(NamedTuple):
     generation: of the put, never used twice; of two values of one key the greater is the newer.
     expires_ms, pinned_ms, touched_ms: wall-clock milliseconds, 0 for none.
     parent:     key of the page it stands behind, or empty.
+    more:       of a page: what else the engine knows of it; opaque here.
     """
 
     key: bytes
@@ -43,6 +44,7 @@ class Meta(NamedTuple):
     tokens: int = 0
     hits: int = 0
     parent: bytes = b""
+    more: bytes = b""
 
 
 class Value(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from respkv.tiers.batch import HEAD_PREFIX_BYTES, NONCE_BYTES
 from respkv.tiers.format import HEADER_BYTES
-from respkv.tiers.meta import KEY_BYTES_MAX, META
+from respkv.tiers.meta import BEHIND_BYTES_MAX, META
 from respkv.tiers.record import Record
 from respkv.tiers.segment_head import SEGMENT_HEAD_BYTES
 from respkv.tiers.sizes import round_up
@@ -105,7 +105,7 @@ class SegmentTable:
 
     def payload_bytes_max(self, alignment: int) -> int:
         """Return the largest stored payload that fits into an empty segment, whatever its key."""
-        head_bytes = HEAD_PREFIX_BYTES + META.size + 2 * KEY_BYTES_MAX + 64
+        head_bytes = HEAD_PREFIX_BYTES + META.size + BEHIND_BYTES_MAX + 64
         room = self.segment_bytes - SEGMENT_HEAD_BYTES - round_up(head_bytes, alignment)
         return max(0, room // alignment * alignment - HEADER_BYTES)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from respkv.errors import PageCorrupt, TierError
 from respkv.tiers.format import hash64
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: pages have more (meta.py)
 SUPERBLOCK_BYTES = 8192
 SUPERBLOCK_NAME = "superblock"
 MAGIC = b"respkv\0\n"

@@ -76,6 +76,8 @@ class Writer:
         self._queued_bytes = 0
         self._num_flights = 0
         self._flight_bytes = 0
+        self._refusals = 0
+        self._why_refused = ""
         self.is_stopped = False
         self._placing = anyio.Lock()
         self._stirred = anyio.Event()
@@ -105,7 +107,12 @@ class Writer:
             pending.answer(None)
 
     def refuse(self, reason: str) -> None:
-        """Answer all that is queued: it will not be written."""
+        """Answer all that is queued: it will not be written.
+
+        So is what has left the queue and has no place yet, as soon as it would wait for one.
+        """
+        self._refusals += 1
+        self._why_refused = reason
         queue, self._queue = self._queue, deque()
         self._queued_bytes = 0
         for pending in queue:
@@ -161,9 +168,10 @@ class Writer:
         return group
 
     async def _write(self, group: list[Pending], nbytes: int) -> None:
+        refusals = self._refusals
         try:
             await self._encode(group)
-            start, rest = await self._place(group)
+            start, rest = await self._place(group, refusals)
             self._requeue(rest)
             if start is not None:
                 await self._carry_out(start)
@@ -189,8 +197,13 @@ class Writer:
                 if pending.codec:
                     pending.image = None
 
-    async def _place(self, group: list[Pending]) -> tuple[_Start | None, list[Pending]]:
+    async def _place(
+        self, group: list[Pending], refusals: int
+    ) -> tuple[_Start | None, list[Pending]]:
         """Give the group a sequence and a place; return what did not fit into the batch as well.
+
+        refusals: how many there had been when the group left the queue. One after another the
+                  groups would wait for a segment here, each until the next refusal.
 
         Between looking who is still wanted and the sequence there is no wait: what is buried later
         has a later sequence.
@@ -211,6 +224,10 @@ class Writer:
                 if start is not None:
                     return start, rest
                 self._staging.give_back(memory)
+                if self._refusals != refusals:
+                    for pending in group:
+                        pending.fail(self._why_refused)
+                    return None, []
                 await self._space.open_next(self._stream)
 
     def _draft(self, group: list[Pending]) -> tuple[Batch, list[Pending], list[Pending]]:

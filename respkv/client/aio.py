@@ -17,6 +17,7 @@ from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, check_offered
+from respkv.client.sequence_faces import AsyncSequences
 from respkv.client.url import DEFAULT_URL, Options, settings
 
 P = ParamSpec("P")
@@ -64,6 +65,11 @@ class AsyncClient:
     touch = _method(commands.touch)
     pin = _method(commands.pin)
     unpin = _method(commands.unpin)
+
+    @property
+    def seq(self) -> AsyncSequences:
+        """Prompts as tokens: match, put, get layer by layer."""
+        return AsyncSequences(self)
 
     def pipeline(self) -> "AsyncPipeline":
         """Collect commands to send together."""

@@ -36,6 +36,7 @@ class Connection:
         self._stream = stream
         self._settings = settings
         self._parser = ReplyParser()
+        self._whole: list[Reply] | None = None  # of the reply that is taken item by item
 
     def is_alive(self) -> bool:
         """Say, without a round trip, whether an idle connection may be used."""
@@ -68,6 +69,61 @@ class Connection:
             raise ConnectionLost(f"{self._settings.address}: {error}") from error
         self.in_step = self._parser.is_idle and not request.parting
         return replies
+
+    def begin(self, request: Request, deadline: float) -> Operation[None]:
+        """Send one command whose reply is an array, to be taken item by item.
+
+        Raises ConnectionLost or TimedOut. ``in_step`` is false until the last item has come.
+        """
+        assert self.in_step, "an exchange on a connection that is out of step"
+        assert request.count == 1
+        self.in_step = self.sent = False
+        self._whole = None
+        self._parser.expect(request.targets)
+        try:
+            yield from self._send(request, [], deadline)
+        except OSError as error:
+            raise ConnectionLost(f"{self._settings.address}: {error}") from error
+
+    def take_item(self, number: int, deadline: float) -> Operation[Reply]:
+        """Return an item of the reply that ``begin`` asked for; once, the connection forgets it.
+
+        Raises ServerError when the reply is one, ConnectionLost, TimedOut, ProtocolError.
+        """
+        items = yield from self._items_until(number, deadline)
+        item, items[number] = items[number], None
+        return item
+
+    def num_items(self) -> int:
+        """Return how many items the reply has, once the first of them has come."""
+        open_array = self._parser.open_array
+        if self._whole is not None:
+            return len(self._whole)
+        return 0 if open_array is None else open_array[1]
+
+    def _items_until(self, number: int, deadline: float) -> Operation[list[Reply]]:
+        while self._whole is None:
+            reply = self._parser.next_reply()
+            if reply is not NEED_DATA:
+                self.in_step = self._parser.is_idle
+                if isinstance(reply, ServerError):
+                    raise reply
+                if not isinstance(reply, list):
+                    raise ProtocolError(f"{self._settings.address} answered with no array")
+                self._whole = reply
+                break
+            open_array = self._parser.open_array
+            if open_array is not None and len(open_array[0]) > number:
+                return open_array[0]
+            try:
+                count = self._stream.receive(self._parser.get_buffer())
+            except OSError as error:
+                raise ConnectionLost(f"{self._settings.address}: {error}") from error
+            if isinstance(count, Event):
+                yield from self._wait(count, deadline)
+            else:
+                self._received(count)
+        return self._whole
 
     def _send(self, request: Request, replies: list[Reply], deadline: float) -> Operation[None]:
         chunks = list(request.chunks)

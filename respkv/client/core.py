@@ -9,7 +9,7 @@ clients of a server that comes back do not all come at once.
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from respkv.client.arena import Arenas
 from respkv.client.commands import Command
@@ -37,6 +37,7 @@ class Core(Generic[S]):
         self.pool = Pool(lambda: make_seats(settings.pool_max))
         self.arenas = Arenas()
         self.gpus = GpuMemories()
+        self.shapes: dict[Any, Any] = {}  # of the pages of namespaces, see sequences.py
 
     def call(self, command: Command[T]) -> Operation[T]:
         """Carry out one command.

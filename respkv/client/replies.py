@@ -85,6 +85,13 @@ class ReplyParser:
         """True when nothing is buffered or half read: the connection may be used for a call."""
         return self._start == self._end and not self._stack and self._bulk_bytes < 0
 
+    @property
+    def open_array(self) -> "tuple[list[Reply], int] | None":
+        """The elements so far of the array that is the next reply, and how many it will have."""
+        if not self._stack or self._stack[0].kind != _ARRAY:
+            return None
+        return self._stack[0].items, self._stack[0].count
+
     def expect(self, targets: Sequence[memoryview]) -> None:
         """Land the next reply's bulks in the caller's memory.
 

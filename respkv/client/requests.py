@@ -24,8 +24,20 @@ class HasArray(Protocol):
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """One argument that lies in several places: bytes, to be sent one behind the other."""
+
+    views: Sequence[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(map(len, self.views))
+
+
 Buffer: TypeAlias = HasBuffer | HasArray
-Arg: TypeAlias = str | int | float | Buffer
+Arg: TypeAlias = str | int | float | Buffer | Gathered
 Chunk: TypeAlias = bytes | bytearray | memoryview
 
 # Sent twice, these give what they would have given once. KV.LEASE and KV.RESERVE are here because
@@ -33,7 +45,7 @@ Chunk: TypeAlias = bytes | bytearray | memoryview
 REPEATABLE = frozenset(
     b"DBSIZE ECHO EXISTS EXPIRETIME GET GETRANGE INFO KEYS MGET PEXPIRETIME PING PTTL RANDOMKEY "
     b"SCAN STRLEN TIME TOUCH TTL TYPE KV.ATTACH KV.EXPLAIN KV.GET KV.INFO KV.LEASE KV.MATCH "
-    b"KV.MGET KV.PREFETCH KV.RESERVE KV.STATS KV.TIERS KV.TOUCH".split()
+    b"KV.MGET KV.PREFETCH KV.RESERVE KV.SEQ.GET KV.SEQ.MATCH KV.STATS KV.TIERS KV.TOUCH".split()
 )
 # They leave their mark on the connection, so no other call may have it afterwards.
 LEAVES_STATE = frozenset(b"ASKING AUTH CLIENT HELLO QUIT READONLY RESET SELECT WATCH".split())
@@ -71,6 +83,9 @@ def request(commands: Sequence[Sequence[Arg]], targets: Sequence[memoryview] = (
             raise ValueError("a command needs a name")
         small += b"*%d\r\n" % len(args)
         for arg in args:
+            if isinstance(arg, Gathered):
+                small = _gather(arg, small, chunks)
+                continue
             data = _chunk(arg)
             small += b"$%d\r\n" % len(data)
             if len(data) < GATHER_BYTES:
@@ -88,6 +103,21 @@ def request(commands: Sequence[Sequence[Arg]], targets: Sequence[memoryview] = (
         repeatable=all(map(_is_repeatable, names, commands)),
         parting=_is_parting(names),
     )
+
+
+def _gather(arg: Gathered, small: bytearray, chunks: list[Chunk]) -> bytearray:
+    """Append an argument behind what waits in ``small``; return what waits then."""
+    small += b"$%d\r\n" % arg.nbytes
+    for view in arg.views:
+        if len(view) < GATHER_BYTES:
+            small += view
+            continue
+        if small:
+            chunks.append(small)
+            small = bytearray()
+        chunks.append(view)
+    small += b"\r\n"
+    return small
 
 
 def view_of(buffer: Buffer) -> memoryview:
@@ -110,6 +140,7 @@ def check_offered(args: Sequence[Arg]) -> None:
 
 
 def _chunk(arg: Arg) -> Chunk:
+    assert not isinstance(arg, Gathered), "a gathered argument is no word"
     if isinstance(arg, bytes):
         return arg
     if isinstance(arg, str):

@@ -1,6 +1,7 @@
 """The commands on namespaces: what their pages look like, how they are stored, how well."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from respkv.client.commands import Command, Key, list_of, option, text_of, unexpected
@@ -8,6 +9,37 @@ from respkv.client.replies import Reply
 from respkv.client.requests import Arg
 
 Durability = Literal["memory", "written", "durable"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers of a hybrid model that keep something else than those of the namespace's own shape.
+
+    kind:   "full" and "sliding" keep pages ``[layers, 2, tokens, heads, dim]``, "mla" latents,
+            ``[layers, tokens, dim]``; "state" keeps one object of ``nbytes`` at a position.
+    window: of "sliding", in tokens.
+    dtype:  that of the namespace if None.
+    """
+
+    kind: Literal["full", "sliding", "state", "mla"]
+    layers: int | None = None
+    heads: int | None = None
+    dim: int | None = None
+    dtype: str | None = None
+    window: int | None = None
+    nbytes: int | None = None
+
+    def words(self) -> list[Arg]:
+        """Return what stands behind GROUP and the name."""
+        args: list[Arg] = [self.kind.upper()]
+        if self.window is not None:
+            args.append(self.window)
+        option(args, "LAYERS", self.layers)
+        option(args, "HEADS", self.heads)
+        option(args, "DIM", self.dim)
+        option(args, "DTYPE", self.dtype)
+        option(args, "BYTES", self.nbytes)
+        return args
 
 
 def schema_set(
@@ -18,6 +50,8 @@ def schema_set(
     dim: int,
     tokens: int,
     dtype: str,
+    mla: bool = False,
+    groups: Mapping[str, LayerGroup] | None = None,
     fingerprint: bytes | str | None = None,
     codecs: Mapping[str, str] | None = None,
     exact: tuple[int, int] | None = None,
@@ -28,6 +62,8 @@ def schema_set(
 ) -> Command[None]:
     """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
 
+    mla:        they are of latents, ``[layers, tokens, dim]``; heads is 1 then.
+    groups:     by name, the other layers of a hybrid model.
     codecs:     of each tier a codec, of keys and values one each, or ``auto``:
                 ``{"nvme": "xs", "disk": "rh4/rh3"}``. Tiers that are not named store without loss.
     exact:      so many tokens stay exact: the first ones of pages without a parent, and the last.
@@ -36,8 +72,11 @@ def schema_set(
     durability: what its pages survive once their put is answered; by the server's default if None.
     Raises ServerError KVSCHEMA when it was declared with another geometry or fingerprint.
     """
-    args: list[Arg] = ["KV.SCHEMA", "SET", namespace, "LAYERS", layers, "HEADS", heads]
+    args: list[Arg] = ["KV.SCHEMA", "SET", namespace, *(["MLA"] if mla else [])]
+    args += ["LAYERS", layers, "HEADS", heads]
     args += ["DIM", dim, "TOKENS", tokens, "DTYPE", dtype]
+    for name, group in (groups or {}).items():
+        args += ["GROUP", name, *group.words()]
     option(args, "FINGERPRINT", fingerprint)
     for tier, codec in (codecs or {}).items():
         args += ("CODEC", tier, codec)

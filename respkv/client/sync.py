@@ -18,6 +18,7 @@ from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, check_offered
+from respkv.client.sequence_faces import Sequences
 from respkv.client.url import DEFAULT_URL, Options, settings
 
 P = ParamSpec("P")
@@ -68,6 +69,11 @@ class Client:
     touch = _method(commands.touch)
     pin = _method(commands.pin)
     unpin = _method(commands.unpin)
+
+    @property
+    def seq(self) -> Sequences:
+        """Prompts as tokens: match, put, get layer by layer."""
+        return Sequences(self)
 
     def pipeline(self) -> "Pipeline":
         """Collect commands to send together."""

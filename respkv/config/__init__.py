@@ -273,6 +273,7 @@ class Config(
             )
         self.check_files()
         self.check_gpu()
+        self.check_events()
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ A reply may promise more than memory can: that a value is in a file, or synced t
 is noted with the parts it stands in, and while there is one nothing is taken for sending, so that
 the commands behind it run on and share one group commit. A promise that cannot be kept becomes an
 error in the place of its reply; the replies around it stay.
+
+A push is what a client is told without having asked: messages of channels it listens to (pubsub.py).
+Pushes wait apart from the replies and go behind them when no reply stands there half.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 OUTPUT_BYTES_SOFT = 1 << 20
 PARTS_HELD_BACK_MAX = 1 << 14  # of small replies, which are not among the bytes
+PUSH_BYTES = 48  # what a push costs beyond its bytes, which other connections may share
 COPY_BYTES_MAX = 16 * 1024  # up to here a copy into the reply is cheaper than a gathered write
 
 Buffers: TypeAlias = list[bytes | memoryview]
@@ -65,24 +69,31 @@ class Answers:
     out:       parts of replies that are to be sent; handlers append to it.
     out_bytes: of the larger ones among them.
     promises:  while there are any, nothing may leave.
+    pushes:    what is to be said without having been asked for; push_bytes: of them, and of those
+               that have gone behind the replies and may not have left. is_overrun: they were too many.
     is_closing: close once the output has left.
     """
 
     __slots__ = (
         "_has_sent",
         "_is_sealed",
+        "_is_waiting",
         "_kept",
         "_sending",
         "_skip_from",
         "_skips",
+        "_stream",
         "cache",
         "is_closing",
         "is_draining",
         "is_lost",
+        "is_overrun",
         "out",
         "out_bytes",
         "promises",
         "protocol",
+        "push_bytes",
+        "pushes",
         "server",
         "wire",
     )
@@ -101,7 +112,12 @@ class Answers:
         self._kept: int | None = None  # CLIENT REPLY OFF: only so many parts of out are sent
         self._skips = 0  # CLIENT REPLY SKIP: 2 for itself, 1 for the command it silences
         self._skip_from = 0
+        self._stream: Iterator[None] | None = None  # goes on with a reply that is there half
+        self._is_waiting = False  # for the end of a command, or for its beginning
         self._sending: list[Slot] = []
+        self.pushes: list[bytes] = []
+        self.push_bytes = 0
+        self.is_overrun = False
 
     @property
     def may_close(self) -> bool:
@@ -122,6 +138,53 @@ class Answers:
             del out[self._kept :]
             self._kept = 0
         return out
+
+    # -- pushes -------------------------------------------------------------------------------
+
+    def push(self, data: bytes) -> bool:
+        """Keep a push for ``deliver``; return whether it is the first that waits."""
+        self.pushes.append(data)
+        self.push_bytes += len(data) + PUSH_BYTES
+        return len(self.pushes) == 1
+
+    def drop_pushes(self) -> None:
+        """Forget the pushes that wait."""
+        self.pushes, self.push_bytes = [], 0
+
+    def deliver(self) -> None:
+        """Let what waits to be said leave; what cannot now goes with the replies it waits for."""
+        self._put_pushes()
+        if self.out:
+            self.wire.wake()
+
+    def _put_pushes(self) -> None:
+        """Put what waits to be said behind the replies, unless one of them is still to be ended."""
+        is_amid = self._is_waiting or self._stream is not None
+        if not (is_amid or self.is_draining or self.promises or self.is_closing):
+            self.put_pushes()
+
+    def count_pushes(self) -> None:
+        """Note that all those have left that had gone behind the replies."""
+        self.push_bytes = sum(map(len, self.pushes)) + PUSH_BYTES * len(self.pushes)
+
+    def put_pushes(self) -> None:
+        """Put the pushes that wait behind what was answered. No reply may stand there half."""
+        if self.pushes:
+            pushes, self.pushes = self.pushes, []
+            self.send_push(b"".join(pushes))
+
+    def send_push(self, data: bytes) -> None:
+        """Answer with a push: it is said even to a client that wants no replies."""
+        if self._kept is not None:
+            self._cut(self._kept)
+        elif self._skips == 1:
+            self._cut(self._skip_from)
+        self.out_bytes += len(data)
+        self.out.append(data)
+        if self._kept is not None:
+            self._kept = len(self.out)
+        if self._skips == 1:
+            self._skip_from = len(self.out)
 
     # -- called by command handlers -----------------------------------------------------------
 
@@ -170,6 +233,19 @@ class Answers:
         self.cache.stats.bytes_sent_in_place += nbytes
         self.out_bytes += nbytes
         self.out += (reply.bulk_prefix(nbytes) + head, payload, reply.CRLF)
+
+    def keep_until_sent(self, slots: Iterable[Slot]) -> None:
+        """Hold slots whose bytes are among the parts until all parts have left."""
+        for slot in slots:
+            self.cache.borrow(slot)
+            self._sending.append(slot)
+
+    def note_sent(self, nbytes: int, *, in_place: bool) -> None:
+        """Count bytes that a handler appended to ``out`` itself."""
+        self.out_bytes += nbytes
+        self.cache.stats.bytes_out += nbytes
+        if in_place:
+            self.cache.stats.bytes_sent_in_place += nbytes
 
     @contextmanager
     def promising(self) -> Iterator[None]:

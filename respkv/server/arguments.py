@@ -81,6 +81,13 @@ class Words:
         self._next += 1
         return arg
 
+    def payload(self) -> Any:
+        """Return the next argument, bytes or a Landing. Raises the reason if it was refused."""
+        if self._next >= len(self._args):
+            raise CommandError("syntax error, a value is missing at the end")
+        self._next += 1
+        return value_of(self._args[self._next - 1])
+
     def integer(self) -> int:
         """Return the next argument as a signed 64-bit integer."""
         return integer(self.take())

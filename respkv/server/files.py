@@ -70,21 +70,22 @@ async def using_files(server: Server) -> AsyncIterator[None]:
         schemas = await schema_files.load()
         await make_ready(schemas)
         for schema in schemas:
-            page_bytes = schema.geometry.page_bytes
-            if page_bytes <= server.cache.slabs.payload_bytes_max:
-                server.cache.slabs.add_class(page_bytes)
-            else:
-                logger.warning(
-                    "pages of namespace %r have %d bytes and never fit; raise maxmemory",
-                    schema.namespace.decode(errors="replace"),
-                    page_bytes,
-                )
+            for page_bytes in schema.piece_sizes:
+                if page_bytes <= server.cache.slabs.payload_bytes_max:
+                    server.cache.slabs.add_class(page_bytes)
+                else:
+                    logger.warning(
+                        "pages of namespace %r have %d bytes and never fit; raise maxmemory",
+                        schema.namespace.decode(errors="replace"),
+                        page_bytes,
+                    )
 
     server.cache.default_level = Level[config.durability.upper()]
     async with open_files(
         server.cache, tiers, moves_of(config), started=started, stale=stale
     ) as mover:
         server.mover, server.schema_files, server.file_tiers = mover, schema_files, tiers
+        server.events.file_tiers = tuple(tier.name for tier in tiers)
         mark = run_marks.next_mark(marks, server.clock.wall_ms)
         await run_marks.put_mark(server.cache.copies, tiers, stale, mark)
         _tell(server, anyio.current_time() - began_s)

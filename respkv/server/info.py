@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import respkv
 from respkv.engine.copies import RECORD_BYTES
 from respkv.engine.entry import ENTRY_BYTES
+from respkv.server.publishing import event_fields
 from respkv.server.tier_info import file_fields, gpu_fields
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def _clients(server: "Server") -> Fields:
         "client_recent_max_input_buffer": max(
             (each.held_bytes for each in server.sessions.values()), default=0
         ),
+        "pubsub_clients": sum(each.subscriptions is not None for each in server.sessions.values()),
         "blocked_clients": sum(not each.wants_input for each in server.sessions.values()),
     }
 
@@ -116,9 +118,12 @@ def _stats(server: "Server") -> Fields:
         "evicted_keys": stats.evicted,
         "keyspace_hits": stats.hits,
         "keyspace_misses": stats.misses,
+        "pubsub_channels": server.pubsub.num_channels,
+        "pubsub_patterns": server.pubsub.num_patterns,
         "total_error_replies": server.num_errors,
         "protocol_errors": server.num_protocol_errors,
         "client_output_buffer_limit_disconnections": server.num_slow_readers,
+        "pubsub_output_limit_disconnections": server.num_slow_subscribers,
         "idle_timeout_disconnections": server.num_idle_closed,
         "overdue_writer_disconnections": server.num_overdue_writers,
     }
@@ -159,7 +164,11 @@ def kv_fields(server: "Server") -> Fields:
         "kv_landings": landings,
         "kv_sending": sending,
         "kv_slabs_cleared": cache.room.slabs_cleared,
+        "kv_assemblies": len(server.assemblies),
+        "kv_assembly_bytes": server.assemblies.nbytes,
+        "kv_assemblies_dropped": server.assemblies.num_dropped,
         **gpu_fields(server),
+        **{f"kv_{name}": value for name, value in event_fields(server).items()},
     }
     return fields | {f"kv_{name}": value for name, value in cache.stats.snapshot().items()}
 

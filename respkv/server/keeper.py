@@ -37,6 +37,7 @@ async def keep(server: Server, janitor: Actor) -> None:
         for owner in server.cache.lapse():
             _disconnect(server, owner, "kept a reservation past its deadline")
             server.num_overdue_writers += 1
+        server.assemblies.expire()
         server.announce_room()
         for session in list(server.sessions.values()):
             _look_at(server, session, now)
@@ -70,6 +71,8 @@ def _look_at(server: Server, session: Session, now: float) -> None:
             _disconnect(server, session.number, "stopped in the middle of a value")
     elif session.promises:
         return  # it is not the client who is slow
+    elif session.subscriptions is not None:
+        return  # it listens
     elif config.timeout and session.wants_input and now - session.last_active >= config.timeout:
         server.num_idle_closed += 1
         _disconnect(server, session.number, "idle")

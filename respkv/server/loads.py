@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from respkv.engine.entry import Entry
-from respkv.errors import OutOfMemory, TierError
+from respkv.errors import CacheError, OutOfMemory, TierError
 from respkv.server.body import LAND_MIN
 from respkv.server.budget import Budget, Place
 from respkv.server.registry import one_key
@@ -126,6 +126,11 @@ class Loading(Delay):
         for entry, load in self._loads.items():
             if load.error is not None and is_cold(entry):
                 raise load.error
+
+    def errors(self) -> list[CacheError]:
+        """Return why entries are still cold."""
+        loads = self._loads.items()
+        return [load.error for entry, load in loads if load.error is not None and is_cold(entry)]
 
     def drop(self) -> None:
         """Release all; a wait ends."""

@@ -62,7 +62,18 @@ class Handler:
 BY_NAME: dict[str, Handler] = {}
 HANDLERS: dict[bytes, Handler] = {}
 UNAUTHENTICATED_HANDLERS: dict[bytes, Handler] = {}
+# Of a client that listens to channels and speaks RESP2, where a message looks like a reply.
+SUBSCRIBER_HANDLERS: dict[bytes, Handler] = {}
 _UNAUTHENTICATED = frozenset({"auth", "hello", "quit", "reset"})
+_SUBSCRIBER = frozenset(
+    {"subscribe", "unsubscribe", "psubscribe", "punsubscribe", "ping", "quit", "reset"}
+)
+
+_TABLES = (
+    (HANDLERS, None),
+    (UNAUTHENTICATED_HANDLERS, _UNAUTHENTICATED),
+    (SUBSCRIBER_HANDLERS, _SUBSCRIBER),
+)
 
 
 def one_key(args: Args) -> Sequence[bytes]:
@@ -98,8 +109,8 @@ def command(
         )
         BY_NAME[name] = handler
         if not row.subcommands and not sub:
-            for table in (HANDLERS, UNAUTHENTICATED_HANDLERS):
-                if table is HANDLERS or name in _UNAUTHENTICATED:
+            for table, names in _TABLES:
+                if names is None or name in names:
                     table[name.encode()] = table[name.upper().encode()] = handler
         return handle
 
@@ -116,15 +127,32 @@ _HTTP = frozenset({b"post", b"host:"})
 _INTRUDER = Handler(_refuse_browser, 0, 1 << 62, COMMANDS["quit"])
 
 
+def handlers_for(is_authenticated: bool, is_listening: bool) -> dict[bytes, Handler]:
+    """Return the commands that a connection may call.
+
+    is_listening: to channels, in RESP2.
+    """
+    if not is_authenticated:
+        return UNAUTHENTICATED_HANDLERS
+    return SUBSCRIBER_HANDLERS if is_listening else HANDLERS
+
+
 def resolve(handlers: Mapping[bytes, Handler], args: Args) -> Handler:
     """Find the handler that the quick look-up or its arity check did not settle.
 
     Raises CommandError in Redis's words: unknown command or subcommand, wrong number of arguments,
-    and before authentication NOAUTH for all that is not needed to authenticate.
+    before authentication NOAUTH for all that is not needed to authenticate, and what may not be
+    called while messages come as if they were replies.
     """
     if args[0].lower() in _HTTP:
         return _INTRUDER
     row = look_up(args[0])
     if handlers is UNAUTHENTICATED_HANDLERS and (row is None or row.name not in _UNAUTHENTICATED):
         raise CommandError("Authentication required.", "NOAUTH")
-    return BY_NAME[find_command(args).name]
+    name = find_command(args).name
+    if handlers is SUBSCRIBER_HANDLERS and name not in _SUBSCRIBER:
+        raise CommandError(
+            f"Can't execute '{name}': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET"
+            " are allowed in this context"
+        )
+    return BY_NAME[name]

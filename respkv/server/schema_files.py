@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from respkv.engine.namespaces import Namespaces, Schema
+from respkv.engine.namespaces import Group, Kind, Namespaces, Schema
 from respkv.errors import PageCorrupt, TierError
 from respkv.kernels.layout import Codec
-from respkv.page import Geometry
+from respkv.page import Geometry, Latents
 from respkv.tiers.format import hash64
 from respkv.tiers.record import Level
 
@@ -182,17 +182,26 @@ def _plain(schema: Schema) -> dict[str, Any]:
         "exact": [schema.exact_first, schema.exact_last],
         "error_max": schema.error_max,
         "ratio_min": schema.ratio_min,
+        "kind": schema.group(b"").kind.value,
+        "groups": [_plain_group(group) for group in schema.groups],
     }
+
+
+def _plain_group(group: Group) -> dict[str, Any]:
+    shape = group.geometry
+    kept = {"name": group.name.hex(), "kind": group.kind.value}
+    if shape is None:
+        return {**kept, "bytes": group.nbytes}
+    names = ("layers", "heads", "dim", "tokens", "dtype")
+    return {**kept, "window": group.window, **{name: getattr(shape, name) for name in names}}
 
 
 def _schema(plain: dict[str, Any]) -> Schema:
     level = plain["durability"]
-    exact_first, exact_last = plain.get("exact", (0, 0))  # files of 0.1 have none of the three
+    exact_first, exact_last = plain.get("exact", (0, 0))  # files of 0.1 have none of the five
     return Schema(
         namespace=bytes.fromhex(plain["namespace"]),
-        geometry=Geometry(
-            **{name: plain[name] for name in ("layers", "heads", "dim", "tokens", "dtype")}
-        ),
+        geometry=_geometry(plain, Kind(plain.get("kind", "full"))),
         fingerprint=bytes.fromhex(plain["fingerprint"]),
         hash_algorithm=bytes.fromhex(plain["hash"]),
         seed=bytes.fromhex(plain["seed"]),
@@ -203,4 +212,17 @@ def _schema(plain: dict[str, Any]) -> Schema:
         exact_last=exact_last,
         error_max=plain.get("error_max", 0.0),
         ratio_min=plain.get("ratio_min", 0.0),
+        groups=tuple(map(_group, plain.get("groups", ()))),
     )
+
+
+def _group(plain: dict[str, Any]) -> Group:
+    name, kind = bytes.fromhex(plain["name"]), Kind(plain["kind"])
+    if kind is Kind.STATE:
+        return Group(name, kind, nbytes=plain["bytes"])
+    return Group(name, kind, _geometry(plain, kind), plain["window"])
+
+
+def _geometry(plain: dict[str, Any], kind: Kind) -> Geometry:
+    make = Latents if kind is Kind.MLA else Geometry
+    return make(**{name: plain[name] for name in ("layers", "heads", "dim", "tokens", "dtype")})

@@ -26,6 +26,7 @@ from respkv.server.gpu import having_gpu, using_gpu
 from respkv.server.info import resident_bytes
 from respkv.server.keeper import keep
 from respkv.server.listeners import close_listeners, open_tcp, open_unix
+from respkv.server.publishing import begin_publishing, publishing
 from respkv.server.state import Server
 from respkv.server.transport import accept
 from respkv.server.tuning import not_tuned, tune
@@ -104,6 +105,7 @@ async def running(config: Config) -> AsyncIterator[Server]:
         stack.callback(server.arena.close)
         gc.disable()  # what is recovered stays, and later the keeper collects
         stack.callback(gc.enable)
+        stack.enter_context(publishing(server))
         gpu_tier = await stack.enter_async_context(having_gpu(server))
         await stack.enter_async_context(using_files(server))
         await stack.enter_async_context(using_gpu(server, gpu_tier))
@@ -123,6 +125,7 @@ async def running(config: Config) -> AsyncIterator[Server]:
         tasks.start_soon(keep, server, janitor)
         tasks.start_soon(contain, partial(tune, server), not_tuned)
         stops = [await accept(server, each.socket, config.tcp_backlog) for each in listeners]
+        begin_publishing(server)
         try:
             yield server
         finally:

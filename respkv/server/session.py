@@ -29,11 +29,12 @@ from respkv.errors import CacheError, ProtocolError
 from respkv.server.answers import OUTPUT_BYTES_SOFT, Answers, Wire
 from respkv.server.intake import Intake
 from respkv.server.loads import Delay, Loads
-from respkv.server.registry import HANDLERS, UNAUTHENTICATED_HANDLERS, Later, resolve
+from respkv.server.registry import HANDLERS, Later, handlers_for, resolve
 from respkv.wire import reply
 from respkv.wire.parser import UNAUTHENTICATED, Args, Limits
 
 if TYPE_CHECKING:
+    from respkv.server.pubsub import Subscriptions
     from respkv.server.state import Server
 
 UNAUTHENTICATED_OUTPUT_MAX = 64 * 1024  # of answers in one turn (CVE-2025-21605)
@@ -46,10 +47,8 @@ class Session(Answers):
         "_backlog",
         "_handlers",
         "_intake",
-        "_is_waiting",
         "_loads",
         "_scope",
-        "_stream",
         "_unsent",
         "address",
         "created",
@@ -60,6 +59,7 @@ class Session(Answers):
         "local",
         "name",
         "number",
+        "subscriptions",
     )
 
     def __init__(self, server: "Server", number: int, address: str, local: str, wire: Wire) -> None:
@@ -72,11 +72,10 @@ class Session(Answers):
         self.created = self.last_active = server.clock.now
         self.last_command = ""
         self.is_authenticated = True
+        self.subscriptions: Subscriptions | None = None  # while it listens to channels
         self._handlers = HANDLERS
         self._intake = Intake(server, server.limits, self._resume, wire.abort)
         self._backlog: deque[Args] = deque()
-        self._stream: Iterator[None] | None = None
-        self._is_waiting = False
         self._loads: Loads | None = None  # without file tiers
         if server.mover is not None:
             self._loads = Loads(server.mover, server.budget)
@@ -157,6 +156,9 @@ class Session(Answers):
         intake = self._intake
         if self._backlog or self._stream is not None or intake.has_more or intake.error is not None:
             self._serve(())
+        if self.push_bytes:
+            self.count_pushes()
+            self._put_pushes()
 
     def drained(self) -> None:
         """Note that the output that could not leave at once has left now."""
@@ -177,6 +179,7 @@ class Session(Answers):
         self._stream = None  # closing it gives back what it had not sent
         self.promises.clear()
         self.out.clear()
+        self.server.pubsub.leave(self)
         if self._loads is not None:
             self._loads.drop()
         if self._scope is not None:
@@ -189,7 +192,12 @@ class Session(Answers):
         """Go back behind the password, with small limits, or come out from behind it."""
         self.is_authenticated = not is_needed
         self._intake.use_limits(UNAUTHENTICATED if is_needed else self.server.limits)
-        self._handlers = UNAUTHENTICATED_HANDLERS if is_needed else HANDLERS
+        self.choose_handlers()
+
+    def choose_handlers(self) -> None:
+        """Take the commands that may be called as the connection is now."""
+        is_listening = self.subscriptions is not None and self.protocol == 2
+        self._handlers = handlers_for(self.is_authenticated, is_listening)
 
     def use_limits(self, limits: Limits) -> None:
         """Put changed limits in force, unless the small ones before authentication are."""
@@ -204,6 +212,8 @@ class Session(Answers):
             self._cut(self._kept)
         self._kept = None
         self._skips = 0
+        self.put_pushes()
+        self.server.pubsub.leave(self)
         self.demand_password(bool(self.server.config.requirepass))
 
     @contextmanager
@@ -372,6 +382,7 @@ class Session(Answers):
         if self._has_sent is not None:
             self._has_sent.set()  # to look again: the promises may have been kept
         self._serve(self._intake.finished())
+        self._put_pushes()
         self.wire.wake()
 
     def _drop_unused(self, commands: Iterable[Args]) -> None:

@@ -9,14 +9,20 @@ import anyio
 from anyio.abc import TaskGroup
 
 from respkv.config import Config
+from respkv.engine.assembly import Assemblies
 from respkv.engine.cache import Cache
 from respkv.engine.clock import Clock
+from respkv.engine.events import Events
 from respkv.engine.landing import Landing
 from respkv.engine.placement import GpuPromote, MoveSettings
+from respkv.engine.sequences import Sequences
+from respkv.engine.sessions import Hints
 from respkv.errors import OutOfMemory
 from respkv.server.body import LAND_MIN
 from respkv.server.budget import Budget
+from respkv.server.event_channels import EventChannels
 from respkv.server.intake import READ_BYTES
+from respkv.server.pubsub import PubSub
 from respkv.server.schema_files import SchemaFiles
 from respkv.server.session import Session
 from respkv.tiers.arena import Arena
@@ -27,6 +33,7 @@ from respkv.wire.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from respkv.engine.gpu_actor import GpuActor
     from respkv.engine.mover import Mover
+    from respkv.server.zmq_events import Publisher
     from respkv.tiers.file_tier import FileTier
     from respkv.tiers.gpu import GpuTier
 
@@ -49,6 +56,9 @@ class Server:
         self.file_tiers: Sequence[FileTier] = ()
         self.gpu: GpuActor | None = None  # without a gpu tier, as the next one
         self.gpu_tier: GpuTier | None = None
+        self.sequences = Sequences(cache)
+        self.assemblies = Assemblies(cache)
+        self.hints = Hints(cache)
         self.budget = Budget(config.move_bytes_max, arena.nbytes)
         # Beside them the event loop has to have a processor.
         self.form_threads = anyio.CapacityLimiter(max(1, (os.cpu_count() or 1) // 2))
@@ -68,8 +78,14 @@ class Server:
         self.tokenizer = Tokenizer()
         self.limits = limits_of(config)
         self.sessions: dict[int, Session] = {}
+        self.pubsub = PubSub(self)
+        self.events = Events(cache)
+        cache.watchers.add(self.events)
+        self.event_channels = EventChannels(self)
+        self.publisher: Publisher | None = None  # without events-endpoint
         self.next_number = 1
         self.stopping = anyio.Event()
+        self._limit_assemblies()
         self.reset_counters()
         self._tasks: TaskGroup | None = None
         self._room = anyio.Event()
@@ -83,6 +99,7 @@ class Server:
         self.num_errors = 0
         self.num_protocol_errors = 0
         self.num_slow_readers = 0
+        self.num_slow_subscribers = 0
         self.num_idle_closed = 0
         self.num_overdue_writers = 0
         self.input_bytes = 0
@@ -93,6 +110,7 @@ class Server:
         """Put changed settings in force."""
         self.config = config
         self.limits = limits_of(config)
+        self._limit_assemblies()
         cache = self.cache
         if self.mover is not None:
             self.mover.settings = moves_of(config)
@@ -110,6 +128,11 @@ class Server:
             self.budget.set_limits(config.move_bytes_max, cache.slabs.budget_bytes)
             cache.room.small_max = config.small_value_bytes()
             cache.room.shrink()
+
+    def _limit_assemblies(self) -> None:
+        config = self.config
+        self.assemblies.timeout_s = config.assembly_timeout / 1000
+        self.assemblies.bytes_max = config.assembly_bytes(config.maxmemory)
 
     def run_in(self, tasks: TaskGroup) -> None:
         """Let ``spawn`` start tasks in this group."""

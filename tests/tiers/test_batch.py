@@ -22,7 +22,7 @@ from respkv.tiers.batch import (
 )
 from respkv.tiers.batch_reader import check_image, decode_head, head_used_bytes
 from respkv.tiers.format import HEADER_BYTES, Header, check_page, hash64, write_header
-from respkv.tiers.meta import KEY_BYTES_MAX, is_content_addressed, pack_meta, unpack_meta
+from respkv.tiers.meta import KEY_BYTES_MAX, MORE_BYTES_MAX, is_content_addressed, pack_meta, unpack_meta
 from respkv.tiers.record import Level, Meta
 
 NONCE = b"8 random"
@@ -31,7 +31,7 @@ ALIGNMENTS = (64, 4096)
 
 uint64 = st.integers(0, 2**64 - 1)
 keys = st.binary(min_size=1, max_size=600)
-metas = st.builds(
+described_things = st.builds(
     Meta,
     key=keys,
     kind=st.sampled_from(["string", "kvpage"]),
@@ -46,6 +46,10 @@ metas = st.builds(
     tokens=uint64,
     hits=uint64,
     parent=st.binary(max_size=200),
+    more=st.binary(max_size=200),
+)
+metas = described_things.map(
+    lambda meta: meta if meta.kind == "kvpage" else meta._replace(more=b"")
 )
 payloads = st.one_of(
     st.binary(max_size=500),
@@ -248,6 +252,7 @@ def test_there_is_room_for_items_up_to_the_limits() -> None:
     assert not batch.has_room()
     batch = Batch(4096)
     long = Meta(b"k" * KEY_BYTES_MAX, "kvpage", 0, 0, 1, parent=b"p" * KEY_BYTES_MAX)
+    long = long._replace(more=b"m" * MORE_BYTES_MAX)
     while batch.has_room():
         batch.add_note(Change(long))
     assert HEAD_BYTES_MAX // 2 < batch.head_bytes <= HEAD_BYTES_MAX
@@ -270,6 +275,10 @@ ADDRESSED = [
     (b"llama:" + b"0F" * 32, "kvpage", False),
     (b"llama-" + b"0f" * 32, "kvpage", False),
     (b"0f" * 32, "kvpage", False),
+    (b"llama:" + b"0f" * 32 + b".logits", "kvpage", True),
+    (b"llama:" + b"0f" * 32 + b".g.mamba", "kvpage", True),
+    (b"llama:" + b"0f" * 32 + b".other", "kvpage", False),
+    (b"llama:" + b"0f" * 32 + b".logits", "string", False),
     (b"llama:" + b"0f" * 31, "kvpage", False),
     (b"", "kvpage", False),
 ]

@@ -17,7 +17,7 @@ from respkv.tiers.checkpoint import (
     encode_checkpoint,
 )
 from respkv.tiers.format import Buffer, hash64
-from respkv.tiers.meta import KEY_BYTES_MAX
+from respkv.tiers.meta import BEHIND_BYTES_MAX, KEY_BYTES_MAX, MORE_BYTES_MAX, behind_bytes
 from respkv.tiers.record import Level, Meta, Record
 from respkv.tiers.segments import SegmentRow
 
@@ -32,12 +32,15 @@ def rows(count: int) -> list[SegmentRow]:
     ]
 
 
-def found(count: int, *, key_bytes: int = 40, segments: int = 4) -> list[Found]:
+def found(
+    count: int, *, key_bytes: int = 40, segments: int = 4, has_more: bool = True
+) -> list[Found]:
     made: list[Found] = []
     for number in range(count):
         meta = Meta(
             b"%0*d" % (key_bytes, number), "kvpage", 1 << 20, number * 7, number + 1,
             Level(number % 3), number, 2, 3, -number, 16, number, b"parent" * (number % 2),
+            bytes(range(has_more * number % 7)),
         )  # fmt: skip
         where = (3 * (number % segments), 4096 + number, 500)
         made.append(
@@ -76,7 +79,7 @@ def test_a_checkpoint_is_read_back_as_it_was_written(count: int, num_rows: int) 
     data = encode(given_, num_rows)
     check(data, given_, num_rows)
     check(data + b"\xff" * BLOCK_BYTES, given_, num_rows)  # left there by a longer one
-    key_bytes = sum(len(meta.key) + len(meta.parent) for meta, _ in given_)
+    key_bytes = sum(behind_bytes(meta) for meta, _ in given_)
     assert len(data) <= checkpoint_bytes_max(count, key_bytes, num_rows)
 
 
@@ -101,10 +104,11 @@ def test_blocks_are_whole_but_the_last_and_none_takes_long() -> None:
 def test_the_longest_keys_fit() -> None:
     meta, record = found(1)[0]
     long = meta._replace(key=b"k" * KEY_BYTES_MAX, parent=b"p" * KEY_BYTES_MAX)
+    long = long._replace(more=b"m" * MORE_BYTES_MAX)
     given_ = [(long, record)] * 5
     data = encode(given_)
     check(data, given_)
-    assert len(data) <= checkpoint_bytes_max(5, 10 * KEY_BYTES_MAX, 4)
+    assert len(data) <= checkpoint_bytes_max(5, 5 * BEHIND_BYTES_MAX, 4)
 
 
 def test_what_is_newer_or_in_a_segment_without_a_row_is_left_out() -> None:
@@ -165,8 +169,9 @@ def test_garbage_is_no_checkpoint(garbage: bytes) -> None:
 
 
 def test_the_layout_on_disk_does_not_change() -> None:
-    data = encode(found(3))
+    data = encode(found(3, has_more=False))
     assert data[:8] == b"RKVchk1\n"
     assert data[16:24] == NONCE
     assert len(data) == 4096
     assert f"{hash64(data):016x}" == "f5eea464a5902cde"
+    assert f"{hash64(encode(found(3))):016x}" == "ffa6d0e6e408b496"  # since format 2

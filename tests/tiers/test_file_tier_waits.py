@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from respkv.errors import TierError
-from respkv.tiers import checkpointer, tickets
+from respkv.tiers import caretaker, checkpointer, tickets
 from respkv.tiers.batch import Bury
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.parts import Parts, TierConfig
@@ -189,6 +189,25 @@ async def test_the_cap_holds_at_every_moment_of_a_checkpoint() -> None:
             await shelf.put_many(keys, 10)
             await parts_of(shelf.tier).checkpointer.try_write()
     assert memory_of(device).peak_bytes <= CAPACITY_BYTES
+
+
+async def test_all_who_wait_for_a_segment_are_told_at_once_that_the_tier_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(caretaker, "PROBE_S", 1000.0)  # so that nothing else comes to their help
+    device = FaultyDevice(MemoryDevice())
+    async with running(make(device)) as (shelf, _):
+        parts = parts_of(shelf.tier)
+        parts.reclaimer._has_work = lambda: False
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as group:
+                for number in range(20):
+                    group.start_soon(shelf.put, b"%d" % number, 150_000)
+                await until(lambda: parts.writer._num_flights == 4 and len(shelf.held) > 6)
+                parts.log.health.worsen("read-only", "a test says so")
+        assert parts.writer.is_idle
+        assert 0 < len(shelf.held) < 20
+        await shelf.check()
 
 
 async def test_answered_notes_are_small_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

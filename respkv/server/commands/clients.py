@@ -65,7 +65,8 @@ def client_list(session: Session, args: Args) -> None:
     if words:
         word = words.word()
         if word == b"TYPE":
-            sessions = sessions if _is_normal(words.take()) else []
+            kind = _kind(words.take())
+            sessions = [each for each in sessions if kind == _kind_of(each)]
         elif word == b"ID" and words:
             wanted = set()
             while words:
@@ -79,23 +80,31 @@ def client_list(session: Session, args: Args) -> None:
     session.send(reply.Verbatim(lines))
 
 
-def _is_normal(kind: bytes) -> bool:
-    """Whether a client type is that of every client here. Raises CommandError when it is none."""
-    if kind.lower() not in (b"normal", b"master", b"replica", b"slave", b"pubsub"):
-        raise CommandError(f"Unknown client type '{shown(kind)}'")
-    return kind.lower() == b"normal"
+def _kind(word: bytes) -> bytes:
+    """Return a client type in lower case. Raises CommandError when it is none."""
+    if word.lower() not in (b"normal", b"master", b"replica", b"slave", b"pubsub"):
+        raise CommandError(f"Unknown client type '{shown(word)}'")
+    return word.lower()
+
+
+def _kind_of(session: Session) -> bytes:
+    return b"normal" if session.subscriptions is None else b"pubsub"
 
 
 def describe(session: Session) -> str:
     """Return a connection's line of CLIENT LIST; no argument or value of a command is in it."""
     now = session.server.clock.now
     name, library = session.name.decode(), [part.decode() for part in session.library]
+    own = session.subscriptions
+    channels, patterns = (0, 0) if own is None else (len(own.channels), len(own.patterns))
+    flags = "P" * (own is not None) + "b" * session.is_draining or "N"
+    output = session.out_bytes + session.push_bytes
     return (
         f"id={session.number} addr={session.address} laddr={session.local} fd=-1 "
         f"name={name} age={int(now - session.created)} idle={int(now - session.last_active)} "
-        f"flags={'b' if session.is_draining else 'N'} db=0 sub=0 psub=0 ssub=0 multi=-1 "
+        f"flags={flags} db=0 sub={channels} psub={patterns} ssub=0 multi=-1 "
         f"qbuf={session.held_bytes} qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 "
-        f"obl=0 oll=0 omem={session.out_bytes} tot-mem={session.held_bytes + session.out_bytes} "
+        f"obl=0 oll=0 omem={output} tot-mem={session.held_bytes + output} "
         f"events={'r' if session.wants_input else ''} cmd={session.last_command or 'NULL'} "
         f"user=default redir=-1 resp={session.protocol} lib-name={library[0]} lib-ver={library[1]}"
     )
@@ -135,8 +144,8 @@ def _filters(session: Session, args: Args) -> tuple[list[Callable[[Session], boo
             if value != b"default":
                 raise CommandError(f"No such user '{shown(value)}'")
         elif word == b"TYPE":
-            is_normal = _is_normal(value)
-            tests.append(lambda each, is_normal=is_normal: is_normal)  # type: ignore[misc]
+            kind = _kind(value)
+            tests.append(lambda each, kind=kind: kind == _kind_of(each))  # type: ignore[misc]
         elif word == b"MAXAGE":
             oldest = session.server.clock.now - integer(value)
             tests.append(lambda each, oldest=oldest: each.created <= oldest)  # type: ignore[misc]

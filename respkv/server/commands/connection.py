@@ -18,7 +18,9 @@ def ping(session: Session, args: Args) -> None:
     """Answer with PONG or the argument."""
     if len(args) > 2:
         raise CommandError("wrong number of arguments for 'ping' command")
-    if len(args) == 2:
+    if session.subscriptions is not None and session.protocol == 2:
+        session.send([b"pong", args[1] if len(args) == 2 else b""])
+    elif len(args) == 2:
         session.send_value(args[1])
     else:
         session.out.append(reply.PONG)
@@ -104,6 +106,7 @@ def hello(session: Session, args: Args) -> None:
             "NOAUTH",
         )
     session.protocol = protocol
+    session.choose_handlers()
     if name is not None:
         session.name = name
     session.send(

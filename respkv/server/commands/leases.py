@@ -179,7 +179,7 @@ async def kv_commit(session: Session, args: Args) -> None:
     lease = cache.leases.get(session.number, integer(args[1]))
     if lease.mode is not Mode.WRITE:
         raise LeaseGone(f"lease {lease.number} is for reading")
-    how, is_new_only = put_options(session, lease.key, Words(args, 2))
+    how, is_new_only = put_options(session, lease.key, lease.slots[0].payload_bytes, Words(args, 2))
     slot = cache.leases.take_over(lease)
     landing = cache.adopt(slot)
     try:

@@ -19,8 +19,9 @@ from respkv.server.commands.keyspace import mark_used
 from respkv.server.commands.strings import send_entry, use_loaded
 from respkv.server.forms import Form, form_of, layer_range, schema_of, send_many, send_one
 from respkv.server.gpu import check_gpu
-from respkv.server.loads import cold_entries, is_cold
-from respkv.server.places import load_us, stored_in, tier_of, tiers_of
+from respkv.server.keeping import expires_ms, pinned_until
+from respkv.server.loads import cold_entries
+from respkv.server.places import load_us, tier_of
 from respkv.server.registry import Later, command
 from respkv.server.session import Session
 from respkv.server.streams import Span, stream_values, whole
@@ -30,16 +31,21 @@ from respkv.wire.parser import Args
 
 LEVELS: Final = {b"WRITTEN": Level.WRITTEN, b"DURABLE": Level.DURABLE}
 DEADLINE_S_MAX = 86_400.0
+NAME_BYTES_MAX = 256  # of a session or tenant
 
 
-def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
-    """Read the options of KV.PUT and KV.COMMIT; return them and whether NX was given."""
+def put_options(session: Session, key: bytes, nbytes: int, words: Words) -> tuple[Put, bool]:
+    """Read the options of KV.PUT and KV.COMMIT; return them and whether NX was given.
+
+    Raises CommandError, and PinRefused when too much is pinned already.
+    """
     check_key(key)
     schema = session.cache.namespaces.of_key(key)
     ttl_ms = 0 if schema is None else schema.ttl_ms
     parent: bytes | None = None
-    tokens = priority = 0
+    tokens = priority = pin_ms = 0
     level: Level | None = None
+    names = {b"SESSION": b"", b"TENANT": b""}
     seen: set[bytes] = set()
     while words:
         word = words.word()
@@ -55,6 +61,10 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
             ttl_ms = count_ms(words.take(), "PX")
         elif word == b"PRIORITY":
             priority = words.integer()
+        elif word == b"PIN":
+            pin_ms = count_ms(words.take(), "PIN")
+        elif word in names:
+            names[word] = _name(words, word)
         elif word in LEVELS and not seen & (LEVELS.keys() - {word}):
             level = level_of(session, word)
         elif word != b"NX":
@@ -62,9 +72,25 @@ def put_options(session: Session, key: bytes, words: Words) -> tuple[Put, bool]:
     entry = session.cache.find(key)
     if parent == key or (entry and parent and session.cache.index.is_circle(entry, parent)):
         raise CommandError("PARENT would make the page stand behind itself")
-    expires_ms = session.server.clock.wall_ms + ttl_ms if ttl_ms else 0
-    how = Put("kvpage", expires_ms, priority, tokens, parent, level)
+    how = Put(
+        "kvpage",
+        expires_ms(session, ttl_ms),
+        priority,
+        tokens,
+        parent,
+        level,
+        tenant=names[b"TENANT"],
+        session=names[b"SESSION"],
+        pinned_until=pinned_until(session, pin_ms, nbytes, key),
+    )
     return how, b"NX" in seen
+
+
+def _name(words: Words, word: bytes) -> bytes:
+    name = words.take()
+    if not 0 < len(name) <= NAME_BYTES_MAX:
+        raise CommandError(f"{word.decode()} has 1 to {NAME_BYTES_MAX} bytes, not {len(name)}")
+    return name
 
 
 def level_of(session: Session, word: bytes) -> Level:
@@ -86,10 +112,10 @@ def check_key(key: bytes) -> None:
 def kv_put(session: Session, args: Args) -> None:
     """Store a page."""
     key = args[1]
-    how, is_new_only = put_options(session, key, Words(args, 3))
     value = value_of(args[2])
     cache = session.cache
     nbytes = value.nbytes if isinstance(value, Landing | Refused) else len(value)
+    how, is_new_only = put_options(session, key, nbytes, Words(args, 3))
     check_fits(session, key, nbytes)
     there = cache.find(key)
     if is_new_only and there is not None:
@@ -230,11 +256,14 @@ def kv_match(session: Session, args: Args) -> None:
     What was found is used, and promised to stay for ``answer-lease``.
     """
     keys, rest = counted_keys(args)
-    if rest != len(args):
-        raise CommandError("syntax error")
+    words, name = Words(args, rest), b""
+    while words:
+        if words.word() != b"SESSION" or name:
+            raise words.unexpected()
+        name = _name(words, b"SESSION")
     cache = session.cache
     until = cache.clock.now + session.server.config.answer_lease / 1000
-    run = cache.match(keys, until)
+    run = cache.match(keys, until, session=name)
     letters = "".join(tier_of(session, entry)[1] for entry in run)
     session.send([len(run), letters, load_us(session, run)])
 
@@ -288,11 +317,14 @@ def kv_touch(session: Session, args: Args) -> None:
 
 @command("kv.pin")
 def kv_pin(session: Session, args: Args) -> None:
-    """Keep a page from eviction for some milliseconds, whoever asks and whoever leaves."""
+    """Keep a page from eviction for some milliseconds, whoever asks and whoever leaves.
+
+    More than ``pin-max`` is cut to that. Raises PinRefused when too much is pinned already.
+    """
     entry = session.cache.find(args[1])
     ms = count_ms(args[2], "ms")
     if entry is not None:
-        session.cache.pin(entry, session.cache.clock.now + ms / 1000)
+        session.cache.pin(entry, pinned_until(session, ms, entry.nbytes, entry.key))
     session.out.append(reply.integer(entry is not None))
 
 
@@ -304,67 +336,3 @@ def kv_unpin(session: Session, args: Args) -> None:
     if entry is not None and entry.pinned_until:
         session.cache.pin(entry, 0.0)
     session.out.append(reply.integer(was_pinned))
-
-
-@command("kv.info")
-def kv_info(session: Session, args: Args) -> None:
-    """Describe a page."""
-    entry = session.cache.find(args[1])
-    if entry is None:
-        session.send_nil()
-        return
-    now, wall_ms = session.cache.clock.now, session.server.clock.wall_ms
-    places = stored_in(session, entry)
-    session.send(
-        {
-            "key": entry.key,
-            "type": entry.kind,
-            "namespace": entry.namespace,
-            "bytes": entry.nbytes,
-            "tokens": entry.tokens,
-            "tier": tier_of(session, entry)[0],
-            "tiers": list(places),
-            "codec": next(iter(places.values())).codec,
-            "codecs": {name: place.codec for name, place in places.items()},
-            "stored_bytes": {name: place.nbytes for name, place in places.items()},
-            "level": entry.level.name.lower(),
-            "parent": entry.parent_key or None,
-            "children": len(entry.children or ()),
-            "priority": entry.priority,
-            "hits": entry.hits,
-            "age_ms": int((now - entry.born) * 1000),
-            "idle_ms": int((now - entry.touched) * 1000),
-            "ttl_ms": entry.expires_ms - wall_ms if entry.expires_ms else -1,
-            "pinned_ms": max(0, int((entry.pinned_until - now) * 1000)),
-            "held_ms": max(0, int((entry.held_until - now) * 1000)),
-            "holders": 1 if entry.slot is None else entry.slot.holders,
-        }
-    )
-
-
-@command("kv.explain")
-def kv_explain(session: Session, args: Args) -> None:
-    """Tell why a key is or is not here."""
-    entry = session.cache.find(args[1])
-    if entry is not None:
-        state = "cold" if is_cold(entry) else "present"
-        tiers = tiers_of(session, entry)
-        where = " and ".join(tiers) + (" tier" if len(tiers) == 1 else " tiers")
-        session.send([state, f"{entry.kind} of {entry.nbytes} bytes in the {where}"])
-        return
-    reason = session.cache.history.find(args[1])
-    schema = session.cache.namespaces.of_key(args[1])
-    known = "its namespace has a schema" if schema else "its namespace has no schema"
-    session.send([reason or "never", _DETAILS[reason or "never"] + f"; {known}"])
-
-
-_DETAILS = {
-    "never": "not stored since the server started, or too long ago to be remembered",
-    "evicted": "it went to make room; raise maxmemory, or pin it",
-    "expired": "its TTL ended",
-    "deleted": "a client deleted it",
-    "flushed": "FLUSHDB or FLUSHALL removed it",
-    "schema": "a put was refused because it did not fit the schema of its namespace",
-    "corrupt": "its bytes did not match their checksum",
-    "lost": "the only copy was in a tier that failed",
-}

@@ -7,15 +7,16 @@ import anyio.lowlevel
 
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
-from respkv.engine.namespaces import AUTO, Schema
+from respkv.engine.namespaces import AUTO, Kind, Schema
 from respkv.errors import CommandError, TierError
 from respkv.kernels.layout import Codec
-from respkv.page import Geometry, namespace_of
+from respkv.page import Latents, namespace_of
 from respkv.server.arguments import Words, count_ms, shown
 from respkv.server.commands.pages import LEVELS, level_of
 from respkv.server.page_specs import make_ready
 from respkv.server.registry import command
 from respkv.server.schema_files import SchemaFiles
+from respkv.server.schema_groups import SHAPE_WORDS, Draft, groups_of, read_group, words_of
 from respkv.server.session import Session
 from respkv.tiers.codec import check_available, parse_codec, takes_dtype
 from respkv.tiers.record import Level
@@ -27,7 +28,6 @@ NAMESPACE_BYTES_MAX = 256
 NAMESPACES_MAX = 4096
 IDENTITY_BYTES_MAX = 1024  # of a fingerprint, an algorithm's name and a seed
 _TARGETS = {b"MAXERROR": "error_max", b"MINRATIO": "ratio_min"}
-_COUNTS = {b"LAYERS": "layers", b"HEADS": "heads", b"DIM": "dim", b"TOKENS": "tokens"}
 
 
 @command("kv.schema|set")
@@ -35,16 +35,18 @@ def kv_schema_set(session: Session, args: Args) -> Awaitable[None] | None:
     """Register the schema of a namespace, or check that it is the one in force."""
     schema = _parse(session, args)
     cache, files = session.cache, session.server.schema_files
-    if schema.geometry.page_bytes > cache.slabs.payload_bytes_max:
-        raise CommandError(
-            f"a page of {schema.geometry.page_bytes} bytes never fits the arena, which takes at "
-            f"most {cache.slabs.payload_bytes_max}; raise maxmemory"
-        )
+    for nbytes in schema.piece_sizes:
+        if nbytes > cache.slabs.payload_bytes_max:
+            raise CommandError(
+                f"a page of {nbytes} bytes never fits the arena, which takes at "
+                f"most {cache.slabs.payload_bytes_max}; raise maxmemory"
+            )
     known = cache.namespaces.find(schema.namespace)
     if known is None and len(cache.namespaces) >= NAMESPACES_MAX:
         raise CommandError(f"there are {NAMESPACES_MAX} namespaces; KV.SCHEMA DEL one first")
     cache.namespaces.put(schema)
-    cache.slabs.add_class(schema.geometry.page_bytes)
+    for nbytes in schema.piece_sizes:
+        cache.slabs.add_class(nbytes)
     if files is not None and not (known == schema and files.is_saved):
         return _save(session, files, schema)
     session.out.append(reply.OK)
@@ -69,19 +71,23 @@ def _parse(session: Session, args: Args) -> Schema:
     namespace = args[2]
     if not 0 < len(namespace) <= NAMESPACE_BYTES_MAX:
         raise CommandError(f"a namespace has 1 to {NAMESPACE_BYTES_MAX} bytes")
-    counts: dict[str, int] = {}
-    dtype: bytes | None = None
+    drafts = [Draft()]
+    tokens: int | None = None
     fingerprint = seed = b""
-    algorithm = b"sha256"
+    algorithm = b"blake3"
     codecs: dict[bytes, bytes] = {}
     kept: dict[str, Any] = {}
     words = Words(args, 3)
     while words:
         word = words.word()
-        if word in _COUNTS:
-            counts[_COUNTS[word]] = words.count(word.decode(), 1)
-        elif word == b"DTYPE":
-            dtype = words.take()
+        if word in SHAPE_WORDS:
+            drafts[-1].read(word, words)
+        elif word == b"TOKENS":
+            tokens = words.count("TOKENS", 1)
+        elif word == b"MLA" and len(drafts) == 1:
+            drafts[0].kind = Kind.MLA
+        elif word == b"GROUP":
+            drafts.append(read_group(words))
         elif word == b"FINGERPRINT":
             fingerprint = _identity(words)
         elif word == b"HASH":
@@ -106,14 +112,8 @@ def _parse(session: Session, args: Args) -> Schema:
             kept["level"] = _level(session, words.take())
         else:
             raise words.unexpected()
-    missing = [name.upper() for name in _COUNTS.values() if name not in counts]
-    if missing or dtype is None:
-        names = ", ".join([*missing, *([] if dtype else ["DTYPE"])])
-        raise CommandError(f"a schema needs {names}")
-    try:
-        geometry = Geometry(**counts, dtype=shown(dtype))
-    except ValueError as error:
-        raise CommandError(str(error)) from None
+    geometry = drafts[0].geometry(tokens)
+    kept["groups"] = groups_of(drafts[1:], geometry)
     pairs = tuple(codecs.items())
     schema = Schema(namespace, geometry, fingerprint, algorithm, seed, pairs, **kept)
     _check_codecs(schema)
@@ -136,7 +136,12 @@ def _check_codecs(schema: Schema) -> None:
         raise CommandError(f"MAXERROR {schema.error_max:g}: it is a part of 1, as 0.05 for 5 %")
     if 0 < schema.ratio_min <= 1:
         raise CommandError(f"MINRATIO {schema.ratio_min:g}: pages would not get smaller")
-    for _, names in schema.codecs:
+    for tier, names in schema.codecs:
+        if isinstance(shape, Latents) and names not in (b"raw", b"xs"):
+            raise CommandError(
+                f"CODEC {shown(tier)} {shown(names)}: latents are stored without loss; accepted are "
+                "raw and xs"
+            )
         if names == AUTO:
             if not takes_dtype(Codec.RH4, shape.dtype):
                 raise CommandError(f"CODEC auto measures floating-point pages, not {shape.dtype}")
@@ -208,12 +213,14 @@ def kv_schema_get(session: Session, args: Args) -> None:
     session.send(
         {
             "namespace": schema.namespace,
+            "kind": schema.group(b"").kind.value,
             "layers": shape.layers,
             "heads": shape.heads,
             "dim": shape.dim,
             "tokens": shape.tokens,
             "dtype": shape.dtype,
             "page_bytes": shape.page_bytes,
+            "groups": [words_of(group) for group in schema.groups],
             "fingerprint": schema.fingerprint,
             "hash": schema.hash_algorithm,
             "seed": schema.seed,
@@ -243,6 +250,8 @@ def _delete_for_good(cache: Cache, entry: Entry) -> None:
 
     A page whose key names its content may come back otherwise, and would be of the wrong shape.
     """
+    for part in tuple(entry.parts or ()):  # else they would go with their page, for now
+        _delete_for_good(cache, part)
     known = [*entry.records, *cache.copies.moving.get(entry, ())]
     tiers = {each.tier for each in known}
     generation = max([entry.generation, *(each.generation for each in known)])
@@ -273,7 +282,10 @@ async def kv_schema_del(session: Session, args: Args) -> None:
             since = cache.copies.ticket
             cursor, found = cache.index.scan(max(cursor, 0), STEP)
             for entry in found:
-                if entry.kind == "kvpage" and namespace_of(entry.key) == namespace:
+                is_there_still = entry.position >= 0  # it may have gone with its page
+                if not is_there_still or entry.kind != "kvpage":
+                    continue
+                if namespace_of(entry.key) == namespace:
                     _delete_for_good(cache, entry)
                     deleted = True
             if cache.copies.ticket != since:
@@ -284,6 +296,7 @@ async def kv_schema_del(session: Session, args: Args) -> None:
             assert mover is not None
             await mover.settle(ticket, since)
     was_there = cache.namespaces.drop(namespace) and is_there
+    session.server.assemblies.drop_namespace(namespace)
     if was_there and files is not None:
         await files.save()
     session.out.append(reply.integer(was_there))

@@ -5,15 +5,17 @@ from respkv.wire.commands.command import Command, subcommands
 _SCHEMA = subcommands(
     Command(
         name="kv.schema|set",
-        arity=-13,
+        arity=-12,
         flags=("write", "denyoom"),
         categories=("kv",),
-        summary="Give a namespace the geometry that all its pages must have",
+        summary="Give a namespace the shape that all its pages must have",
         since="0.1.0",
         group="kv",
         complexity="O(1)",
         syntax=(
-            "KV.SCHEMA SET namespace LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
+            "KV.SCHEMA SET namespace [MLA] LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
+            "[GROUP name FULL|SLIDING window|MLA|STATE "
+            "LAYERS n HEADS n DIM n [DTYPE dtype]|BYTES n ...] "
             "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] "
             "[CODEC tier codec [CODEC tier codec ...]] [EXACT first last] "
             "[MAXERROR error|MINRATIO ratio] [TTL milliseconds] "
@@ -21,6 +23,15 @@ _SCHEMA = subcommands(
         ),
         notes=(
             "Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema. "
+            "A page is `[LAYERS, 2, TOKENS, HEADS, DIM]`, or with MLA, of latents, "
+            "`[LAYERS, TOKENS, DIM]` and without HEADS. "
+            "Each GROUP is of the layers of a hybrid model that keep something else, and what stands "
+            "behind it is of that group until the next one: FULL and SLIDING keep keys and values in "
+            "pages of a shape of their own, with as many tokens; of a SLIDING group a position needs "
+            "only those of the last `window` tokens; MLA keeps latents, STATE one object of BYTES at "
+            "a position. KV.SEQ.MATCH answers with the last position that every group can serve. "
+            "HASH is what chains are made with: `blake3` when left out, `sha256`, `sha256_cbor`, or "
+            "another name, whose pages KV.SEQ cannot name. "
             "CODEC says how pages are stored in a tier: `raw`, `xs`, `f8`, `i8`, `i4`, `rh4`, "
             "`rh3`, `rh2`, `rhz4`, `rhz3`, `rhz2`, or two of them, of keys and of values, as in "
             "`rh4/rh3`, or `auto`: the cheapest of them, for keys and for values of each layer, "

@@ -7,11 +7,15 @@ from respkv.wire.commands.command import Command
 from respkv.wire.commands.connection import CONNECTION
 from respkv.wire.commands.keyspace import KEYSPACE
 from respkv.wire.commands.kv import KV
+from respkv.wire.commands.pubsub import PUBSUB
+from respkv.wire.commands.retention import RETENTION
+from respkv.wire.commands.sequences import SEQUENCES
 from respkv.wire.commands.server import SERVER
 from respkv.wire.commands.strings import STRINGS
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (*CONNECTION, *STRINGS, *KEYSPACE, *SERVER, *KV)
+    command.name: command
+    for command in (*CONNECTION, *STRINGS, *KEYSPACE, *PUBSUB, *SERVER, *KV, *RETENTION, *SEQUENCES)
 }
 
 # Both common spellings, so that most requests cost one look-up and no copy of a word.

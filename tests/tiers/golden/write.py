@@ -47,6 +47,7 @@ def pages(first: int, count: int, payloads: Payloads, *, codec: int = 0) -> list
             tokens=16,
             hits=number * 10,
             parent=page_key(number - 1) if number > 1 else b"",
+            more=bytes(range(number * 20)) if number != 4 else b"",
         )
         payloads[meta.key] = payload
         stored = (
@@ -97,7 +98,7 @@ def save(log: SmallLog, name: str, payloads: Payloads, keys: list[bytes]) -> Non
         key.hex(): {**log.live[key][0]._asdict(), "payload": payloads[key].hex()} for key in keys
     }
     for fields in expected.values():
-        fields["key"], fields["parent"] = fields["key"].hex(), fields["parent"].hex()
+        fields.update({name: fields[name].hex() for name in ("key", "parent", "more")})
     (HERE / f"{name}.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 

@@ -1,0 +1,111 @@
+"""In which order the pages of one account go when its quota is full.
+
+The policies of room.py choose who leaves memory; here a page goes for good, wherever it is, because
+its owner has no right to more bytes. The order is: pages of sessions that ended, then by priority,
+then by when they were last used; a page only after those behind it.
+
+A hit writes ``touched`` and calls nobody, so a page's rank is read again when it comes to the front
+of a heap: one that was used since goes back in. Pages with others behind them are parked until the
+last of those has gone; pinned ones wait for their deadline.
+"""
+
+import heapq
+from collections.abc import Callable, Container, Iterable, Iterator
+
+from respkv.engine.entry import Entry
+
+SLACK = 1024  # void places in a heap that do not matter
+
+Rank = tuple[bool, int, float, int]  # is its session alive, priority, last use, minus its ticket
+IsHeld = Callable[[Entry], bool]
+
+
+class Coldest:
+    """The pages of one account, those that go first in front."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[Entry, int] = {}
+        self._next = 0
+        self._heap: list[tuple[Rank, Entry]] = []
+        self._pinned: list[tuple[float, int, Entry]] = []
+        self._parked: set[Entry] = set()
+        self._passed: list[Entry] = []  # held ones met while a plan was made
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._tickets
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._tickets)
+
+    def add(self, entry: Entry) -> None:
+        """Queue a page, or look at its rank anew: its pin, priority or children changed."""
+        self._parked.discard(entry)
+        self._push(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """Forget a page; one that it was behind may be a leaf now."""
+        self._tickets.pop(entry, None)
+        self._parked.discard(entry)
+        if len(self._heap) > 2 * len(self._tickets) + SLACK:
+            self._heap = [each for each in self._heap if self._is_current(*each)]
+            heapq.heapify(self._heap)
+
+    def unpark(self, entry: Entry) -> None:
+        """Look again at a page that had others behind it."""
+        if entry in self._parked:
+            self._parked.discard(entry)
+            self._push(entry)
+
+    def first(self, doomed: Container[Entry], is_held: IsHeld, now: float) -> Entry | None:
+        """Return the page that goes next, without taking it; None when none may.
+
+        doomed: pages that will go before it, and are behind nothing any more.
+        """
+        while self._pinned and self._pinned[0][0] <= now:
+            _, ticket, entry = heapq.heappop(self._pinned)
+            if self._tickets.get(entry) == ticket:
+                self._push(entry)
+        while self._heap:
+            rank, entry = self._heap[0]
+            if entry in doomed or not self._is_current(rank, entry):
+                heapq.heappop(self._heap)
+            elif entry.children and any(child not in doomed for child in entry.children):
+                heapq.heappop(self._heap)
+                self._parked.add(entry)
+            elif entry.pinned_until > now:
+                heapq.heappop(self._heap)
+                ticket = self._tickets[entry]
+                heapq.heappush(self._pinned, (entry.pinned_until, ticket, entry))
+            elif is_held(entry):
+                heapq.heappop(self._heap)
+                self._passed.append(entry)
+            elif (new := rank_of(entry, -rank[3])) > rank:
+                heapq.heapreplace(self._heap, (new, entry))
+            else:
+                return entry
+        return None
+
+    def end_plan(self, spared: Iterable[Entry]) -> None:
+        """Take back those that were passed over, and those ``spared`` that did not have to go."""
+        for entry in (*self._passed, *spared):
+            if entry in self._tickets:
+                self._push(entry)
+        self._passed.clear()
+
+    def _push(self, entry: Entry) -> None:
+        self._next += 1  # what stands for it in a heap already is void
+        self._tickets[entry] = self._next
+        heapq.heappush(self._heap, (rank_of(entry, self._next), entry))
+
+    def _is_current(self, rank: Rank, entry: Entry) -> bool:
+        return self._tickets.get(entry) == -rank[3]
+
+
+def rank_of(entry: Entry, ticket: int) -> Rank:
+    """Return what decides when a page goes; of equal ones the last that came goes first."""
+    request = entry.request
+    is_alive = request is None or not request.is_ended
+    return is_alive, entry.priority, entry.touched, -ticket

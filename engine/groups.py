@@ -1,0 +1,324 @@
+"""What each group of layers of a hybrid model needs of a prompt, and up to where all can serve it.
+
+A position can be gone on from only if every layer has what it needs there. Full attention needs
+every token before it, a sliding window those of the window, a recurrent layer its state at this very
+position. So of the longest run of pages that is here, the last position counts that all groups can
+serve: there may be gaps in a sliding group far in front of it, and positions without a state behind
+it. (SGLang's and vLLM's hybrid caches decide the same for blocks; here attention alone may end
+inside a page, and a state may stand anywhere.)
+
+Pages of groups hang on the pages of the namespace's own geometry, ``<page key>.g.<group>``; a state
+hangs on the page that holds its position, and has the id of the position, ``.s.<group>``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from respkv.chain import Prompt
+from respkv.engine.cache import Cache
+from respkv.engine.entry import Entry, Put
+from respkv.engine.history import Reason
+from respkv.engine.namespaces import Group, Kind, Schema
+from respkv.engine.sequences import Found, Piece
+from respkv.engine.watch import Watcher
+from respkv.page import Part, part_key
+
+Find = Callable[[bytes], Entry | None]
+
+
+class Need(NamedTuple):
+    """What a get reads of one entry.
+
+    first_token, num_tokens: which tokens of the prompt; of a state, its position and 0.
+    skip:                    tokens of the entry's piece in front of them.
+    """
+
+    entry: Entry
+    first_token: int
+    num_tokens: int
+    skip: int
+
+
+class States(Watcher):
+    """Where in a page states of recurrent layers are, by the branch of the page and the group."""
+
+    def __init__(self) -> None:
+        self._places: dict[Entry, tuple[bytes, int]] = {}
+        self._offsets: dict[bytes, dict[int, int]] = {}  # tokens into the page: how many entries
+
+    def offsets(self, branch: bytes, group: bytes) -> list[int]:
+        """Return after how many tokens of a page there are states, the last first.
+
+        Pages of one branch differ in their tokens, so such a state may be another prompt's.
+        """
+        return sorted(self._offsets.get(_place(branch, group), ()), reverse=True)
+
+    def stored(self, entry: Entry, *, is_new: bool) -> None:
+        """A state has come."""
+        group = _state_of(entry)
+        if group is None or not entry.token_ids or entry in self._places:
+            return
+        place, offset = self._places[entry] = _place(entry.branch, group), entry.tokens
+        counts = self._offsets.setdefault(place, {})
+        counts[offset] = counts.get(offset, 0) + 1
+
+    def restored(self, entry: Entry) -> None:
+        """A state of the last run is here."""
+        self.stored(entry, is_new=True)
+
+    def removed(self, entry: Entry, reason: Reason) -> None:
+        """A state goes."""
+        if entry not in self._places:
+            return
+        place, offset = self._places.pop(entry)
+        counts = self._offsets[place]
+        counts[offset] -= 1
+        if not counts[offset]:
+            del counts[offset]
+        if not counts:
+            del self._offsets[place]
+
+    def cleared(self) -> None:
+        """All have gone."""
+        self._places.clear()
+        self._offsets.clear()
+
+
+class Groups:
+    """What the groups of every namespace can serve of what is in a cache."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.states = States()
+        self._cache = cache
+        for entry in cache.entries.values():
+            self.states.restored(entry)
+        cache.watchers.add(self.states)
+
+    def serve(self, prompt: Prompt, found: Found) -> Found:
+        """Cut what was found of a prompt to what all groups of its namespace can serve."""
+        schema = self._cache.namespaces.find(prompt.namespace)
+        if schema is None or not schema.groups:
+            return found
+        tokens = serveable(schema, prompt, found, self._cache.find, self.states)
+        return cut(found, tokens, prompt.page_tokens)
+
+    def needs(self, prompt: Prompt, group: Group, found: Found) -> list[Need]:
+        """Return what a get of a group reads, in order, for a prompt of which ``found`` is served."""
+        return needs(prompt, group, found, self._cache.find)
+
+
+# -- finding --------------------------------------------------------------------------------------
+
+
+def serveable(schema: Schema, prompt: Prompt, found: Found, find: Find, states: States) -> int:
+    """Return the last position up to ``found.tokens`` that every group can serve.
+
+    find: returns the live entry of a key.
+    """
+    view = _View(prompt, found, find, states)
+    tokens, before = found.tokens, -1
+    while tokens != before:
+        before = tokens
+        for group in schema.groups:
+            tokens = view.last(group, tokens)
+    return tokens
+
+
+def cut(found: Found, tokens: int, page_tokens: int) -> Found:
+    """Return what was found up to a position."""
+    if tokens >= found.tokens:
+        return found
+    num_pages, rest = divmod(tokens, page_tokens)
+    holder = found.entries[num_pages] if rest else None
+    return Found(tokens, found.pages[:num_pages], holder, rest)
+
+
+def needs(prompt: Prompt, group: Group, found: Found, find: Find) -> list[Need]:
+    """Return what a get of a group reads for the ``found.tokens`` tokens that it serves, in order.
+
+    The group with the empty name is that of the namespace's own geometry.
+    """
+    end, page_tokens = found.tokens, prompt.page_tokens
+    if not end:
+        return []
+    if group.kind is Kind.STATE:
+        state = find(state_key(prompt, end, group.name))
+        return [] if state is None else [Need(state, end, 0, 0)]
+    first = max(0, end - group.window) if group.kind is Kind.SLIDING else 0
+    made: list[Need] = []
+    for index, page in enumerate(found.entries):
+        start = index * page_tokens
+        stop = min(start + page_tokens, end)
+        if stop <= first:
+            continue
+        entry = page if not group.name else find(bound_key(page.key, group.name))
+        if entry is not None:
+            skip = max(0, first - start)
+            made.append(Need(entry, start + skip, stop - start - skip, skip))
+    return made
+
+
+def clip(made: Sequence[Need], first_token: int) -> list[Need]:
+    """Return what is needed from a token of the prompt on; a state is needed in any case."""
+    clipped: list[Need] = []
+    for need in made:
+        cut_off = max(0, first_token - need.first_token)
+        if not need.num_tokens or not cut_off:
+            clipped.append(need)
+        elif cut_off < need.num_tokens:
+            entry, first, count, skip = need
+            clipped.append(Need(entry, first + cut_off, count - cut_off, skip + cut_off))
+    return clipped
+
+
+class _View:
+    """What each group has of what was found of a prompt, looked up once."""
+
+    def __init__(self, prompt: Prompt, found: Found, find: Find, states: States) -> None:
+        self._prompt = prompt
+        self._pages = found.entries
+        self._page_tokens = prompt.page_tokens
+        self._find = find
+        self._states = states
+        self._has: dict[tuple[bytes, int], bool] = {}
+
+    def last(self, group: Group, tokens: int) -> int:
+        """Return the last position up to ``tokens`` that a group can serve."""
+        if group.kind is Kind.STATE:
+            return self._last_state(group, tokens)
+        if group.kind is Kind.SLIDING:
+            return self._last_sliding(group, tokens)
+        for page in range(self._num_pages(tokens)):
+            if not self._has_page(group, page):
+                return page * self._page_tokens
+        return tokens
+
+    def _last_sliding(self, group: Group, tokens: int) -> int:
+        page = self._num_pages(tokens) - 1
+        while page >= 0 and (page + 1) * self._page_tokens > tokens - group.window:
+            if not self._has_page(group, page):
+                tokens = page * self._page_tokens
+            page -= 1
+        return tokens
+
+    def _last_state(self, group: Group, tokens: int) -> int:
+        prompt = self._prompt
+        for page in range(self._num_pages(tokens) - 1, -1, -1):
+            start = page * self._page_tokens
+            for offset in self._states.offsets(prompt.branch(page), group.name):
+                if start + offset > tokens:
+                    continue
+                entry = self._find(state_key(prompt, start + offset, group.name))
+                if entry is not None and is_piece(entry, group, offset):
+                    return start + offset
+        return 0
+
+    def _num_pages(self, tokens: int) -> int:
+        return -(-tokens // self._page_tokens)
+
+    def _has_page(self, group: Group, page: int) -> bool:
+        has = self._has.get((group.name, page))
+        if has is None:
+            has = has_page(self._pages[page], group, self._find)
+            self._has[group.name, page] = has
+        return has
+
+
+def has_page(page: Entry, group: Group, find: Find) -> bool:
+    """Whether a page has the page of another group that goes with it."""
+    entry = find(bound_key(page.key, group.name))
+    return entry is not None and is_piece(entry, group, page.tokens)
+
+
+def is_piece(entry: Entry, group: Group, tokens: int) -> bool:
+    """Whether an entry is what a group has of so many tokens, or one of its states."""
+    return entry.kind == "kvpage" and entry.nbytes == group.piece_bytes(tokens)
+
+
+def has_bound_parts_of(page: Entry, other: Entry) -> bool:
+    """Whether a page has the pages of all groups that another one has."""
+    if not other.parts:
+        return True
+    there = {part.key[len(page.key) :] for part in page.parts or ()}
+    bound = (part.key for part in other.parts if part.part is Part.BOUND)
+    return all(key[len(other.key) :] in there for key in bound)
+
+
+# -- putting --------------------------------------------------------------------------------------
+
+
+class PartPiece(NamedTuple):
+    """What a put of a group stores for one page of its prompt.
+
+    page:       the page that it hangs on; None: that is not here, and has to be put first.
+    num_tokens: of the payload; nbytes: its size.
+    is_there:   nothing has to be stored: it is here, or in what is longer.
+    """
+
+    key: bytes
+    page: Entry | None
+    num_tokens: int
+    nbytes: int
+    is_there: bool
+
+
+def part_pieces(pieces: Sequence[Piece], group: Group, find: Find) -> list[PartPiece]:
+    """Return what a put of a group with pages consists of, one for each piece of its prompt."""
+    return [_part_piece(piece, group, find) for piece in pieces]
+
+
+def _part_piece(piece: Piece, group: Group, find: Find) -> PartPiece:
+    page, nbytes = piece.there, group.piece_bytes(piece.num_tokens)
+    key = bound_key(piece.key, group.name)
+    if page is None:
+        return PartPiece(key, None, piece.num_tokens, nbytes, False)
+    # What is longer than a tail has, or will get, a longer page of the group too.
+    is_there = page.key != piece.key or has_page(page, group, find)
+    return PartPiece(key, page, piece.num_tokens, nbytes, is_there)
+
+
+def bound_options(page: Entry, how: Put) -> Put:
+    """Return how the page of a group is to be kept: with its page, and as long."""
+    return replace(
+        how,
+        kind="kvpage",
+        expires_ms=0,
+        tokens=page.tokens,
+        parent=page.key,
+        branch=b"",
+        token_ids=b"",
+        depth=page.depth,
+    )
+
+
+def state_options(prompt: Prompt, how: Put) -> Put:
+    """Return how the state at the end of a prompt is to be kept.
+
+    how: as ``Sequences.part_options`` says: behind the page that holds the position.
+    """
+    index = (prompt.num_tokens - 1) // prompt.page_tokens
+    branch, token_ids = prompt.branch(index), prompt.token_ids(index)
+    tokens = prompt.num_tokens - index * prompt.page_tokens
+    return replace(how, branch=branch, token_ids=token_ids, tokens=tokens)
+
+
+def bound_key(key: bytes, group: bytes) -> bytes:
+    """Return the key of the page of a group that goes with a page."""
+    return part_key(key, b"g." + group)
+
+
+def state_key(prompt: Prompt, num_tokens: int, group: bytes) -> bytes:
+    """Return the key of the state after so many tokens of a prompt."""
+    return part_key(prompt.position_key(num_tokens), b"s." + group)
+
+
+def _state_of(entry: Entry) -> bytes | None:
+    if entry.part is not Part.FREE:
+        return None
+    suffix = entry.key[entry.key.rfind(b":") :].split(b".", 2)
+    return suffix[2] if len(suffix) == 3 and suffix[1] == b"s" else None
+
+
+def _place(branch: bytes, group: bytes) -> bytes:
+    return branch + b"." + group

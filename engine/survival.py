@@ -1,0 +1,165 @@
+"""How likely a request is to be continued, learned while it runs.
+
+For each kind of request (survival says class: turn and length) this keeps two histograms over ages,
+of requests that were continued at that age and of those that were lost sight of. An age is the idle
+time since the request was last touched. The Kaplan-Meier estimate of the hazard at an age is the
+share of those still waiting then that were continued then; it needs no request to be followed to
+its end, which is why it is right for a cache, that forgets. Ages are log-spaced: seconds matter
+after a few of them, minutes after an hour.
+
+A kind of which little was seen borrows from all kinds: the pooled hazard counts as PSEUDO_COUNT more
+observations. The pooled hazard itself starts as one that falls with age, the same for all, under
+which the oldest is always the least likely one: a cache that has learned nothing is an lru.
+
+Source: Kaplan and Meier, Nonparametric Estimation from Incomplete Observations, JASA 1958; that
+the reuse of a prompt's KV follows its turn and its age: Wang et al., KVCache Cache in the Wild,
+USENIX ATC 2025, arXiv:2506.02634.
+"""
+
+from collections import deque
+from itertools import accumulate
+from math import exp, inf, log
+from typing import Any
+
+FIRST_BIN_S = 4.0
+BIN_RATIO = 1.18
+NUM_BINS = 64
+PSEUDO_COUNT = 8.0
+CENSOR_S = 900.0
+TURN_MAX = 4
+LENGTHS = (1024, 8192)  # borders between short, middle and long prompts, in tokens
+NUM_LENGTHS = len(LENGTHS) + 1
+NUM_KINDS = (TURN_MAX + 1) * NUM_LENGTHS
+SINGLE = NUM_KINDS  # of an entry that belongs to no request
+NOTICES_MAX = 4096
+LEARN_EVERY = 64  # observations after which the hazards are worked out anew
+_PRIOR_SHARE = 0.25  # of those waiting when an age began, continued before it has doubled
+_PER_LOG = 1.0 / log(BIN_RATIO)
+
+
+def kind_of(turn: int, num_tokens: int) -> int:
+    """Return the kind of a request by its turn and the length of its prompt."""
+    length = sum(num_tokens >= border for border in LENGTHS)
+    return turn * NUM_LENGTHS + length
+
+
+def turn_of(kind: int) -> int:
+    """Return the turn of a kind."""
+    return kind // NUM_LENGTHS
+
+
+class Curve:
+    """What was observed of one kind, and the cumulated hazard that follows from it."""
+
+    __slots__ = ("continued", "hazard", "lost")
+
+    def __init__(self) -> None:
+        self.continued = [0.0] * NUM_BINS
+        self.lost = [0.0] * NUM_BINS
+        self.hazard = _PRIOR_CUMULATED
+
+    def rates(self, prior: list[float], weight: float) -> list[float]:
+        """Return the share continued in each bin; ``prior`` counts as ``weight`` observations."""
+        rates = [0.0] * NUM_BINS
+        waiting = 0.0
+        for at in range(NUM_BINS - 1, -1, -1):
+            waiting += self.continued[at] + self.lost[at]
+            # Those lost sight of within a bin waited for half of it.
+            seen = waiting - self.lost[at] / 2
+            rates[at] = (self.continued[at] + weight * prior[at]) / (seen + weight)
+        return rates
+
+    def cumulated(self, age: float) -> float:
+        """Return the hazard cumulated up to an age, linear within a bin."""
+        hazard = self.hazard
+        if age < FIRST_BIN_S:
+            return hazard[1] * age / FIRST_BIN_S
+        at = int(log(age / FIRST_BIN_S) * _PER_LOG) + 1
+        if at >= NUM_BINS:
+            return hazard[NUM_BINS]
+        start = _EDGES[at]
+        return hazard[at] + (hazard[at + 1] - hazard[at]) * (age - start) / (_EDGES[at + 1] - start)
+
+
+class Survival:
+    """The model of one cache: what is likely to be continued, and when."""
+
+    def __init__(self) -> None:
+        self.curves = [Curve() for _ in range(NUM_KINDS + 1)]
+        self.num_observed = 0
+        self.notices: deque[Any] = deque(maxlen=NOTICES_MAX)
+        self.num_notices = 0
+        self._num_new = 0
+
+    def notice(self, request: Any) -> None:
+        """Tell the queues that something is different with a request now."""
+        self.notices.append(request)
+        self.num_notices += 1
+
+    def continued(self, kind: int, age: float) -> None:
+        """Learn that a request of a kind was continued after ``age`` seconds."""
+        self.curves[kind].continued[_bin(age)] += 1.0
+        self._observed()
+
+    def lost(self, kind: int, age: float) -> None:
+        """Learn that a request waited for ``age`` seconds, and no more is known."""
+        self.curves[kind].lost[_bin(age)] += 1.0
+        self._observed()
+
+    def hazard(self, kind: int, age: float, within_s: float) -> float:
+        """Return the expected number of continuations in the next ``within_s``, given the age."""
+        curve = self.curves[kind]
+        return curve.cumulated(age + within_s) - curve.cumulated(age)
+
+    def chance(self, kind: int, age: float, within_s: float) -> float:
+        """Return the probability of being continued in the next ``within_s``, given the age."""
+        return 1.0 - exp(-self.hazard(kind, age, within_s))
+
+    def age_by(self, kind: int, age: float, share: float) -> float:
+        """Return the age by which ``share`` of those that will still come back have done so."""
+        curve = self.curves[kind]
+        before = curve.cumulated(age)
+        ever = 1.0 - exp(before - curve.hazard[NUM_BINS])
+        if ever <= 0.0:
+            return inf
+        target = before - log(1.0 - share * ever)
+        for at in range(NUM_BINS):
+            if curve.hazard[at + 1] >= target:
+                step = curve.hazard[at + 1] - curve.hazard[at]
+                part = (target - curve.hazard[at]) / step if step else 1.0
+                return max(age, _EDGES[at] + part * (_EDGES[at + 1] - _EDGES[at]))
+        return inf
+
+    def learn(self) -> None:
+        """Work the hazards out of what was observed."""
+        self._num_new = 0
+        pooled = Curve()
+        for curve in self.curves:
+            for at in range(NUM_BINS):
+                pooled.continued[at] += curve.continued[at]
+                pooled.lost[at] += curve.lost[at]
+        prior = pooled.rates(_PRIOR, PSEUDO_COUNT)
+        for curve in self.curves:
+            curve.hazard = _cumulated(curve.rates(prior, PSEUDO_COUNT))
+
+    def _observed(self) -> None:
+        self.num_observed += 1
+        self._num_new += 1
+        if self._num_new >= LEARN_EVERY:
+            self.learn()
+
+
+def _bin(age: float) -> int:
+    if age < FIRST_BIN_S:
+        return 0
+    return min(int(log(age / FIRST_BIN_S) * _PER_LOG) + 1, NUM_BINS - 1)
+
+
+def _cumulated(rates: list[float]) -> list[float]:
+    return [*accumulate((-log(1.0 - min(rate, 0.999)) for rate in rates), initial=0.0)]
+
+
+_EDGES = [0.0, *(FIRST_BIN_S * BIN_RATIO**number for number in range(NUM_BINS))]
+# The same share in each bin, as all are equally long in logarithms: a hazard of about 1 / age.
+_PRIOR = [1.0 - (1.0 - _PRIOR_SHARE) ** (log(BIN_RATIO) / log(2.0))] * NUM_BINS
+_PRIOR_CUMULATED = _cumulated(_PRIOR)

@@ -1,0 +1,302 @@
+"""The survival policy: who is least likely to be used again goes first.
+
+Pages wait in the buckets of their requests, and requests in a line for each kind, the one idle
+longest at its head. All of a kind have the same odds at the same age, and odds fall with age, so
+only the heads need to be compared: the victim is the last page of the one with the longest wait,
+which is W divided by the number of continuations expected in the next W. W is the mean time for
+which what was evicted of late had been idle: how long a place in this cache is worth. What a client
+said is on the same scale: an ended session waits for ever, an expected one until it is due.
+
+Entries without a request wait in an lru of their own, whose head is compared like the others.
+
+A request is chosen once and then gives its pages one by one, until another second has passed.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator
+from math import inf
+
+from respkv.engine.entry import Entry
+from respkv.engine.queues import HEAP_SLACK, LOOKS_MAX, Lru, Queue, Shared
+from respkv.engine.requests import Request
+from respkv.engine.survival import FIRST_BIN_S, SINGLE, Survival
+
+CHOICE_S = 1.0
+ENDED, EXPECTED = -1, -2  # lines beside those of the kinds
+_EXPECTED_SHARE = 0.43  # of W: the wait of what comes in it with a chance of 0.9
+_FRESH, _SINGLE = 0.0, -1.0  # marks of entries in no bucket
+_HAZARD_MIN = 1e-12
+
+
+class Bucket:
+    """The pages of one request that one queue holds, by depth.
+
+    stamp: the number of the item of a line that stands for it.
+    """
+
+    __slots__ = ("key", "line", "pages", "request", "stamp")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.pages: OrderedDict[Entry, None] = OrderedDict()
+        self.line = 0
+        self.stamp = 0
+        self.key = 0.0
+
+
+Item = tuple[float, int, Bucket]
+
+
+class Singles(Lru):
+    """Entries that belong to no request. Their uses teach the model when their turn comes."""
+
+    def __init__(self, shared: Shared, survival: Survival) -> None:
+        super().__init__(shared)
+        self._survival = survival
+
+    def _is_stale(self, entry: Entry, rank: float) -> bool:
+        if entry.touched == rank:
+            return False
+        self._survival.continued(SINGLE, max(entry.touched - rank, 0.0))
+        return True
+
+
+class SurvivalQueue(Queue):
+    """Buckets in lines, and who of their heads waits longest.
+
+    _fresh: entries that came since the last choice. Their request is known a moment after that.
+    """
+
+    def __init__(self, shared: Shared, survival: Survival) -> None:
+        super().__init__(shared)
+        self._survival = survival
+        self._fresh: OrderedDict[Entry, None] = OrderedDict()
+        self._singles = Singles(shared, survival)
+        self._buckets: dict[float, Bucket] = {}
+        self._lines: dict[int, list[Item]] = {}
+        self._lapses: list[Item] = []
+        self._num_items = 0
+        self._num_paged = 0
+        self._noticed = survival.num_notices
+        self._chosen: Bucket | Singles | None = None
+        self._chosen_until = 0.0
+        self._looks_left = 0
+        self._coldest: Entry | None = None
+
+    def __len__(self) -> int:
+        return len(self._fresh) + len(self._singles) + self._num_paged
+
+    def __iter__(self) -> Iterator[Entry]:
+        yield from self._fresh
+        yield from self._singles
+        for bucket in self._buckets.values():
+            yield from bucket.pages
+
+    def add(self, entry: Entry) -> None:
+        entry.mark = _FRESH
+        self._fresh[entry] = None
+
+    def restore(self, entry: Entry, place: float) -> None:
+        self._place(entry)
+
+    def withdraw(self, entry: Entry) -> float:
+        place = entry.mark
+        if place == _FRESH:
+            del self._fresh[entry]
+        elif place == _SINGLE:
+            self._singles.withdraw(entry)
+        else:
+            bucket = self._buckets[place]
+            del bucket.pages[entry]
+            self._num_paged -= 1
+            if not bucket.pages:
+                bucket.stamp = 0
+                del self._buckets[place]
+        return place
+
+    def candidate(self, now: float) -> Entry | None:
+        self._looks_left = LOOKS_MAX
+        self._coldest = None
+        self._hear()
+        while self._fresh and self._looks_left:
+            entry, _ = self._fresh.popitem(last=False)
+            self._place(entry)
+            self._looks_left -= 1
+        chosen = self._chosen
+        if chosen is None or now >= self._chosen_until or not self._is_good(chosen):
+            chosen = self._chosen = self._choose(now)
+            self._chosen_until = now + CHOICE_S
+        if isinstance(chosen, Bucket):
+            return next(reversed(chosen.pages))
+        found = None if chosen is None else chosen.candidate(now)
+        if found is None and self._fresh:
+            found = next(iter(self._fresh))
+        return found or self._coldest
+
+    def note_evicted(self, entry: Entry, place: float) -> None:
+        shared = self.shared
+        idle = max(shared.now - entry.touched, 0.0)
+        if place == _SINGLE:
+            self._survival.lost(SINGLE, idle)
+        request = entry.request
+        if request is None or not (request.is_ended or request.is_superseded):
+            shared.note_residence(idle)
+
+    def cold_since(self, entry: Entry) -> float:
+        request: Request | None = entry.request
+        return -inf if request is not None and request.is_ended else entry.touched
+
+    def check(self) -> None:
+        self._singles.check()
+        assert self._num_paged == sum(len(bucket.pages) for bucket in self._buckets.values())
+        for number, bucket in self._buckets.items():
+            assert bucket.request.number == number
+            assert bucket.pages
+            assert all(entry.mark == number for entry in bucket.pages)
+            items = [item for item in self._lines[bucket.line] if item[1] == bucket.stamp]
+            assert [item[2] for item in items] == [bucket]
+        assert self._num_items == sum(map(len, self._lines.values()))
+        assert self._num_items + len(self._lapses) <= 4 * len(self._buckets) + 2 * HEAP_SLACK
+
+    # -- placing ------------------------------------------------------------------------------
+
+    def _place(self, entry: Entry) -> None:
+        request: Request | None = entry.request
+        if request is None:
+            entry.mark = _SINGLE
+            self._singles.add(entry)
+            return
+        entry.mark = request.number
+        bucket = self._buckets.get(request.number)
+        if bucket is None:
+            bucket = self._buckets[request.number] = Bucket(request)
+            self._rank(bucket)
+        pages = bucket.pages
+        is_behind = not pages or next(reversed(pages)).depth <= entry.depth
+        pages[entry] = None
+        if not is_behind:
+            pages.move_to_end(entry, last=False)
+        self._num_paged += 1
+
+    def _rank(self, bucket: Bucket) -> None:
+        """Put a bucket into its line; where it was, its item is void."""
+        line, key = _line_of(bucket.request)
+        bucket.line, bucket.key = line, key
+        bucket.stamp = next(self.shared.numbers)
+        item = key, bucket.stamp, bucket
+        heapq.heappush(self._lines.setdefault(line, []), item)
+        self._num_items += 1
+        if line == EXPECTED:
+            session = bucket.request.session
+            assert session is not None
+            heapq.heappush(self._lapses, (session.lapses_at, bucket.stamp, bucket))
+        if self._num_items + len(self._lapses) > 4 * len(self._buckets) + HEAP_SLACK:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for heap in (*self._lines.values(), self._lapses):
+            heap[:] = [item for item in heap if item[2].stamp == item[1]]
+            heapq.heapify(heap)
+        self._num_items = sum(map(len, self._lines.values()))
+
+    def _hear(self) -> None:
+        """Put requests of which something was said into the lines where they belong now."""
+        survival = self._survival
+        num_new = min(survival.num_notices - self._noticed, len(survival.notices))
+        if not num_new:
+            return
+        self._noticed = survival.num_notices
+        for at in range(-num_new, 0):
+            bucket = self._buckets.get(survival.notices[at].number)
+            if bucket is not None:
+                self._rank(bucket)
+        self._chosen = None
+
+    # -- choosing -----------------------------------------------------------------------------
+
+    def _choose(self, now: float) -> Bucket | Singles | None:
+        self._lapse(now)
+        window = max(self.shared.residence_s, FIRST_BIN_S)
+        longest, chosen = -inf, None
+        for line in list(self._lines):
+            bucket = self._head(line)
+            if bucket is None:
+                continue
+            wait = self._wait(line, now, window, bucket.request)
+            if wait > longest:
+                longest, chosen = wait, bucket
+        if len(self._singles):
+            single = self._singles.candidate(now)
+            assert single is not None
+            hazard = self._survival.hazard(SINGLE, max(now - single.touched, 0.0), window)
+            if window / max(hazard, _HAZARD_MIN) > longest:
+                return self._singles
+        return chosen
+
+    def _wait(self, line: int, now: float, window: float, request: Request) -> float:
+        if line == ENDED:
+            return inf
+        if line == EXPECTED:
+            return max(request.expected_at - now, window * _EXPECTED_SHARE)
+        hazard = self._survival.hazard(line, max(now - request.touched, 0.0), window)
+        return window / max(hazard, _HAZARD_MIN)
+
+    def _head(self, line: int) -> Bucket | None:
+        """Return the first bucket of a line whose last page is really its request's."""
+        heap = self._lines[line]
+        while heap:
+            key, stamp, bucket = heap[0]
+            if bucket.stamp != stamp:
+                heapq.heappop(heap)
+                self._num_items -= 1
+            elif (line, key) != _line_of(bucket.request):
+                heapq.heappop(heap)
+                self._num_items -= 1
+                self._rank(bucket)
+            elif self._is_good(bucket):
+                return bucket
+            elif self._looks_left <= 0:
+                return None
+        return None
+
+    def _is_good(self, chosen: Bucket | Singles) -> bool:
+        """Whether the last page of a bucket belongs there; if not, it is put where it does."""
+        if isinstance(chosen, Singles):
+            return len(chosen) > 0
+        if not chosen.stamp:
+            return False
+        request = chosen.request
+        entry = next(reversed(chosen.pages))
+        if entry.request is not request:
+            self._looks_left -= 1
+            self.withdraw(entry)
+            self._place(entry)
+        elif entry.touched > request.touched:
+            # It was read without a match.
+            self._looks_left -= 1
+            if entry.touched - request.touched >= FIRST_BIN_S:
+                self._survival.continued(request.kind, entry.touched - request.touched)
+            request.touched = entry.touched
+        else:
+            return True
+        if self._coldest is None or entry.touched < self._coldest.touched:
+            self._coldest = entry
+        return False
+
+    def _lapse(self, now: float) -> None:
+        lapses = self._lapses
+        while lapses and lapses[0][0] <= now:
+            _, stamp, bucket = heapq.heappop(lapses)
+            session = bucket.request.session
+            if bucket.stamp == stamp and session is not None and session.lapses_at <= now:
+                session.expected_at = 0.0
+                self._rank(bucket)
+
+
+def _line_of(request: Request) -> tuple[int, float]:
+    if request.is_ended or request.is_superseded:
+        return ENDED, request.touched
+    if request.expected_at:
+        return EXPECTED, -request.expected_at
+    return request.kind, request.touched

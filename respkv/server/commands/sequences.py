@@ -1,0 +1,92 @@
+"""KV.SEQ.MATCH, KV.SEQ.PUT and KV.SEQ.GET: prompts in, pages found and stored by the server."""
+
+from respkv.server.arguments import DURATION_MS_MAX, Words
+from respkv.server.commands.pages import DEADLINE_S_MAX
+from respkv.server.layers import Wanted, entries_needed, load_and_send, send_layers
+from respkv.server.loads import is_cold
+from respkv.server.places import load_us, tier_of
+from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
+from respkv.server.puts import put_pages, put_rectangles, read_put
+from respkv.server.registry import Later, command
+from respkv.server.session import Session
+from respkv.wire.parser import Args
+
+PARTS = (b"logits", b"hidden")
+
+
+@command("kv.seq.match")
+def kv_seq_match(session: Session, args: Args) -> None:
+    """Answer with how much of a prompt is stored, where, and how long loading it takes.
+
+    What was found is used, and promised to stay for ``answer-lease``.
+    """
+    words, chain = Words(args, 3), ChainWords()
+    while words:
+        if not chain.take(words.word(), words):
+            raise words.unexpected()
+    prompt = prompt_of(session, args[1], args[2], chain.extras())
+    cache, sequences = session.cache, session.server.sequences
+    until = cache.clock.now + session.server.config.answer_lease / 1000
+    found = sequences.match(prompt, until, session=chain.session)
+    entries = found.entries
+    has_logits = False
+    if found.tokens and found.tokens == prompt.num_tokens:
+        logits = sequences.find_part(prompt, b"logits")
+        has_logits = logits is not None
+        if logits is not None:
+            cache.promise(logits, until)
+    if cache.gpu.is_on or cache.copies.num_cold:
+        letters = "".join(tier_of(session, entry)[1] for entry in entries)
+    else:
+        letters = "c" * len(entries)
+    pages = len(found.pages)
+    session.send([found.tokens, pages, letters, load_us(session, entries), int(has_logits)])
+
+
+@command("kv.seq.put")
+def kv_seq_put(session: Session, args: Args) -> "Later | None":
+    """Store the pages of a prompt, or the part of them that one worker has."""
+    put = read_put(session, args)
+    if put.portion.is_whole:
+        put_pages(session, put)
+        return None
+    return put_rectangles(session, put)
+
+
+@command("kv.seq.get", streams="always")
+def kv_seq_get(session: Session, args: Args) -> Later:
+    """Answer with the tokens of a prompt, layer by layer."""
+    wanted = _wanted(session, args)
+    if session.cache.copies.num_cold:
+        needed = entries_needed(session, wanted)
+        if any(is_cold(entry) for entry in needed):
+            return load_and_send(session, wanted, needed)
+    return send_layers(session, wanted)
+
+
+def _wanted(session: Session, args: Args) -> Wanted:
+    """Read a call of KV.SEQ.GET. Raises CommandError or SchemaMismatch."""
+    words, chain, portion = Words(args, 3), ChainWords(), Portion()
+    seen: set[bytes] = set()
+    parts: list[bytes] = []
+    first, seconds = 0, None
+    while words:
+        word = words.word()
+        if chain.take(word, words) or portion.take(word, words):
+            continue
+        if word in seen:
+            raise words.unexpected()
+        seen.add(word)
+        if word == b"FROM":
+            first = words.count("FROM")
+        elif word.lower() in PARTS:
+            parts.append(word.lower())
+        elif word == b"DEADLINE":
+            ms = words.count("DEADLINE")
+            seconds = min(min(ms, DURATION_MS_MAX) / 1000, DEADLINE_S_MAX)
+        else:
+            raise words.unexpected()
+    prompt = prompt_of(session, args[1], args[2], chain.extras())
+    schema = schema_of(session, prompt.namespace)
+    parts.sort(key=PARTS.index)  # logits first, however they were asked for
+    return Wanted(prompt, first, schema.geometry, portion.rectangle(schema), parts, seconds)

@@ -1,0 +1,250 @@
+"""KV.SEQ.GET: the tokens of a run of pages, layer by layer, from where they lie.
+
+A page is layer-major, so one layer of a prompt is two pieces of each of its pages: the keys, then the
+values. The reply is gathered from these, without a copy where they are long, and a worker computes
+the first layer while the next is on its way. All pages have to be in memory for that, from the first
+byte to the last: those in files are loaded first, and a command that needs more than memory ever
+holds is refused. Bytes are answered as the client takes them, like those of KV.MGET.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from respkv.chain import Prompt
+from respkv.engine.entry import Entry
+from respkv.engine.sequences import Found
+from respkv.errors import OutOfMemory
+from respkv.page import DTYPE_BYTES, Geometry
+from respkv.server.answers import COPY_BYTES_MAX
+from respkv.server.loads import Loading, is_cold
+from respkv.tiers.rectangles import Rectangle, cut_heads
+from respkv.wire import reply
+
+if TYPE_CHECKING:
+    from respkv.server.session import Session
+
+STEP_BYTES: Final = 1 << 18  # are answered before it is asked whether there is room for more
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What of a prompt is asked for.
+
+    first:     the first token. shape, rectangle: of its pages, and which part of them.
+    parts:     of the position at its end: logits, hidden.
+    seconds:   how long is waited for what is in files; None: until it is in memory.
+    """
+
+    prompt: Prompt
+    first: int
+    shape: Geometry
+    rectangle: Rectangle
+    parts: list[bytes] = field(default_factory=list)
+    seconds: float | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the keys, or of the values, of one token in one layer of a page."""
+        return self.shape.heads * self.shape.dim * DTYPE_BYTES[self.shape.dtype]
+
+
+@dataclass(slots=True)
+class Piece:
+    """Tokens of one page. num_tokens: that the page has; first, stop: which of them are wanted."""
+
+    entry: Entry
+    num_tokens: int
+    first: int
+    stop: int
+
+
+def send_layers(session: "Session", wanted: Wanted) -> "Iterator[None]":
+    """Answer with pages in memory, one step after the other."""
+    sequences = session.server.sequences
+    with _answering(session, wanted, sequences.find(wanted.prompt)) as pieces:
+        yield from _steps(session, wanted, pieces)
+
+
+async def load_and_send(session: "Session", wanted: Wanted, needed: list[Entry]) -> None:
+    """Load what is in files alone, then answer.
+
+    needed: all entries of the answer.
+    Raises OutOfMemory when memory never holds all of them.
+    Cancelled: nothing is held, the answer is cut off.
+    """
+    if session.is_muted:
+        return
+    cache, mover = session.cache, session.server.mover
+    assert mover is not None
+    cold = [entry for entry in needed if is_cold(entry)]
+    if wanted.seconds is None:
+        _check_fits(session, needed)
+    held = [entry.slot for entry in needed if entry.slot is not None]
+    nbytes = sum(entry.nbytes for entry in cold)
+    loading = Loading(mover, place=session.server.budget.line_up(nbytes))
+    loading.seconds = wanted.seconds
+    for slot in held:
+        cache.borrow(slot)
+    try:
+        with session.until_lost():
+            loading.add(cold)
+            await loading.wait()
+            session.server.clock.refresh()
+            if wanted.seconds is None:
+                _check_room(loading)
+            found = session.server.sequences.find(wanted.prompt)
+            with _answering(session, wanted, found) as pieces:
+                # From here on the pages are held where they are sent from.
+                loading.drop()
+                while held:
+                    cache.restore(held.pop())
+                for _ in _steps(session, wanted, pieces):
+                    await session.make_room()
+    finally:
+        loading.drop()
+        for slot in held:
+            cache.restore(slot)
+
+
+def entries_needed(session: "Session", wanted: Wanted) -> list[Entry]:
+    """Return the entries whose bytes the answer takes."""
+    sequences = session.server.sequences
+    found = sequences.find(wanted.prompt)
+    entries = [piece.entry for piece in _pieces(wanted, found)]
+    if found.tokens == wanted.prompt.num_tokens and found.tokens:
+        parts = [sequences.find_part(wanted.prompt, what) for what in wanted.parts]
+        entries += [entry for entry in parts if entry is not None]
+    return entries
+
+
+@contextmanager
+def _answering(session: "Session", wanted: Wanted, found: Found) -> Iterator[list[Piece]]:
+    """Begin the answer, and hold its pages until its last byte has left."""
+    cache, prompt = session.cache, wanted.prompt
+    pieces, matched = _in_memory(wanted, found)
+    slots = [piece.entry.slot for piece in pieces if piece.entry.slot is not None]
+    assert len(slots) == len(pieces)
+    for slot in slots:
+        cache.borrow(slot)
+    try:
+        num_items = 1 + len(wanted.parts) + wanted.rectangle.num_layers
+        session.out += (reply.array_header(num_items), reply.integer(matched))
+        for what in wanted.parts:
+            _send_part(session, prompt, what, is_hit=matched == prompt.num_tokens)
+        _count(session, pieces, found, prompt)
+        yield pieces
+        session.keep_until_sent(slots)
+    finally:
+        for slot in slots:
+            cache.restore(slot)
+
+
+def _in_memory(wanted: Wanted, found: Found) -> tuple[list[Piece], int]:
+    """Return the pieces up to the first that is in files alone, and how many tokens matched."""
+    pieces = _pieces(wanted, found)
+    for number, piece in enumerate(pieces):
+        if is_cold(piece.entry):
+            page = wanted.first // wanted.shape.tokens + number
+            return pieces[:number], page * wanted.shape.tokens
+    return pieces, found.tokens
+
+
+def _pieces(wanted: Wanted, found: Found) -> list[Piece]:
+    whole, first = wanted.shape.tokens, wanted.first
+    if found.tokens <= first:
+        return []
+    begin = first // whole
+    pieces = [Piece(entry, whole, 0, whole) for entry in found.pages[begin:]]
+    if found.partial is not None and found.partial_tokens:
+        entry = found.partial
+        num_tokens = entry.nbytes * whole // wanted.shape.page_bytes
+        pieces.append(Piece(entry, num_tokens, 0, found.partial_tokens))
+    if pieces:
+        pieces[0].first = first - begin * whole
+    return pieces
+
+
+def _steps(session: "Session", wanted: Wanted, pieces: Sequence[Piece]) -> Iterator[None]:
+    """Append the bulks of all layers to the output, some bytes at a time."""
+    rectangle, shape, row = wanted.rectangle, wanted.shape, wanted.row_bytes
+    is_cut = not rectangle.has_all_heads(shape)
+    row_bytes = row * rectangle.num_heads // shape.heads
+    planes = shape.planes
+    layer_bytes = planes * row_bytes * sum(piece.stop - piece.first for piece in pieces)
+    places = [
+        (memory, piece.num_tokens * row, piece.first * row, piece.stop * row)
+        for piece in pieces
+        for memory in [_memory_of(session, piece.entry)]
+    ]
+    is_copied = is_cut or all(stop - first <= COPY_BYTES_MAX for _, _, first, stop in places)
+    size = 0
+    for layer in range(rectangle.first_layer, rectangle.first_layer + rectangle.num_layers):
+        session.out.append(reply.bulk_prefix(layer_bytes))
+        for plane in range(planes * layer, planes * (layer + 1)):
+            for memory, plane_bytes, first, stop in places:
+                start = plane * plane_bytes
+                part: bytes | memoryview = memory[start + first : start + stop]
+                if is_cut:
+                    part = cut_heads(memory[start + first : start + stop], shape, rectangle)
+                elif is_copied:
+                    part = bytes(part)
+                session.out.append(part)
+                size += stop - first
+                if size >= STEP_BYTES:
+                    session.note_sent(size, in_place=not is_copied)
+                    size = 0
+                    yield
+        session.out.append(reply.CRLF)
+    session.note_sent(size, in_place=not is_copied)
+
+
+def _memory_of(session: "Session", entry: Entry) -> memoryview:
+    assert entry.slot is not None
+    return session.cache.payload(entry.slot)
+
+
+def _send_part(session: "Session", prompt: Prompt, what: bytes, *, is_hit: bool) -> None:
+    entry = (
+        session.server.sequences.find_part(prompt, what) if is_hit and prompt.num_tokens else None
+    )
+    if entry is None or entry.slot is None:
+        session.send_nil()
+        return
+    entry.touched = session.cache.clock.now
+    entry.hits += 1
+    session.send_slot(entry.slot)
+
+
+def _count(session: "Session", pieces: Sequence[Piece], found: Found, prompt: Prompt) -> None:
+    """Count the pages that are sent as used, and those that were not there as missed."""
+    cache = session.cache
+    now, gpu = cache.clock.now, cache.gpu
+    for piece in pieces:
+        piece.entry.touched = now
+        piece.entry.hits += 1
+        if gpu.is_on:
+            gpu.read(piece.entry)
+    missed = max(0, -(-prompt.num_tokens // prompt.page_tokens) - len(found.entries))
+    cache.stats.hits += len(pieces)
+    cache.stats.page_hits += len(pieces)
+    cache.stats.misses += missed
+    cache.stats.page_misses += missed
+
+
+def _check_fits(session: "Session", needed: list[Entry]) -> None:
+    """Raise OutOfMemory when memory never holds all entries at once."""
+    nbytes, most = sum(entry.nbytes for entry in needed), session.cache.slabs.budget_bytes
+    if nbytes > most:
+        raise OutOfMemory(
+            f"{len(needed)} pages of {nbytes} bytes together never fit memory, which takes {most}:"
+            " get fewer tokens at once, with FROM and a shorter prompt, or raise maxmemory"
+        )
+
+
+def _check_room(loading: Loading) -> None:
+    """Raise OutOfMemory if that is why a page is not in memory."""
+    for error in loading.errors():
+        if isinstance(error, OutOfMemory):
+            raise error

@@ -1,0 +1,1 @@
+"""Traces of requests: to record, to make, to replay against a server and to simulate without one."""

@@ -1,0 +1,181 @@
+"""Simulate caches on a trace: the engine's own policies at several capacities, and the ceiling.
+
+A cell is one policy at one capacity; shelf.py is the cache that it runs, belady.py the ceiling. Cells
+know nothing of each other, so as many run at a time as there are processors.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+
+from respkv.engine.eviction import POLICIES
+from respkv.errors import ConfigError
+from respkv.trace.belady import Belady, last_requests, next_uses
+from respkv.trace.flops import DEFAULT_MODEL, Model
+from respkv.trace.format import Request, Trace
+from respkv.trace.shelf import Shelf
+
+BELADY = "belady"
+NAMES = (*POLICIES, BELADY)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One simulation. has_end_hints: whether the cache is told of each session's last request.
+
+    is_chained: whether blocks know what they stand behind, as in the engine, so that leaves go first.
+    """
+
+    policy: str
+    blocks_max: int
+    has_end_hints: bool = False
+    is_chained: bool = True
+
+    @property
+    def label(self) -> str:
+        """What tables and plots call it."""
+        return self.policy + (" + end hints" if self.has_end_hints else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a cell.
+
+    hit_tokens:   at the front of prompts, of num_tokens in all.
+    hit_flops:    that computing them again would have taken, of num_flops for all prompts.
+    num_hits:     blocks that were resident; num_stored: that were written.
+    decision_us:  of processor time for an eviction, on average; 0.0 without evictions.
+    ghost_bytes:  what the policy keeps about blocks that are not there, for each that could be.
+    """
+
+    cell: Cell
+    num_tokens: int = 0
+    hit_tokens: int = 0
+    num_flops: float = 0.0
+    hit_flops: float = 0.0
+    num_hits: int = 0
+    num_stored: int = 0
+    num_evicted: int = 0
+    num_verdicts: int = 0
+    decision_us: float = 0.0
+    slowest_us: float = 0.0
+    ghost_bytes: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Tokens that were hit, as a share of all."""
+        return self.hit_tokens / self.num_tokens if self.num_tokens else 0.0
+
+    @property
+    def flops_saved(self) -> float:
+        """Operations that hits saved, as a share of all."""
+        return self.hit_flops / self.num_flops if self.num_flops else 0.0
+
+    @property
+    def written_per_hit(self) -> float:
+        """Bytes written for each byte that was hit; blocks have one size."""
+        return self.num_stored / self.num_hits if self.num_hits else 0.0
+
+
+def cells_of(
+    policies: str, capacities: Sequence[int], *, has_end_hints: bool = False
+) -> list[Cell]:
+    """Return the cells of policies, names with commas between or ``all``, at each capacity.
+
+    Raises ConfigError for a name that is none.
+    """
+    names = NAMES if policies == "all" else tuple(name.strip() for name in policies.split(","))
+    for name in names:
+        if name not in NAMES:
+            raise ConfigError(f"policy {name!r} is none of {', '.join(NAMES)}, or all")
+    return [
+        Cell(name, capacity, has_end_hints=has_end_hints and name != BELADY)
+        for name in names
+        for capacity in capacities
+    ]
+
+
+def simulate(cell: Cell, trace: Trace, model: Model = DEFAULT_MODEL) -> Outcome:
+    """Run one cell over a trace."""
+    return _ceiling(cell, trace, model) if cell.policy == BELADY else _cached(cell, trace, model)
+
+
+def simulate_all(
+    cells: Sequence[Cell],
+    trace: Trace,
+    *,
+    model: Model = DEFAULT_MODEL,
+    num_processes: int | None = None,
+    progress: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Run cells, each in a process of its own, as many at a time as there are processors.
+
+    progress: told each outcome, in the order of the cells.
+    """
+    run = partial(simulate, trace=trace, model=model)
+    found: list[Outcome] = []
+    if num_processes == 1 or len(cells) == 1:
+        outcomes: Iterable[Outcome] = map(run, cells)
+        for outcome in outcomes:
+            found.append(outcome)
+            progress(outcome)
+        return found
+    with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
+        for outcome in pool.map(run, cells):
+            found.append(outcome)
+            progress(outcome)
+    return found
+
+
+class _Counts:
+    """The tokens and operations of the prompts so far, and what of them was hit."""
+
+    def __init__(self, trace: Trace, model: Model) -> None:
+        self._block_tokens = trace.block_tokens
+        self._model = model
+        self.num_hits = 0
+        self.num_tokens = self.hit_tokens = 0
+        self.num_flops = self.hit_flops = 0.0
+
+    def add(self, request: Request, prefix: int) -> None:
+        tokens = min(prefix * self._block_tokens, request.num_tokens)
+        self.num_hits += prefix
+        self.num_tokens += request.num_tokens
+        self.hit_tokens += tokens
+        self.num_flops += self._model.flops(0, request.num_tokens)
+        self.hit_flops += self._model.flops(0, tokens)
+
+    def outcome(self, cell: Cell) -> Outcome:
+        return Outcome(
+            cell, self.num_tokens, self.hit_tokens, self.num_flops, self.hit_flops, self.num_hits
+        )
+
+
+def _cached(cell: Cell, trace: Trace, model: Model) -> Outcome:
+    shelf = Shelf(cell.policy, cell.blocks_max, trace.block_tokens, is_chained=cell.is_chained)
+    counts = _Counts(trace, model)
+    lasts = (
+        last_requests(trace.requests, trace.block_tokens)
+        if cell.has_end_hints
+        else [False] * len(trace.requests)
+    )
+    for request, is_last in zip(trace.requests, lasts, strict=True):
+        counts.add(request, shelf.serve(request, is_last=is_last))
+    shelf.check()
+    return replace(
+        counts.outcome(cell),
+        num_stored=shelf.num_stored,
+        num_evicted=shelf.num_evicted,
+        num_verdicts=shelf.num_verdicts,
+        decision_us=shelf.decision_us,
+        slowest_us=shelf.slowest_s * 1e6,
+    )
+
+
+def _ceiling(cell: Cell, trace: Trace, model: Model) -> Outcome:
+    belady, counts = Belady(cell.blocks_max), _Counts(trace, model)
+    for request, uses in zip(trace.requests, next_uses(trace.requests), strict=True):
+        counts.add(request, belady.serve(request, uses))
+    return replace(counts.outcome(cell), num_stored=belady.num_stored)
