@@ -67,13 +67,18 @@ class Cache(Residents):
             self.gpu.read(entry)
         return entry
 
-    def match(self, keys: list[bytes], until: float) -> list[Entry]:
-        """Use the longest run of present pages from the start, cold ones too; keep it until then."""
+    def match(self, keys: list[bytes], until: float, *, session: bytes = b"") -> list[Entry]:
+        """Use the longest run of present pages from the start, cold ones too; keep it until then.
+
+        session: the conversation that asks; empty: none that is known.
+        """
         ended_by_ms = self.clock.wall_ms if self.index.num_volatile else 0
         run = longest_run(self.entries, keys, ended_by_ms)
         self.use_run(run, until)
         if run and run[-1].kind == "kvpage":
-            self.requests.matched(run, len(keys) * run[0].tokens, self.clock.now)
+            self.requests.matched(run, len(keys) * run[0].tokens, self.clock.now, session)
+            if self.copies.num_cold:
+                self.on_match(run)
         return run
 
     def use_run(self, run: list[Entry], until: float) -> None:

@@ -169,7 +169,9 @@ class Events(Watcher):
         for listener in self._listeners:
             namespaces.update(dict.fromkeys(listener.named()))
         for namespace in namespaces:
-            route = self._route(namespace)
+            route = self._routes.get(namespace)
+            if route is None:
+                route = self._find_route(namespace)
             if route:
                 event = Event("cleared", namespace, self._count(namespace))
                 for listener in route:
@@ -186,15 +188,17 @@ class Events(Watcher):
 
     def describe(self, kind: Kind, entry: Entry, tier: str, reason: str, number: int) -> Event:
         """Write down what became of a page."""
-        namespace = namespace_of(entry.key)
+        key = entry.key
+        namespace = namespace_of(key)
         schema = self._cache.namespaces.find(namespace)
+        page_tokens = 0 if schema is None else schema.geometry.tokens
         return Event(
             kind,
             namespace,
             number,
-            entry.key,
+            key,
             entry.tokens,
-            0 if schema is None else schema.geometry.tokens,
+            page_tokens,
             entry.depth,
             entry.parent_key,
             tier,
@@ -205,7 +209,9 @@ class Events(Watcher):
 
     def _tell(self, kind: Kind, entry: Entry, tier: str, reason: str) -> None:
         namespace = namespace_of(entry.key)
-        route = self._route(namespace)
+        route = self._routes.get(namespace)
+        if route is None:
+            route = self._find_route(namespace)
         if route:
             event = self.describe(kind, entry, tier, reason, self._count(namespace))
             for listener in route:
@@ -214,11 +220,6 @@ class Events(Watcher):
     def _count(self, namespace: bytes) -> int:
         number = self._numbers[namespace] = self._numbers.get(namespace, 0) + 1
         return number
-
-    def _route(self, namespace: bytes) -> tuple[Listener, ...]:
-        """Return who listens to a namespace."""
-        route = self._routes.get(namespace)
-        return self._find_route(namespace) if route is None else route
 
     def _find_route(self, namespace: bytes) -> tuple[Listener, ...]:
         if len(self._routes) >= NAMESPACES_MAX:

@@ -4,6 +4,7 @@ from respkv.engine.entry import Entry
 from respkv.engine.namespaces import Namespaces, Schema
 from respkv.kernels.layout import Codec
 from respkv.kernels.page_form import PageForm
+from respkv.page import Latents
 from respkv.tiers.codec import parse_codec
 
 TIER = b"gpu"
@@ -18,9 +19,14 @@ class Forms:
         self._made: dict[bytes, tuple[Schema, PageForm, PageForm]] = {}
 
     def find(self, entry: Entry) -> PageForm | None:
-        """Return the form of a page; None when its namespace has no schema that it fits."""
+        """Return the form of a page; None when its namespace has no schema that it fits.
+
+        A tail is no page, nor is the page of another group; latents have no K and V to encode.
+        """
         schema = self._namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
         if schema is None or entry.nbytes != schema.geometry.page_bytes:
+            return None
+        if entry.part is not None or isinstance(schema.geometry, Latents):
             return None
         made = self._made.get(schema.namespace)
         if made is None or made[0] is not schema:

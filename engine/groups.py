@@ -22,7 +22,7 @@ from respkv.engine.history import Reason
 from respkv.engine.namespaces import Group, Kind, Schema
 from respkv.engine.sequences import Found, Piece
 from respkv.engine.watch import Watcher
-from respkv.page import Part, part_key
+from respkv.page import Part, group_of, part_key
 
 Find = Callable[[bytes], Entry | None]
 
@@ -314,10 +314,7 @@ def state_key(prompt: Prompt, num_tokens: int, group: bytes) -> bytes:
 
 
 def _state_of(entry: Entry) -> bytes | None:
-    if entry.part is not Part.FREE:
-        return None
-    suffix = entry.key[entry.key.rfind(b":") :].split(b".", 2)
-    return suffix[2] if len(suffix) == 3 and suffix[1] == b"s" else None
+    return (group_of(entry.key) or None) if entry.part is Part.FREE else None
 
 
 def _place(branch: bytes, group: bytes) -> bytes:

@@ -7,7 +7,7 @@ asked for, prefetches after those that somebody waits for, and no more at a time
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import anyio
@@ -28,6 +28,7 @@ ROOM_PAUSE_S, ROOM_PAUSE_S_MAX = 0.005, 0.05
 ARENA_SHARE = 4  # loads from one tier take one in so many bytes of the arena at a time
 SPARE_S = 1.0  # at least so long a load waits before it evicts what has still to be written
 PREFETCH_SHARE = 2  # prefetches take one in so many bytes on their way
+GENTLE_BYTES_MAX = 8 << 20  # from one tier at a time, so that whoever comes waits for little
 
 
 class Load:
@@ -35,16 +36,19 @@ class Load:
 
     error:   why it is not there; the entry may be gone as well, which is no error.
     is_kept: it stays when nobody waits any more.
+    idle_s:  of a gentle one, which takes room only from what nobody has used for so long.
     """
 
     __slots__ = (
         "_event",
         "entry",
         "error",
+        "idle_s",
         "is_done",
         "is_kept",
         "nbytes",
         "num_waiters",
+        "on_end",
         "slot",
         "tier",
     )
@@ -57,6 +61,8 @@ class Load:
         self.is_done = False
         self.is_kept = False
         self.num_waiters = 0
+        self.idle_s: float | None = None
+        self.on_end: Callable[[Load], None] | None = None
         self.slot: Slot | None = None  # held until nobody waits any more
         self._event: anyio.Event | None = None
 
@@ -72,6 +78,8 @@ class Load:
         self.is_done = True
         if self._event is not None:
             self._event.set()
+        if self.on_end is not None:
+            self.on_end(self)
 
 
 class Loader:
@@ -88,6 +96,7 @@ class Loader:
         self._wanted: list[OrderedDict[Load, None]] = [OrderedDict() for _ in actors]
         self._advised: list[OrderedDict[Load, None]] = [OrderedDict() for _ in actors]
         self._advised_bytes = 0
+        self._gentle_bytes = [0] * len(actors)
 
     def __len__(self) -> int:
         return len(self._loads)
@@ -157,6 +166,29 @@ class Loader:
         self._begin()
         return count
 
+    def raise_gently(self, entry: Entry, idle_s: float, on_end: Callable[[Load], None]) -> bool:
+        """Begin to raise a cold entry if its tier reads nothing that was asked for.
+
+        idle_s: memory that is in use makes room only where nobody has used it for so long, and
+                only if nothing is lost by that; without room the entry stays cold.
+        on_end: called when it is over, unless this returns False: nothing has begun then.
+        Whoever asks for the entry meanwhile joins, and it is a load as any other from then on.
+        """
+        load = Load(entry)
+        tier, gentle_bytes = load.tier, self._gentle_bytes
+        is_busy = self._wanted[tier] or self._advised[tier] or self.bytes_in_flight[tier]
+        if self._tasks is None or is_busy or entry in self._loads:
+            return False
+        if gentle_bytes[tier] and gentle_bytes[tier] + load.nbytes > GENTLE_BYTES_MAX:
+            return False
+        if not entry.is_cold or entry.position < 0:
+            return False
+        load.is_kept, load.idle_s, load.on_end = True, idle_s, on_end
+        self._loads[entry] = load
+        gentle_bytes[tier] += load.nbytes
+        self._tasks.start_soon(self._load, load)
+        return True
+
     async def read_stored(self, entry: Entry) -> tuple[int, bytes, Record] | None:
         """Read the fastest copy of an entry that can be read, as it is stored.
 
@@ -207,11 +239,14 @@ class Loader:
                     await self._read_small(load)
                 else:
                     await self._read_large(load)
+                if load.idle_s is not None and not load.num_waiters:
+                    break  # no room, and nobody waits for it
         except CacheError as error:
             load.error = error
             self._cache.stats.loads_failed += 1
         finally:
-            self.bytes_in_flight[load.tier] -= load.nbytes
+            in_flight = self.bytes_in_flight if load.idle_s is None else self._gentle_bytes
+            in_flight[load.tier] -= load.nbytes
             del self._loads[entry]
             load.end()
             if not load.num_waiters:
@@ -228,7 +263,10 @@ class Loader:
 
     async def _read_large(self, load: Load) -> None:
         entry, cache = load.entry, self._cache
-        landing = await self._find_room(entry)
+        if load.idle_s is not None and not load.num_waiters:
+            landing = self._take_spare(entry, load.idle_s)
+        else:
+            landing = await self._find_room(entry)
         if landing is None:
             return
         try:
@@ -290,6 +328,20 @@ class Loader:
         if failure is not None and entry.is_cold and entry.records and entry.position >= 0:
             raise failure
         return None
+
+    def _take_spare(self, entry: Entry, idle_s: float) -> Landing | None:
+        """Take free room, or that of what has a copy, is no dearer, and was not used for long."""
+        cache = self._cache
+        slot = cache.slabs.take(entry.nbytes)
+        if slot is None:
+            victim = cache.room.next_victim(entry.nbytes)
+            if victim is None or not victim.records or victim.priority > entry.priority:
+                return None
+            if cache.clock.now - victim.touched < idle_s:
+                return None
+            cache.room.evict(victim)
+            slot = cache.slabs.take(entry.nbytes)
+        return None if slot is None else cache.adopt(slot)
 
     async def _find_room(self, entry: Entry) -> Landing | None:
         """Wait for a slot, and only after a while take one from what has still to be written.

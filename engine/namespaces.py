@@ -4,14 +4,14 @@ A worker whose model differs is told at once, by KV.SCHEMA SET or by its first K
 reading pages that would decode into noise.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from xxhash import xxh3_64_intdigest
 
 from respkv.errors import SchemaMismatch
 from respkv.kernels.layout import Codec
-from respkv.page import Geometry, Latents, namespace_of
+from respkv.page import Geometry, Latents, Part, group_of, namespace_of, part_of
 from respkv.tiers.record import Level
 
 AUTO = b"auto"
@@ -86,6 +86,8 @@ class Schema:
     error_max:   what "auto" keeps to: relative L2 error of every plane; 0: none is allowed.
     ratio_min:   or what it has to reach: raw bytes over stored ones; 0: nothing.
     groups:      the other layers of a hybrid model, by name.
+    fingerprint_hash: 64 bits of identity, for page headers; tag: the same as TAG_BYTES bytes, with
+        which the branch of each of its pages begins.
     """
 
     namespace: bytes
@@ -101,6 +103,13 @@ class Schema:
     error_max: float = 0.0
     ratio_min: float = 0.0
     groups: tuple[Group, ...] = ()
+    fingerprint_hash: int = field(init=False, repr=False, compare=False)
+    tag: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        number = xxh3_64_intdigest(repr((self.namespace, *self.identity)).encode())
+        object.__setattr__(self, "fingerprint_hash", number)
+        object.__setattr__(self, "tag", number.to_bytes(TAG_BYTES, "little"))
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -116,13 +125,17 @@ class Schema:
         if not name:
             kind = Kind.MLA if isinstance(self.geometry, Latents) else Kind.FULL
             return Group(b"", kind, self.geometry)
-        for group in self.groups:
-            if group.name == name:
-                return group
+        found = self.find_group(name)
+        if found is not None:
+            return found
         there = ", ".join(_shown(group.name) for group in self.groups) or "none"
         raise SchemaMismatch(
             f"namespace {_shown(self.namespace)} has no group {_shown(name)}; it has {there}"
         )
+
+    def find_group(self, name: bytes) -> Group | None:
+        """Return one of the other groups, or None."""
+        return next((group for group in self.groups if group.name == name), None)
 
     @property
     def piece_sizes(self) -> list[int]:
@@ -134,16 +147,6 @@ class Schema:
     def is_tuned(self) -> bool:
         """Whether a tier's codec is chosen by measuring."""
         return any(codec == AUTO for _, codec in self.codecs)
-
-    @property
-    def fingerprint_hash(self) -> int:
-        """64 bits of identity for page headers."""
-        return xxh3_64_intdigest(repr((self.namespace, *self.identity)).encode())
-
-    @property
-    def tag(self) -> bytes:
-        """The same as TAG_BYTES bytes: how the branch of each of its pages begins."""
-        return self.fingerprint_hash.to_bytes(TAG_BYTES, "little")
 
 
 class Namespaces:
@@ -201,6 +204,31 @@ class Namespaces:
 def tag_of(schema: Schema | None) -> bytes:
     """Return how the branch of a page begins that was put under a schema, or under none."""
     return b"" if schema is None else schema.tag
+
+
+def shape_of(schema: Schema, key: bytes, nbytes: int, tokens: int) -> Geometry | None:
+    """Return the shape of a page, a tail or the page of a group; None: it has none.
+
+    tokens: as the page was put with. A state has no shape, nor has what does not fit the schema,
+            which may be another one than that with which it was put.
+    """
+    part, shape = part_of(key), schema.geometry
+    if part is not None:
+        group = schema.find_group(group_of(key)) if part is Part.BOUND else None
+        if group is None or group.geometry is None:
+            return None
+        shape = group.geometry
+    if nbytes == shape.page_bytes:
+        return shape
+    is_tail = 0 < tokens < shape.tokens and nbytes == shape.page_bytes // shape.tokens * tokens
+    return replace(shape, tokens=tokens) if is_tail else None
+
+
+def check_part(schema: Schema, key: bytes, nbytes: int) -> None:
+    """Raise SchemaMismatch unless ``nbytes`` fit the part that a key names, of a full page."""
+    name = group_of(key)
+    if name:
+        schema.group(name).check_piece(schema.geometry.tokens, nbytes)
 
 
 def check_payload(schema: Schema, nbytes: int) -> None:

@@ -26,6 +26,9 @@ from respkv.engine.history import Reason
 from respkv.engine.survival import (
     CENSOR_S,
     FIRST_BIN_S,
+    LEFT,
+    TAIL,
+    TICK_S,
     TURN_MAX,
     Survival,
     kind_of,
@@ -72,20 +75,23 @@ class Request:
     touched:    when it last stored or matched anything, seconds of the monotonic clock.
     last:       its last full page, if that is present and nobody went on behind it.
     is_owner:   whether it stored ``last`` itself, and did not only match it.
-    is_open:    whether it may still be continued: neither was it, nor is it lost sight of.
+    has_tail:   whether it stored a partial page behind that.
+    is_open:    whether it is waited for; if not, it is lost sight of.
+    kind:       its kind in the model. Once it was continued, that of what it left behind.
     """
 
     __slots__ = (
         "_is_ended",
+        "has_tail",
         "is_open",
         "is_owner",
-        "is_superseded",
         "kind",
         "last",
         "name",
         "num_tokens",
         "number",
         "session",
+        "ticket",
         "touched",
         "turn",
     )
@@ -101,7 +107,8 @@ class Request:
         self.name = 0  # of its last page, once that went
         self.is_owner = False
         self.is_open = True
-        self.is_superseded = False
+        self.has_tail = False
+        self.ticket = 0  # of the model, while it is waited for
         self._is_ended = False
 
     @property
@@ -149,18 +156,16 @@ class Requests(Watcher):
         before: Request | None = last.request
         if before is not None and _is_same(before, num_tokens, now):
             request = before
-            request.touched = now
+            self._touch(request, now)
         else:
-            turn = 0
-            if before is not None and _is_continued(before, last):
-                turn = before.turn + 1
-                self._continue(before, now)
+            is_next = before is not None and _is_continued(before, last)
+            turn = before.turn + 1 if before is not None and is_next else 0
             request = self._begin(turn, num_tokens, now)
-            if before is not None and turn:
+            if before is not None and is_next:
                 request.session = before.session
-        if request is not before:
+                self._continue(before, now, is_tail_used=is_partial(last))
             _hand_over(run, request)
-            request.last = last.parent if _is_partial(last) else last
+            request.last = last.parent if is_partial(last) else last
         if session:
             self._join(request, last, session)
         elif request.session is not None:
@@ -188,8 +193,10 @@ class Requests(Watcher):
             request = self._begin(0, entry.depth + entry.tokens, now)
             request.session = session
         entry.request = request
-        request.touched = now
-        if not _is_partial(entry):
+        self._touch(request, now)
+        if is_partial(entry):
+            request.has_tail = True
+        else:
             request.last = entry
             request.is_owner = True
         if self._gone:
@@ -201,7 +208,7 @@ class Requests(Watcher):
         """Learn from a put which conversation the request of a page belongs to."""
         if entry.request is None:
             entry.request = self._begin(0, entry.depth + entry.tokens, self._clock.now)
-            if not _is_partial(entry):
+            if not is_partial(entry):
                 entry.request.last = entry
         self._join(entry.request, entry, session)
 
@@ -225,11 +232,19 @@ class Requests(Watcher):
 
     def cleared(self) -> None:
         self._num_pages = 0
+        for _, request in self._open:
+            if request.is_open:
+                request.is_open = False
+                self.survival.forget(request.kind, request.ticket)
         self._open.clear()
         self._gone.clear()
         self._sessions.clear()
 
     # -- hints --------------------------------------------------------------------------------
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions of which a request is remembered."""
+        return list(self._sessions.values())
 
     def find(self, namespace: bytes, session: bytes) -> Session | None:
         """Return a session of which a request is remembered."""
@@ -264,6 +279,9 @@ class Requests(Watcher):
     def end_request(self, request: Request) -> None:
         """Take a client's word that a request will not be continued."""
         request.end()
+        if request.is_open:
+            self._close(request)
+            self.survival.forget(request.kind, request.ticket)
         self.survival.notice(request)
 
     def entries_of(self, session: bytes, namespace: bytes) -> list[Entry]:
@@ -298,14 +316,28 @@ class Requests(Watcher):
         self._lose_sight(now)
         request = Request(next(self._numbers), min(turn, TURN_MAX), num_tokens, now)
         self._open.append((now + CENSOR_S, request))
+        request.ticket = self.survival.begin(request.kind, now)
         return request
 
-    def _continue(self, before: Request, now: float) -> None:
+    def _touch(self, request: Request, now: float) -> None:
+        if request.is_open and now - request.touched > TICK_S:
+            self.survival.forget(request.kind, request.ticket)
+            request.ticket = self.survival.begin(request.kind, now)
+        request.touched = now
+
+    def _continue(self, before: Request, now: float, *, is_tail_used: bool) -> None:
+        """Learn that a request was continued; what it leaves behind is waited for from now on."""
+        survival = self.survival
         if before.is_open:
-            self._close(before)
-            self.survival.continued(before.kind, now - before.touched)
-            before.is_superseded = True
-            self.survival.notice(before)
+            survival.forget(before.kind, before.ticket)
+            survival.continued(before.kind, now - before.touched, now)
+            if before.has_tail:
+                learn = survival.continued if is_tail_used else survival.lost
+                learn(TAIL, now - before.touched, now)
+            before.ticket = survival.begin(LEFT, now)
+        before.kind, before.touched = LEFT, now
+        before.has_tail = False
+        survival.notice(before)
 
     def _close(self, request: Request) -> None:
         request.is_open = False
@@ -320,9 +352,12 @@ class Requests(Watcher):
             return
         if before is not request:
             request.turn = max(request.turn, min(before.turn + 1, TURN_MAX))
-            request.kind = kind_of(request.turn, request.num_tokens)
+            if request.is_open and request.kind != LEFT:
+                self.survival.forget(request.kind, request.ticket)
+                request.kind = kind_of(request.turn, request.num_tokens)
+                request.ticket = self.survival.begin(request.kind, now)
             request.session = request.session or before.session
-            self._continue(before, now)
+            self._continue(before, now, is_tail_used=False)
         else:
             del self._gone[request.name]
             request.name = 0
@@ -343,7 +378,10 @@ class Requests(Watcher):
             opened.popleft()
             if request.is_open:
                 self._close(request)
-                self.survival.lost(request.kind, now - request.touched)
+                self.survival.forget(request.kind, request.ticket)
+                self.survival.lost(request.kind, now - request.touched, now)
+                if request.has_tail:
+                    self.survival.lost(TAIL, now - request.touched, now)
 
     def _join(self, request: Request, last: Entry, name: bytes) -> None:
         key = (last.namespace, name)
@@ -370,14 +408,18 @@ def _is_continued(before: Request, last: Entry) -> bool:
     """Whether a prompt that starts with ``last`` goes on where ``before`` ended.
 
     A first turn that only matched its last full page shares it with whoever stored it: the
-    two are alike, and neither continues the other.
+    two are alike, and neither continues the other. A prompt that leaves ``before`` in the middle
+    goes on as well, with its end rewritten, unless others stand there: then that is where prompts
+    with the same beginning part.
     """
-    if _is_partial(last):
+    if is_partial(last):
         return True
-    return before.last is last and (before.is_owner or before.turn > 0)
+    if before.last is last:
+        return before.is_owner or before.turn > 0
+    return last.children is None or len(last.children) <= 1
 
 
-def _is_partial(entry: Entry) -> bool:
+def is_partial(entry: Entry) -> bool:
     """Whether a page is the tail of a prompt: only the first page of a chain cannot be told."""
     return entry.parent is not None and entry.tokens < entry.parent.tokens
 

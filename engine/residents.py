@@ -5,6 +5,7 @@ in a file is found. A dirty one is lost with its key. So only losing has to care
 stand behind it, and for the parts that go with it (nodes.py).
 """
 
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
 from respkv.engine.accounts import Accounts
@@ -37,6 +38,7 @@ class Residents(Memory):
     """The index, the room in memory, and the copies beyond it.
 
     has_files: whether there are file tiers; without them ``copies`` is not asked.
+    on_match:  called with the pages of each match while some pages are in files alone.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Residents(Memory):
         self.watchers.add(self.accounts)
         self.watchers.add(self.pins)
         self.has_files = False
+        self.on_match: Callable[[Sequence[Entry]], None] = lambda run: None
         self._cold_hand = 0
 
     @property
@@ -181,6 +184,7 @@ class Residents(Memory):
         self.accounts.uncount(entry)
         if kind == "string":
             self._remove_parts(entry, "deleted")
+            entry.branch = entry.token_ids = b""
         if self.gpu.is_on:
             self.gpu.drop(entry)
         if self.has_files:

@@ -160,6 +160,13 @@ class Room:
         is_unsafe = not entry.records or self._copies.is_awaited(entry)
         return (entry.level > 0 and is_unsafe) or entry in self._copies.kept
 
+    def next_victim(self, nbytes: int) -> Entry | None:
+        """Return who would leave for a value of this size, among those of its class."""
+        if nbytes > self.slabs.payload_bytes_max:
+            return None
+        policy = self._policies.get(self.slabs.class_of(nbytes))
+        return None if policy is None else policy.victim(self.verdict, self._clock.now)
+
     def use_policy(self, name: str, entries: Iterator[Entry]) -> None:
         """Change the policy; ``entries`` are all that there are."""
         self.policy = name

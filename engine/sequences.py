@@ -15,7 +15,6 @@ the page was put.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from respkv.chain import NO_EXTRAS, PAGE_TOKENS_MAX, Chain, Extras, Prompt
 from respkv.engine.branches import Branches
@@ -53,7 +52,8 @@ class Found:
         return self.pages if self.partial is None else [*self.pages, self.partial]
 
 
-class Piece(NamedTuple):
+@dataclass(slots=True)
+class Piece:
     """A page or a tail that a prompt consists of, as ``Put`` wants it described.
 
     index:       which page of the prompt it is; first_token: where in the prompt it begins.
@@ -119,11 +119,15 @@ class Sequences(Watcher):
 
     def find(self, prompt: Prompt) -> Found:
         """Say what is here of a prompt, without counting it as a use."""
+        found = self.find_pages(prompt)
+        return found if self.serve is None else self.serve(prompt, found)
+
+    def find_pages(self, prompt: Prompt) -> Found:
+        """Say which pages of a prompt are here, whether they can be used or not."""
         self.tidy()
         pages = self._run(prompt, prompt.num_pages)
         partial, count = self._longest(prompt, len(pages))
-        found = Found(len(pages) * prompt.page_tokens + count, pages, partial, count)
-        return found if self.serve is None else self.serve(prompt, found)
+        return Found(len(pages) * prompt.page_tokens + count, pages, partial, count)
 
     def match(self, prompt: Prompt, until: float, *, session: bytes = b"") -> Found:
         """Use what is here of a prompt, and keep it until then (monotonic clock, seconds).
@@ -136,11 +140,13 @@ class Sequences(Watcher):
         if partial is not None and partial.tokens == found.partial_tokens:
             run = found.entries  # the prompt goes on where that tail ended
         self._cache.requests.matched(run, prompt.num_tokens, self._cache.clock.now, session)
+        if self._cache.copies.num_cold:
+            self._cache.on_match(found.entries)
         return found
 
     def holder(self, prompt: Prompt) -> Entry | None:
         """Return the page or tail that has the last token of a prompt, if all of it is here."""
-        found = self.find(prompt)
+        found = self.find_pages(prompt)
         if not prompt.num_tokens or found.tokens < prompt.num_tokens:
             return None
         return found.entries[-1]
@@ -239,7 +245,7 @@ class Sequences(Watcher):
         if page is None:
             raise SequenceGap(
                 f"the page that holds token {prompt.num_tokens} is not here; put it first, "
-                f"FROM {self.find(prompt).tokens // prompt.page_tokens * prompt.page_tokens}"
+                f"FROM {self.find_pages(prompt).tokens // prompt.page_tokens * prompt.page_tokens}"
             )
         tokens = prompt.tail_tokens or prompt.page_tokens
         depth = prompt.num_tokens - tokens

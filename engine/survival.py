@@ -31,9 +31,12 @@ LENGTHS = (1024, 8192)  # borders between short, middle and long prompts, in tok
 NUM_LENGTHS = len(LENGTHS) + 1
 NUM_KINDS = (TURN_MAX + 1) * NUM_LENGTHS
 SINGLE = NUM_KINDS  # of an entry that belongs to no request
+TAIL = NUM_KINDS + 1  # of the partial page at the end of a request
+LEFT = NUM_KINDS + 2  # of what a request that was continued left behind
 NOTICES_MAX = 4096
+TICK_S = 16.0
 LEARN_EVERY = 64  # observations after which the hazards are worked out anew
-_PRIOR_SHARE = 0.25  # of those waiting when an age began, continued before it has doubled
+_PRIOR_SHARE = 0.25  # of requests, continued in the first bin, before anything was learned
 _PER_LOG = 1.0 / log(BIN_RATIO)
 
 
@@ -51,22 +54,40 @@ def turn_of(kind: int) -> int:
 class Curve:
     """What was observed of one kind, and the cumulated hazard that follows from it."""
 
-    __slots__ = ("continued", "hazard", "lost")
+    __slots__ = ("continued", "hazard", "lost", "waiting")
 
     def __init__(self) -> None:
         self.continued = [0.0] * NUM_BINS
         self.lost = [0.0] * NUM_BINS
-        self.hazard = _PRIOR_CUMULATED
+        self.waiting: dict[int, int] = {}  # how many wait still, by the tick of their last touch
+        self.hazard: list[float] = []
 
-    def rates(self, prior: list[float], weight: float) -> list[float]:
-        """Return the share continued in each bin; ``prior`` counts as ``weight`` observations."""
-        rates = [0.0] * NUM_BINS
-        waiting = 0.0
-        for at in range(NUM_BINS - 1, -1, -1):
-            waiting += self.continued[at] + self.lost[at]
+    def lost_by(self, now: float) -> list[float]:
+        """Return how many were lost sight of at each age, those that wait still included."""
+        lost = self.lost.copy()
+        for tick, number in self.waiting.items():
+            lost[_bin(max(now - tick * TICK_S, 0.0))] += number
+        return lost
+
+    def rates(self, lost: list[float], prior: list[float] | None) -> list[float]:
+        """Return the share continued in each bin.
+
+        prior: counts as PSEUDO_COUNT observations; None: each bin is like the one before. As bins
+               are equally long in logarithms, odds go on falling as 1 / age where nothing was seen.
+        """
+        waiting = sum(self.continued) + sum(lost)
+        rates: list[float] = []
+        before = _PRIOR_SHARE
+        for at in range(NUM_BINS):
+            if prior is not None:
+                before = prior[at]
             # Those lost sight of within a bin waited for half of it.
-            seen = waiting - self.lost[at] / 2
-            rates[at] = (self.continued[at] + weight * prior[at]) / (seen + weight)
+            seen = waiting - lost[at] / 2
+            before = (self.continued[at] + PSEUDO_COUNT * before) / (seen + PSEUDO_COUNT)
+            rates.append(before)
+            if at == 0:
+                before *= BIN_RATIO - 1.0  # the second bin is so much shorter than the first
+            waiting -= self.continued[at] + lost[at]
         return rates
 
     def cumulated(self, age: float) -> float:
@@ -85,7 +106,8 @@ class Survival:
     """The model of one cache: what is likely to be continued, and when."""
 
     def __init__(self) -> None:
-        self.curves = [Curve() for _ in range(NUM_KINDS + 1)]
+        self.curves = [Curve() for _ in range(LEFT + 1)]
+        self.learn(0.0)
         self.num_observed = 0
         self.notices: deque[Any] = deque(maxlen=NOTICES_MAX)
         self.num_notices = 0
@@ -96,15 +118,29 @@ class Survival:
         self.notices.append(request)
         self.num_notices += 1
 
-    def continued(self, kind: int, age: float) -> None:
+    def begin(self, kind: int, now: float) -> int:
+        """Wait for a request of a kind that was touched now; return a ticket for its end."""
+        tick = int(now / TICK_S)
+        waiting = self.curves[kind].waiting
+        waiting[tick] = waiting.get(tick, 0) + 1
+        return tick
+
+    def forget(self, kind: int, ticket: int) -> None:
+        """Wait no more for a request, and learn nothing from it."""
+        waiting = self.curves[kind].waiting
+        waiting[ticket] -= 1
+        if not waiting[ticket]:
+            del waiting[ticket]
+
+    def continued(self, kind: int, age: float, now: float) -> None:
         """Learn that a request of a kind was continued after ``age`` seconds."""
         self.curves[kind].continued[_bin(age)] += 1.0
-        self._observed()
+        self._observed(now)
 
-    def lost(self, kind: int, age: float) -> None:
+    def lost(self, kind: int, age: float, now: float) -> None:
         """Learn that a request waited for ``age`` seconds, and no more is known."""
         self.curves[kind].lost[_bin(age)] += 1.0
-        self._observed()
+        self._observed(now)
 
     def hazard(self, kind: int, age: float, within_s: float) -> float:
         """Return the expected number of continuations in the next ``within_s``, given the age."""
@@ -130,23 +166,21 @@ class Survival:
                 return max(age, _EDGES[at] + part * (_EDGES[at + 1] - _EDGES[at]))
         return inf
 
-    def learn(self) -> None:
+    def learn(self, now: float) -> None:
         """Work the hazards out of what was observed."""
         self._num_new = 0
+        lost = [curve.lost_by(now) for curve in self.curves]
         pooled = Curve()
-        for curve in self.curves:
-            for at in range(NUM_BINS):
-                pooled.continued[at] += curve.continued[at]
-                pooled.lost[at] += curve.lost[at]
-        prior = pooled.rates(_PRIOR, PSEUDO_COUNT)
-        for curve in self.curves:
-            curve.hazard = _cumulated(curve.rates(prior, PSEUDO_COUNT))
+        pooled.continued = [*map(sum, zip(*(each.continued for each in self.curves[:NUM_KINDS])))]
+        prior = pooled.rates([*map(sum, zip(*lost[:NUM_KINDS]))], None)
+        for curve, lost_of_it in zip(self.curves, lost, strict=True):
+            curve.hazard = _cumulated(curve.rates(lost_of_it, prior))
 
-    def _observed(self) -> None:
+    def _observed(self, now: float) -> None:
         self.num_observed += 1
         self._num_new += 1
         if self._num_new >= LEARN_EVERY:
-            self.learn()
+            self.learn(now)
 
 
 def _bin(age: float) -> int:
@@ -160,6 +194,3 @@ def _cumulated(rates: list[float]) -> list[float]:
 
 
 _EDGES = [0.0, *(FIRST_BIN_S * BIN_RATIO**number for number in range(NUM_BINS))]
-# The same share in each bin, as all are equally long in logarithms: a hazard of about 1 / age.
-_PRIOR = [1.0 - (1.0 - _PRIOR_SHARE) ** (log(BIN_RATIO) / log(2.0))] * NUM_BINS
-_PRIOR_CUMULATED = _cumulated(_PRIOR)

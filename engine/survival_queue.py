@@ -19,8 +19,8 @@ from math import inf
 
 from respkv.engine.entry import Entry
 from respkv.engine.queues import HEAP_SLACK, LOOKS_MAX, Lru, Queue, Shared
-from respkv.engine.requests import Request
-from respkv.engine.survival import FIRST_BIN_S, SINGLE, Survival
+from respkv.engine.requests import Request, is_partial
+from respkv.engine.survival import FIRST_BIN_S, SINGLE, TAIL, Survival
 
 CHOICE_S = 1.0
 ENDED, EXPECTED = -1, -2  # lines beside those of the kinds
@@ -58,7 +58,7 @@ class Singles(Lru):
     def _is_stale(self, entry: Entry, rank: float) -> bool:
         if entry.touched == rank:
             return False
-        self._survival.continued(SINGLE, max(entry.touched - rank, 0.0))
+        self._survival.continued(SINGLE, max(entry.touched - rank, 0.0), entry.touched)
         return True
 
 
@@ -76,10 +76,11 @@ class SurvivalQueue(Queue):
         self._buckets: dict[float, Bucket] = {}
         self._lines: dict[int, list[Item]] = {}
         self._lapses: list[Item] = []
+        self._tails: list[tuple[float, int, Entry]] = []
         self._num_items = 0
         self._num_paged = 0
         self._noticed = survival.num_notices
-        self._chosen: Bucket | Singles | None = None
+        self._chosen: Bucket | Singles | Entry | None = None
         self._chosen_until = 0.0
         self._looks_left = 0
         self._coldest: Entry | None = None
@@ -129,6 +130,9 @@ class SurvivalQueue(Queue):
             self._chosen_until = now + CHOICE_S
         if isinstance(chosen, Bucket):
             return next(reversed(chosen.pages))
+        if isinstance(chosen, Entry):
+            self._chosen_until = now
+            return chosen
         found = None if chosen is None else chosen.candidate(now)
         if found is None and self._fresh:
             found = next(iter(self._fresh))
@@ -138,9 +142,9 @@ class SurvivalQueue(Queue):
         shared = self.shared
         idle = max(shared.now - entry.touched, 0.0)
         if place == _SINGLE:
-            self._survival.lost(SINGLE, idle)
+            self._survival.lost(SINGLE, idle, shared.now)
         request = entry.request
-        if request is None or not (request.is_ended or request.is_superseded):
+        if request is None or not request.is_ended:
             shared.note_residence(idle)
 
     def cold_since(self, entry: Entry) -> float:
@@ -178,6 +182,8 @@ class SurvivalQueue(Queue):
         if not is_behind:
             pages.move_to_end(entry, last=False)
         self._num_paged += 1
+        if is_partial(entry):
+            heapq.heappush(self._tails, (entry.touched, next(self.shared.numbers), entry))
 
     def _rank(self, bucket: Bucket) -> None:
         """Put a bucket into its line; where it was, its item is void."""
@@ -215,10 +221,11 @@ class SurvivalQueue(Queue):
 
     # -- choosing -----------------------------------------------------------------------------
 
-    def _choose(self, now: float) -> Bucket | Singles | None:
+    def _choose(self, now: float) -> Bucket | Singles | Entry | None:
         self._lapse(now)
         window = max(self.shared.residence_s, FIRST_BIN_S)
-        longest, chosen = -inf, None
+        longest = -inf
+        chosen: Bucket | Singles | Entry | None = None
         for line in list(self._lines):
             bucket = self._head(line)
             if bucket is None:
@@ -232,7 +239,22 @@ class SurvivalQueue(Queue):
             hazard = self._survival.hazard(SINGLE, max(now - single.touched, 0.0), window)
             if window / max(hazard, _HAZARD_MIN) > longest:
                 return self._singles
+        tail = self._tail()
+        if tail is not None:
+            hazard = self._survival.hazard(TAIL, max(now - tail.touched, 0.0), window)
+            if window / max(hazard, _HAZARD_MIN) > longest:
+                return tail
         return chosen
+
+    def _tail(self) -> Entry | None:
+        """Return the partial page idle longest of those that are here."""
+        while self._tails:
+            touched, _, entry = self._tails[0]
+            bucket = self._buckets.get(entry.mark)
+            if bucket is not None and entry in bucket.pages and entry.touched == touched:
+                return entry
+            heapq.heappop(self._tails)
+        return None
 
     def _wait(self, line: int, now: float, window: float, request: Request) -> float:
         if line == ENDED:
@@ -260,8 +282,10 @@ class SurvivalQueue(Queue):
                 return None
         return None
 
-    def _is_good(self, chosen: Bucket | Singles) -> bool:
+    def _is_good(self, chosen: Bucket | Singles | Entry) -> bool:
         """Whether the last page of a bucket belongs there; if not, it is put where it does."""
+        if isinstance(chosen, Entry):
+            return False
         if isinstance(chosen, Singles):
             return len(chosen) > 0
         if not chosen.stamp:
@@ -276,7 +300,9 @@ class SurvivalQueue(Queue):
             # It was read without a match.
             self._looks_left -= 1
             if entry.touched - request.touched >= FIRST_BIN_S:
-                self._survival.continued(request.kind, entry.touched - request.touched)
+                self._survival.continued(
+                    request.kind, entry.touched - request.touched, entry.touched
+                )
             request.touched = entry.touched
         else:
             return True
@@ -295,7 +321,7 @@ class SurvivalQueue(Queue):
 
 
 def _line_of(request: Request) -> tuple[int, float]:
-    if request.is_ended or request.is_superseded:
+    if request.is_ended:
         return ENDED, request.touched
     if request.expected_at:
         return EXPECTED, -request.expected_at

@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from respkv.chain import page_ids
 from respkv.client import Client, as_bytes, as_torch
 from respkv.errors import CacheError
 from respkv.kernels.pages import gather_pages, scatter_pages
-from respkv.page import Geometry, page_ids, page_keys
+from respkv.page import Geometry, page_keys
 
 Layers = list[tuple[Tensor, Tensor]]  # K and V of every layer, each [1, H, tokens, D]
 

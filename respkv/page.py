@@ -6,9 +6,7 @@ it names the whole prefix that ends with the page, so equal ids mean equal prefi
 cached prefix is the longest run of present ids from the start.
 """
 
-import hashlib
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -74,27 +72,6 @@ class Geometry:
         return first * self.layer_bytes, (first + count) * self.layer_bytes
 
 
-def page_ids(
-    tokens: Sequence[int], *, page_tokens: int, seed: bytes = b"", salt: bytes = b""
-) -> list[bytes]:
-    """Chain the ids of the full pages of a prompt; a last partial page has none.
-
-    tokens:  token ids, 0 to 2**32 - 1.
-    seed:    where the chain starts, e.g. a fingerprint of the model's weights.
-    salt:    mixed into the first page only; separates tenants that must not share.
-    Returns: 32-byte sha256 ids; id i names tokens[: (i + 1) * page_tokens].
-    """
-    if page_tokens < 1:
-        raise ValueError(f"page_tokens must be at least 1, not {page_tokens}")
-    parent = hashlib.sha256(struct.pack("<QQ", len(seed), len(salt)) + seed + salt).digest()
-    ids = []
-    for start in range(0, len(tokens) - page_tokens + 1, page_tokens):
-        page = struct.pack(f"<{page_tokens}I", *tokens[start : start + page_tokens])
-        parent = hashlib.sha256(parent + page).digest()
-        ids.append(parent)
-    return ids
-
-
 def page_key(namespace: str | bytes, page_id: bytes) -> bytes:
     """Return ``<namespace>:<page id in hex>``. Raises ValueError when it is too long for a key."""
     name = namespace.encode() if isinstance(namespace, str) else namespace
@@ -131,6 +108,13 @@ class Latents(Geometry):
         """One plane: there is no K and V."""
         return 1
 
+    @property
+    def halves(self) -> Geometry | None:
+        """The same bytes as planes of K and V of half the dim, for lossless codecs; or None."""
+        if self.dim % 2:
+            return None
+        return Geometry(self.layers, 1, self.dim // 2, self.tokens, self.dtype)
+
 
 class Part(Enum):
     """What hangs on a page under a key of its own, ``<key of a page>.<suffix>``.
@@ -158,6 +142,12 @@ def part_of(key: bytes) -> Part | None:
         return None
     is_group = suffix[1] in (b"g", b"s")
     return _SUFFIXES.get(suffix[1]) if is_group == (len(suffix) == 3) else None
+
+
+def group_of(key: bytes) -> bytes:
+    """Return the group whose page or state a key names; empty when it names none."""
+    suffix = key[key.rfind(b":") :].split(b".", 2)
+    return suffix[2] if len(suffix) == 3 and suffix[1] in (b"g", b"s") else b""
 
 
 def part_key(key: bytes, suffix: bytes) -> bytes:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from respkv.config import FIXED, RUNTIME, SETTINGS, Config
+from respkv.config.events import Endpoint
 from respkv.config.gpu import Device
 from respkv.config.kinds import Choice, Count, Flag, Kind, Mode, size_bytes, size_text
 from respkv.errors import ConfigError
@@ -54,6 +55,8 @@ def examples(kind: Kind) -> list[str]:
             return ["700", "777"]
         case Device():
             return ["cpu", "cuda", "cuda:0", "cuda:15"]
+        case Endpoint():
+            return ["", "tcp://*:5557", "@tcp://[::1]:*", "ipc:///tmp/events"]
         case _:
             return ["", "some text"]
 
@@ -132,6 +135,7 @@ def test_every_value_reads_back_as_config_get_prints_it(name: str) -> None:
     setting = SETTINGS[name]
     base = Config(
         unixsocket="/run/respkv",
+        events_endpoint="tcp://*:5556",
         lease_default=1,
         lease_max=86_400_000,
         maxmemory=1 << 50,
@@ -345,6 +349,37 @@ def test_the_file_tiers_are_listed_the_fastest_first() -> None:
 def test_a_gpu_tier_that_cannot_be_is_refused(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} = .*: accepted are "):
         Config().with_value(name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("events-endpoint", "5557"),
+        ("events-endpoint", "tcp://*"),
+        ("events-endpoint", "udp://*:5557"),
+        ("events-topic", "kv@{model}"),
+        ("events-topic", "kv@{"),
+        ("events-buffer", "0"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = .*: accepted are "):
+        Config().with_value(name, text)
+
+
+def test_a_replay_goes_with_an_endpoint_and_is_bound() -> None:
+    with pytest.raises(ConfigError, match="without events-endpoint there is nothing"):
+        Config().with_value("events-replay-endpoint", "tcp://*:5558")
+    published = Config().with_value("events-endpoint", ">tcp://indexer:5557")
+    with pytest.raises(ConfigError, match="it is bound; leave out the >"):
+        published.with_value("events-replay-endpoint", ">tcp://*:5558")
+    assert published.with_value("events-replay-endpoint", "tcp://*:5558").events_buffer == 10_000
+
+
+def test_namespaces_of_events_are_listed_by_commas() -> None:
+    assert Config().event_namespaces() == ()
+    config = Config().with_value("events-namespaces", "llama, qwen:7b,,")
+    assert config.event_namespaces() == (b"llama", b"qwen:7b")
 
 
 def test_a_config_cannot_be_changed_in_place() -> None:

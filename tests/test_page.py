@@ -1,18 +1,12 @@
 """Pages: sizes, layer ranges, ids and keys."""
 
-import hashlib
-import struct
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from respkv.page import (
     DTYPE_BYTES,
     KEY_BYTES_MAX,
     Geometry,
     namespace_of,
-    page_ids,
     page_key,
     page_keys,
 )
@@ -51,45 +45,8 @@ def test_a_dtype_that_pages_do_not_have_is_refused_with_those_they_have() -> Non
         Geometry(1, 1, 1, 1, "float64")
 
 
-def test_an_id_is_a_hash_of_all_tokens_up_to_its_page() -> None:
-    root = hashlib.sha256(struct.pack("<QQ", 4, 0) + b"seed").digest()
-    first = hashlib.sha256(root + struct.pack("<2I", 1, 2)).digest()
-    second = hashlib.sha256(first + struct.pack("<2I", 3, 4_294_967_295)).digest()
-    tokens = [1, 2, 3, 4_294_967_295, 5]
-    assert page_ids(tokens, page_tokens=2, seed=b"seed") == [first, second]
-
-
-@given(st.lists(st.integers(0, 9), max_size=24), st.lists(st.integers(0, 9), max_size=24))
-def test_ids_are_equal_exactly_as_far_as_the_prompts_are(one: list[int], other: list[int]) -> None:
-    pairs = zip(page_ids(one, page_tokens=3), page_ids(other, page_tokens=3), strict=False)
-    for number, (mine, theirs) in enumerate(pairs, start=1):
-        assert (mine == theirs) == (one[: 3 * number] == other[: 3 * number])
-
-
-def test_seed_and_salt_separate_and_cannot_be_mistaken_for_each_other() -> None:
-    def first(seed: bytes, salt: bytes) -> bytes:
-        return page_ids([1], page_tokens=1, seed=seed, salt=salt)[0]
-
-    variants = [(b"", b""), (b"a", b""), (b"", b"a"), (b"ab", b"c"), (b"a", b"bc")]
-    assert len({first(*each) for each in variants}) == len(variants)
-
-
-def test_a_last_partial_page_has_no_id() -> None:
-    assert page_ids([], page_tokens=4) == []
-    assert page_ids([1, 2, 3], page_tokens=4) == []
-    assert len(page_ids(range(9), page_tokens=4)) == 2
-    with pytest.raises(ValueError, match="at least 1, not 0"):
-        page_ids([1], page_tokens=0)
-
-
-def test_a_token_that_no_vocabulary_has_is_refused() -> None:
-    for token in (-1, 1 << 32):
-        with pytest.raises(struct.error):
-            page_ids([token], page_tokens=1)
-
-
 def test_a_key_is_the_namespace_and_the_id_in_hex() -> None:
-    ids = page_ids([1, 2], page_tokens=1)
+    ids = [bytes(range(32)), bytes(32)]
     assert page_key("ns", ids[0]) == b"ns:" + ids[0].hex().encode()
     assert page_keys(b"a:b", ids) == [page_key("a:b", each) for each in ids]
     assert namespace_of(page_key("a:b", ids[0])) == b"a:b"

@@ -18,6 +18,7 @@ import anyio
 
 from respkv.errors import TierError
 from respkv.kernels.container import RAW_ID
+from respkv.page import part_of
 from respkv.tiers.codec import ENCODED_ID_MIN, PageSpec, decode_stored, encode_page
 from respkv.tiers.record import Meta
 from respkv.tiers.tier_stats import TierStats
@@ -56,7 +57,9 @@ class PageCodec:
     async def encode(self, meta: Meta, payload: memoryview) -> tuple[int, memoryview]:
         spec = self._spec_of(meta) if meta.kind == "kvpage" else None
         if spec is not None and spec.geometry.page_bytes == payload.nbytes:
-            work = partial(self._encode_page, payload, spec, bool(meta.parent))
+            # What hangs on a page may be of a chain's first one: its first tokens stay exact too.
+            has_parent = bool(meta.parent) and part_of(meta.key) is None
+            work = partial(self._encode_page, payload, spec, has_parent)
             codec, stored = await self._encode(work, payload.nbytes, is_long=True)
         elif self._name == "raw":
             return RAW_ID, payload

@@ -1,6 +1,5 @@
 """``respkv trace record | replay | simulate | generate``: what a cache is asked, and what it would hit."""
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,11 +86,9 @@ def record(file: Path, listen: str, target: str, page_tokens: int) -> None:
     Keys are hashed with a salt that is drawn for the recording and kept nowhere; neither tokens nor
     payloads are written. Ends with SIGINT or SIGTERM.
     """
-    import anyio
-
     from respkv.client.url import settings
     from respkv.trace.notes import Notes
-    from respkv.trace.record import Recorder, Recording
+    from respkv.trace.record import Recorder, Recording, run
 
     at, to = settings(listen, {}), settings(target, {})
     if to.tls or at.tls:
@@ -111,28 +108,15 @@ def record(file: Path, listen: str, target: str, page_tokens: int) -> None:
     with opened:
         recording = Recording(opened)
         recorder = Recorder(to, notes, recording)
-        anyio.run(_record, recorder, recording, at, backend_options={"use_uvloop": True})
+        run(
+            recorder,
+            recording,
+            at,
+            lambda where: click.echo(f"respkv: recording on {where}", err=True),
+        )
     click.echo(f"respkv: {recording.num_commands} commands are in {file}", err=True)
     if recorder.num_refused:
         raise Refused(f"{to.address} was away for {recorder.num_refused} connections")
-
-
-async def _record(recorder: Any, recording: Any, at: Any) -> None:
-    import anyio
-
-    from respkv.trace.record import listen, record
-
-    async with listen(at) as (listener, where), anyio.create_task_group() as group:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-
-            async def serve() -> None:
-                await record(recorder, listener, recording)
-
-            group.start_soon(serve)
-            click.echo(f"respkv: recording on {where}", err=True)
-            async for _ in signals:
-                group.cancel_scope.cancel()
-                return
 
 
 def _learn_schemas(target: str, learn: Callable[[bytes, int], None]) -> None:
@@ -193,11 +177,8 @@ def replay(
     the trace's, what was matched is held longer, in the time of the trace: --set answer-lease=0 ends
     that. A page is deleted afterwards unless --keep is given.
     """
-    import anyio
-
     from respkv.trace.read import read_trace
-    from respkv.trace.replay import Plan
-    from respkv.trace.replay import replay as run
+    from respkv.trace.replay import Plan, run
     from respkv.trace.report import replay_summary, replay_table, write_json
 
     changes = _settings(settings) | ({"maxmemory-policy": policy} if policy else {})
@@ -210,7 +191,7 @@ def replay(
         settings=changes,
         keeps=keep,
     )
-    report = anyio.run(run, trace, plan, backend_options={"use_uvloop": True})
+    report = run(trace, plan)
     if json_path is not None:
         write_json(json_path, replay_summary(trace, plan, report))
     click.echo(replay_table(trace, plan, report))

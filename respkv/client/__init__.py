@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from respkv.client.commands import Match
 from respkv.client.gpu import GpuPage
+from respkv.client.listen import AsyncListening, Listening, Message, PageEvent
+from respkv.client.retention import Answer, Explanation
 from respkv.client.sync import Client, GpuLease, Lease, Pipeline, Reservation
 from respkv.client.views import as_bytes, as_numpy, as_torch
 
@@ -21,16 +23,22 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Answer",
     "AsyncClient",
     "AsyncGpuLease",
     "AsyncLease",
+    "AsyncListening",
     "AsyncPipeline",
     "AsyncReservation",
     "Client",
+    "Explanation",
     "GpuLease",
     "GpuPage",
     "Lease",
+    "Listening",
     "Match",
+    "Message",
+    "PageEvent",
     "Pipeline",
     "Reservation",
     "as_bytes",

@@ -2,19 +2,20 @@
 
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import anyio
 
-from respkv.client import commands, schemas
+from respkv.client import commands, retention, schemas
 from respkv.client.commands import Command, Key, PutOptions
 from respkv.client.core import Core
 from respkv.client.effects import Effect, Event, Operation, Resolve, Seat, Wait
 from respkv.client.gpu import GpuPage
 from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
+from respkv.client.listen import AsyncListening, Message, PageEvent, listen_to, listen_to_events
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, check_offered
 from respkv.client.sequence_faces import AsyncSequences
@@ -65,6 +66,13 @@ class AsyncClient:
     touch = _method(commands.touch)
     pin = _method(commands.pin)
     unpin = _method(commands.unpin)
+    retain = _method(retention.retain)
+    quota = _method(retention.quota)
+    end_session = _method(retention.end_session)
+    expect_session = _method(retention.expect_session)
+    demote_session = _method(retention.demote_session)
+    page_info = _method(retention.page_info)
+    explain = _method(retention.explain)
 
     @property
     def seq(self) -> AsyncSequences:
@@ -86,6 +94,17 @@ class AsyncClient:
     def reserve(self, key: Key, nbytes: int, *, ms: int | None = None) -> "AsyncReservation":
         """Write a page in the server's memory: ``async with client.reserve(...) as slot``."""
         return AsyncReservation(self, ReserveHold(self._core, key, nbytes, ms))
+
+    def listen(self, *channels: Key, patterns: Sequence[Key] = ()) -> AsyncListening[Message]:
+        """Listen to channels: ``async with client.listen("news") as messages``, then iterate.
+
+        patterns: listen to all channels that these cover, too.
+        """
+        return AsyncListening(listen_to(self._core.settings, channels, patterns), self._run)
+
+    def events(self, *namespaces: Key) -> AsyncListening[PageEvent]:
+        """Follow what becomes of the pages of namespaces, of all of them when none is named."""
+        return AsyncListening(listen_to_events(self._core.settings, namespaces), self._run)
 
     async def close(self) -> None:
         """Close the idle connections, and the others when their calls end."""

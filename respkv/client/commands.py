@@ -46,7 +46,9 @@ class PutOptions(TypedDict, total=False):
     """How a page is kept.
 
     parent: key of the page before it in the chain; tokens: how many it holds, when not full.
-    px_ms: time to live; priority: higher stays longer; nx: only if the key is not there;
+    px_ms: time to live; pin_ms: not evicted for so long; priority: higher stays longer;
+    session: the conversation it belongs to; tenant: whose quota it counts against;
+    nx: only if the key is not there;
     durability: answered once the page survives a crash of the server (``written``) or a power cut
     (``durable``); else as its namespace says.
     """
@@ -54,7 +56,10 @@ class PutOptions(TypedDict, total=False):
     parent: Key | None
     tokens: int | None
     px_ms: int | None
+    pin_ms: int | None
     priority: int | None
+    session: Key | None
+    tenant: Key | None
     nx: bool
     durability: Literal["written", "durable"] | None
 
@@ -88,10 +93,11 @@ def put(key: Key, payload: Buffer, **options: Unpack[PutOptions]) -> Command[boo
     """Store a page, sent from where it lies.
 
     payload: contiguous; must not change until the call has returned.
-    options: parent, tokens, px_ms, priority, nx, durability; see PutOptions.
+    options: see PutOptions.
     Returns: False when ``nx`` was given and the key is there.
     Raises:  ServerError KVSCHEMA when its size does not fit the namespace, OOM when there is no
-             room, KVTIER when it does not survive what ``durability`` asks: it is in memory then.
+             room, KVQUOTA when its owner may keep no more, KVPIN when too much is pinned, KVTIER
+             when it does not survive what ``durability`` asks: it is in memory then.
     """
     args: list[Arg] = ["KV.PUT", key, payload]
     put_options(args, options)
@@ -157,9 +163,14 @@ def mget(
     return Command(args, decode, targets)
 
 
-def match(keys: Iterable[Key]) -> Command[Match]:
-    """Find the longest cached prefix of a chain; its pages then stay for a few seconds."""
-    return Command(["KV.MATCH", *_counted(keys)], _match)
+def match(keys: Iterable[Key], *, session: Key | None = None) -> Command[Match]:
+    """Find the longest cached prefix of a chain; its pages then stay for a few seconds.
+
+    session: the conversation that asks.
+    """
+    args: list[Arg] = ["KV.MATCH", *_counted(keys)]
+    option(args, "SESSION", session)
+    return Command(args, _match)
 
 
 def prefetch(keys: Iterable[Key], *, to: Literal["cpu", "gpu"] = "cpu") -> Command[int]:
@@ -215,7 +226,10 @@ def put_options(args: list[Arg], options: PutOptions) -> None:
     option(args, "PARENT", options.get("parent"))
     option(args, "TOKENS", options.get("tokens"))
     option(args, "PX", options.get("px_ms"))
+    option(args, "PIN", options.get("pin_ms"))
     option(args, "PRIORITY", options.get("priority"))
+    option(args, "SESSION", options.get("session"))
+    option(args, "TENANT", options.get("tenant"))
     if options.get("nx"):
         args.append("NX")
     durability = options.get("durability")

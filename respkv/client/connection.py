@@ -125,6 +125,35 @@ class Connection:
                 self._received(count)
         return self._whole
 
+    def say(self, request: Request, deadline: float) -> Operation[None]:
+        """Send one command whose answers ``hear`` brings; no call can use the connection any more.
+
+        Raises ConnectionLost or TimedOut.
+        """
+        assert request.count == 1
+        self.in_step = False
+        try:
+            yield from self._send(request, [], deadline)
+        except OSError as error:
+            raise ConnectionLost(f"{self._settings.address}: {error}") from error
+
+    def hear(self, deadline: float) -> Operation[Reply]:
+        """Return what the server says next, be it an error.
+
+        Raises TimedOut, after which it can be called again, ConnectionLost or ProtocolError.
+        Cancelled: nothing is lost.
+        """
+        while (reply := self._parser.next_reply()) is NEED_DATA:
+            try:
+                count = self._stream.receive(self._parser.get_buffer())
+            except OSError as error:
+                raise ConnectionLost(f"{self._settings.address}: {error}") from error
+            if isinstance(count, Event):
+                yield from self._wait(count, deadline)
+            else:
+                self._received(count)
+        return reply
+
     def _send(self, request: Request, replies: list[Reply], deadline: float) -> Operation[None]:
         chunks = list(request.chunks)
         first = 0

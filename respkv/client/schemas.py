@@ -59,6 +59,8 @@ def schema_set(
     min_ratio: float | None = None,
     ttl_ms: int | None = None,
     durability: Durability | None = None,
+    max_bytes: int | None = None,
+    tenant_bytes: int | None = None,
 ) -> Command[None]:
     """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
 
@@ -70,6 +72,8 @@ def schema_set(
     max_error, min_ratio: what ``auto`` keeps to: the relative L2 error of every layer's keys and
                 values, or how many times smaller pages get.
     durability: what its pages survive once their put is answered; by the server's default if None.
+    max_bytes, tenant_bytes: what the namespace, and each tenant in it, may keep; 0 for no limit,
+                None: as it was.
     Raises ServerError KVSCHEMA when it was declared with another geometry or fingerprint.
     """
     args: list[Arg] = ["KV.SCHEMA", "SET", namespace, *(["MLA"] if mla else [])]
@@ -86,12 +90,14 @@ def schema_set(
     option(args, "MINRATIO", None if min_ratio is None else repr(min_ratio))
     option(args, "TTL", ttl_ms)
     option(args, "DURABILITY", durability)
+    option(args, "MAXBYTES", max_bytes)
+    option(args, "TENANTBYTES", tenant_bytes)
     return Command(args, lambda reply: None)
 
 
 def schema_get(namespace: Key) -> Command[dict[str, Any] | None]:
     """Return the schema of a namespace; fingerprint and seed are bytes, other words are str."""
-    return Command(["KV.SCHEMA", "GET", namespace], _map)
+    return Command(["KV.SCHEMA", "GET", namespace], map_of)
 
 
 def schema_list() -> Command[list[str]]:
@@ -110,14 +116,15 @@ def quality(namespace: Key, codec: str) -> Command[dict[str, Any]]:
 
 
 def _quality(reply: Reply) -> dict[str, Any]:
-    found = _map(reply) or {}
+    found = map_of(reply) or {}
     floats = ("key_", "value_")
     numbers = {name: float(found[name]) for name in found if name.startswith(floats)}
     layers = [tuple(map(float, pair)) for pair in found.get("layers", ())]
     return {**found, **numbers, "layers": layers}
 
 
-def _map(reply: Reply) -> dict[str, Any] | None:
+def map_of(reply: Reply) -> dict[str, Any] | None:
+    """Return a map with its words as str, or None. Raises ProtocolError."""
     if reply is None:
         return None
     if isinstance(reply, list):  # RESP2 has no maps

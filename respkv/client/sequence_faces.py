@@ -5,10 +5,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from respkv.client import layers as streams
-from respkv.client import sequences
+from respkv.client import retention, sequences
 from respkv.client.commands import Key
 from respkv.client.layers import LayersHold
 from respkv.client.requests import Buffer
+from respkv.client.retention import Answer, Explanation, RetainPromptOptions
 from respkv.client.sequences import (
     ChainOptions,
     KeepOptions,
@@ -259,6 +260,22 @@ class Sequences:
             )
         )
 
+    def explain(
+        self, namespace: Key, tokens: Tokens, **options: Unpack[ChainOptions]
+    ) -> Explanation:
+        """Say how many tokens of a prompt are stored, and why not more."""
+        client = self._client
+        return client._run(
+            client._core.call(retention.explain_prompt(namespace, tokens, **options))
+        )
+
+    def retain(
+        self, namespace: Key, tokens: Tokens, **options: Unpack[RetainPromptOptions]
+    ) -> tuple[int, dict[str, Answer]]:
+        """Change how the stored pages of a prompt are kept; see ``retention.retain_prompt``."""
+        client = self._client
+        return client._run(client._core.call(retention.retain_prompt(namespace, tokens, **options)))
+
 
 class AsyncSequences:
     """``AsyncClient.seq``; see ``Sequences``.
@@ -397,4 +414,22 @@ class AsyncSequences:
                 into=into,
                 **options,
             )
+        )
+
+    async def explain(
+        self, namespace: Key, tokens: Tokens, **options: Unpack[ChainOptions]
+    ) -> Explanation:
+        """Say how many tokens of a prompt are stored, and why not more."""
+        client = self._client
+        return await client._run(
+            client._core.call(retention.explain_prompt(namespace, tokens, **options))
+        )
+
+    async def retain(
+        self, namespace: Key, tokens: Tokens, **options: Unpack[RetainPromptOptions]
+    ) -> tuple[int, dict[str, Answer]]:
+        """Change how the stored pages of a prompt are kept; see ``retention.retain_prompt``."""
+        client = self._client
+        return await client._run(
+            client._core.call(retention.retain_prompt(namespace, tokens, **options))
         )

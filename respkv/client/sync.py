@@ -5,17 +5,18 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from respkv.client import commands, schemas
+from respkv.client import commands, retention, schemas
 from respkv.client.commands import Command, Key, PutOptions
 from respkv.client.core import Core
 from respkv.client.effects import Effect, Event, Operation, Resolve, Seat, Wait
 from respkv.client.gpu import GpuPage
 from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
+from respkv.client.listen import Listening, Message, PageEvent, listen_to, listen_to_events
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, check_offered
 from respkv.client.sequence_faces import Sequences
@@ -69,6 +70,13 @@ class Client:
     touch = _method(commands.touch)
     pin = _method(commands.pin)
     unpin = _method(commands.unpin)
+    retain = _method(retention.retain)
+    quota = _method(retention.quota)
+    end_session = _method(retention.end_session)
+    expect_session = _method(retention.expect_session)
+    demote_session = _method(retention.demote_session)
+    page_info = _method(retention.page_info)
+    explain = _method(retention.explain)
 
     @property
     def seq(self) -> Sequences:
@@ -96,6 +104,17 @@ class Client:
         ms: how long the writing may take; 5000 when None.
         """
         return Reservation(self, ReserveHold(self._core, key, nbytes, ms))
+
+    def listen(self, *channels: Key, patterns: Sequence[Key] = ()) -> Listening[Message]:
+        """Listen to channels: ``with client.listen("news") as messages``, then iterate.
+
+        patterns: listen to all channels that these cover, too.
+        """
+        return Listening(listen_to(self._core.settings, channels, patterns), self._run)
+
+    def events(self, *namespaces: Key) -> Listening[PageEvent]:
+        """Follow what becomes of the pages of namespaces, of all of them when none is named."""
+        return Listening(listen_to_events(self._core.settings, namespaces), self._run)
 
     def close(self) -> None:
         """Close the idle connections, and the others when their calls end."""

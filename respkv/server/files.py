@@ -16,11 +16,12 @@ from respkv.config import Config
 from respkv.config.kinds import size_text
 from respkv.engine.files import open_files
 from respkv.engine.mover import Mover
+from respkv.engine.prefetcher import prefetching
 from respkv.errors import CacheError
 from respkv.server import run_marks
 from respkv.server.page_specs import PageSpecs, make_ready
 from respkv.server.schema_files import SchemaFiles
-from respkv.server.state import Server, moves_of
+from respkv.server.state import Server, moves_of, prefetch_of
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.nvme import open_nvme
 from respkv.tiers.record import Level
@@ -56,7 +57,7 @@ async def using_files(server: Server) -> AsyncIterator[None]:
         return
     _allow_files()
     tiers = _make_tiers(config, PageSpecs(server.cache.namespaces))
-    schema_files = SchemaFiles(server.cache.namespaces, tiers)
+    schema_files = SchemaFiles(server.cache.namespaces, tiers, server.cache.accounts)
     began_s = anyio.current_time()
     places = [(name, path) for name, path, _ in config.file_tiers()]
     marks = await anyio.to_thread.run_sync(run_marks.read_marks, places)
@@ -89,7 +90,8 @@ async def using_files(server: Server) -> AsyncIterator[None]:
         mark = run_marks.next_mark(marks, server.clock.wall_ms)
         await run_marks.put_mark(server.cache.copies, tiers, stale, mark)
         _tell(server, anyio.current_time() - began_s)
-        yield
+        async with prefetching(server.cache, mover, prefetch_of(config)) as server.prefetcher:
+            yield
         num_before, began_s = _num_written(tiers), anyio.current_time()
     num_written, seconds = _num_written(tiers) - num_before, anyio.current_time() - began_s
     logger.log(NOTICE, "stopped: %d values written in %.2f s", num_written, seconds)

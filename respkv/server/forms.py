@@ -17,10 +17,10 @@ import anyio
 import anyio.to_thread
 
 from respkv.engine.entry import Entry
-from respkv.engine.namespaces import Schema
+from respkv.engine.namespaces import shape_of
 from respkv.errors import CacheError, CommandError
 from respkv.kernels.container import MIXED_ID, raw_head, read_head, select_layers
-from respkv.page import DTYPE_BYTES
+from respkv.page import DTYPE_BYTES, Geometry, Latents
 from respkv.server.arguments import shown
 from respkv.server.loads import is_cold
 from respkv.tiers.slab import Slot
@@ -71,14 +71,18 @@ def form_of(word: bytes) -> str:
     return name
 
 
-def schema_of(session: "Session", entry: Entry, word: str) -> Schema:
-    """Return the schema that a page fits. Raises CommandError when there is none, naming ``word``."""
+def shape_for(session: "Session", entry: Entry, word: str) -> Geometry:
+    """Return the shape of a page or tail, or of the page of a group.
+
+    Raises CommandError when it has none, naming ``word``.
+    """
     schema = session.cache.namespaces.of_key(entry.key) if entry.kind == "kvpage" else None
     if schema is None:
         raise CommandError(f"{word} needs a page whose namespace has a schema (KV.SCHEMA SET)")
-    if entry.nbytes != schema.geometry.page_bytes:  # put before its namespace had this schema
+    shape = shape_of(schema, entry.key, entry.nbytes, entry.tokens)
+    if shape is None:  # put before its namespace had this schema, or a state, or logits
         raise CommandError(f"{word} needs a page that fits the schema of its namespace")
-    return schema
+    return shape
 
 
 async def send_one(session: "Session", key: bytes, form: Form) -> None:
@@ -104,7 +108,7 @@ async def send_many(session: "Session", keys: Sequence[bytes], form: Form) -> No
         return
     for entry in map(session.cache.find, keys):
         if entry is not None:
-            _schema_for(session, entry, form)
+            _shape_of(session, entry, form)
     deadline = None if form.seconds is None else anyio.current_time() + form.seconds
     ahead: deque[_Ahead] = deque()
     todo = deque(keys)
@@ -142,9 +146,10 @@ def _take_share(
 def _bytes_needed(session: "Session", entry: Entry, form: Form) -> int:
     """Return how much memory a page takes until it is sent: in the arena, or as it is made."""
     schema = session.cache.namespaces.of_key(entry.key)
-    if schema is None or form.dtype == RAW:
+    shape = None if schema is None else shape_of(schema, entry.key, entry.nbytes, entry.tokens)
+    if shape is None or form.dtype == RAW:
         return entry.nbytes
-    source, target = DTYPE_BYTES[schema.geometry.dtype], DTYPE_BYTES[form.dtype]
+    source, target = DTYPE_BYTES[shape.dtype], DTYPE_BYTES[form.dtype]
     return max(entry.nbytes, entry.nbytes // source * target)
 
 
@@ -217,7 +222,7 @@ async def _prepare(session: "Session", key: bytes, form: Form) -> Page:
     entry = session.cache.find(key)
     if entry is None:
         return None
-    schema, mover = _schema_for(session, entry, form), session.server.mover
+    shape, mover = _shape_of(session, entry, form), session.server.mover
     if mover is None or not is_cold(entry):
         return await _from_memory(session, key, form)
     if form.seconds == 0:
@@ -229,7 +234,7 @@ async def _prepare(session: "Session", key: bytes, form: Form) -> Page:
             if form.dtype == RAW and any(each.codec >= MIXED_ID for each in entry.records):
                 stored = await mover.read_stored(entry)
                 if stored is not None and stored[0] >= MIXED_ID:
-                    return _some_layers(stored[1], schema, form.layers)
+                    return _some_layers(stored[1], shape, form.layers)
             load = mover.start_load(entry)
             await load.wait()
         if scope.cancelled_caught:
@@ -243,10 +248,10 @@ async def _prepare(session: "Session", key: bytes, form: Form) -> Page:
 
 
 def _some_layers(
-    encoded: bytes | memoryview, schema: Schema, layers: Layers | None
+    encoded: bytes | memoryview, shape: Geometry, layers: Layers | None
 ) -> bytes | memoryview:
     head, view = read_head(encoded), memoryview(encoded)
-    if head.geometry != schema.geometry:
+    if head.geometry != _encoded_shape(shape):
         raise CommandError("AS raw needs a page that was stored in the shape of its namespace")
     if layers is None:
         return encoded
@@ -260,12 +265,13 @@ async def _from_memory(session: "Session", key: bytes, form: Form) -> Page:
     entry = cache.find(key)
     if entry is None or (slot := entry.slot) is None:
         return None
-    schema = _schema_for(session, entry, form)
-    source, target = schema.geometry.dtype, form.dtype
-    head, start, stop = _head_of(schema, form.layers)
+    shape = _shape_of(session, entry, form)
+    source, target = shape.dtype, form.dtype
+    start, stop = (0, entry.nbytes) if form.layers is None else layer_range(shape, *form.layers)
+    head = _head_of(shape, form.layers) if target == RAW else b""
     cache.borrow(slot)
     if target in (RAW, source):
-        return Held(slot, head if target == RAW else b"", start, stop)
+        return Held(slot, head, start, stop)
     try:
         work = cache.payload(slot)[start:stop], source, target
         threads = session.server.form_threads
@@ -281,29 +287,37 @@ def _convert(numbers: memoryview, source: str, target: str) -> memoryview:
     return dtypes.convert(numbers, source, target)
 
 
-def _schema_for(session: "Session", entry: Entry, form: Form) -> Schema:
-    """Return the schema of a page. Raises CommandError unless the page can have a form."""
-    schema = schema_of(session, entry, "AS")
-    source = schema.geometry.dtype
-    if form.dtype != RAW and source not in FLOATS:
-        raise CommandError(f"AS {form.dtype}: pages of {source} are codes, not numbers to convert")
+def _shape_of(session: "Session", entry: Entry, form: Form) -> Geometry:
+    """Return the shape of a page. Raises CommandError unless the page can have a form."""
+    shape = shape_for(session, entry, "AS")
+    if form.dtype == RAW:
+        _encoded_shape(shape)
+    elif shape.dtype not in FLOATS:
+        raise CommandError(
+            f"AS {form.dtype}: pages of {shape.dtype} are codes, not numbers to convert"
+        )
     if form.layers is not None:
-        layer_range(schema, *form.layers)
-    return schema
+        layer_range(shape, *form.layers)
+    return shape
 
 
-def _head_of(schema: Schema, layers: Layers | None) -> tuple[bytes, int, int]:
-    """Return the head of a raw page, and the range of its bytes. Raises CommandError."""
-    shape = schema.geometry
-    if layers is None:
-        return raw_head(shape), 0, shape.page_bytes
-    start, stop = layer_range(schema, *layers)
-    return raw_head(replace(shape, layers=layers[1])), start, stop
+def _encoded_shape(shape: Geometry) -> Geometry:
+    """Return the shape that the head of an encoded page names. Raises CommandError."""
+    halves = shape.halves if isinstance(shape, Latents) else shape
+    if halves is None:
+        raise CommandError(f"AS raw: latents of odd dim {shape.dim} have no encoded form")
+    return halves
 
 
-def layer_range(schema: Schema, first: int, count: int) -> tuple[int, int]:
+def _head_of(shape: Geometry, layers: Layers | None) -> bytes:
+    """Return the head of a raw page, or of some of its layers. Raises CommandError."""
+    shape = _encoded_shape(shape)
+    return raw_head(shape if layers is None else replace(shape, layers=layers[1]))
+
+
+def layer_range(shape: Geometry, first: int, count: int) -> tuple[int, int]:
     """Return the byte range of some layers of a page. Raises CommandError when there is none."""
     try:
-        return schema.geometry.layer_range(first, count)
+        return shape.layer_range(first, count)
     except ValueError as error:
         raise CommandError(str(error)) from None

@@ -15,7 +15,8 @@ import respkv
 from respkv.engine.copies import RECORD_BYTES
 from respkv.engine.entry import ENTRY_BYTES
 from respkv.server.publishing import event_fields
-from respkv.server.tier_info import file_fields, gpu_fields
+from respkv.server.retention_info import retention_fields
+from respkv.server.tier_info import file_fields, gpu_fields, prefetch_fields
 
 if TYPE_CHECKING:
     from respkv.server.state import Server
@@ -168,9 +169,11 @@ def kv_fields(server: "Server") -> Fields:
         "kv_assembly_bytes": server.assemblies.nbytes,
         "kv_assemblies_dropped": server.assemblies.num_dropped,
         **gpu_fields(server),
+        **prefetch_fields(server),
         **{f"kv_{name}": value for name, value in event_fields(server).items()},
     }
-    return fields | {f"kv_{name}": value for name, value in cache.stats.snapshot().items()}
+    counters = {f"kv_{name}": value for name, value in cache.stats.snapshot().items()}
+    return fields | counters | retention_fields(server)
 
 
 SECTIONS: dict[str, Callable[["Server"], Fields]] = {

@@ -10,16 +10,19 @@ holds is refused. Bytes are answered as the client takes them, like those of KV.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from respkv.chain import Prompt
 from respkv.engine.entry import Entry
+from respkv.engine.groups import Need, clip
+from respkv.engine.namespaces import Group, Kind
 from respkv.engine.sequences import Found
 from respkv.errors import OutOfMemory
-from respkv.page import DTYPE_BYTES, Geometry
+from respkv.page import DTYPE_BYTES
 from respkv.server.answers import COPY_BYTES_MAX
 from respkv.server.loads import Loading, is_cold
 from respkv.tiers.rectangles import Rectangle, cut_heads
+from respkv.tiers.slab import Slot
 from respkv.wire import reply
 
 if TYPE_CHECKING:
@@ -32,39 +35,39 @@ STEP_BYTES: Final = 1 << 18  # are answered before it is asked whether there is 
 class Wanted:
     """What of a prompt is asked for.
 
-    first:     the first token. shape, rectangle: of its pages, and which part of them.
+    first:     the first token. group: of layers; its name is empty for the namespace's own.
+    rectangle: which part of the pages; None: all.
     parts:     of the position at its end: logits, hidden.
     seconds:   how long is waited for what is in files; None: until it is in memory.
     """
 
     prompt: Prompt
     first: int
-    shape: Geometry
-    rectangle: Rectangle
+    group: Group
+    rectangle: Rectangle | None
     parts: list[bytes] = field(default_factory=list)
     seconds: float | None = None
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of the keys, or of the values, of one token in one layer of a page."""
-        return self.shape.heads * self.shape.dim * DTYPE_BYTES[self.shape.dtype]
+    def num_items(self) -> int:
+        """How many bulks follow the parts: a layer each, or one of a state."""
+        if self.rectangle is not None:
+            return self.rectangle.num_layers
+        return 1 if self.group.geometry is None else self.group.geometry.layers
 
 
-@dataclass(slots=True)
-class Piece:
-    """Tokens of one page. num_tokens: that the page has; first, stop: which of them are wanted."""
+class Place(NamedTuple):
+    """Where the bytes of an entry are that are sent."""
 
-    entry: Entry
-    num_tokens: int
-    first: int
-    stop: int
+    slot: Slot
+    need: Need
 
 
 def send_layers(session: "Session", wanted: Wanted) -> "Iterator[None]":
     """Answer with pages in memory, one step after the other."""
     sequences = session.server.sequences
-    with _answering(session, wanted, sequences.find(wanted.prompt)) as pieces:
-        yield from _steps(session, wanted, pieces)
+    with _answering(session, wanted, sequences.find(wanted.prompt)) as places:
+        yield from _steps(session, wanted, places)
 
 
 async def load_and_send(session: "Session", wanted: Wanted, needed: list[Entry]) -> None:
@@ -95,12 +98,12 @@ async def load_and_send(session: "Session", wanted: Wanted, needed: list[Entry])
             if wanted.seconds is None:
                 _check_room(loading)
             found = session.server.sequences.find(wanted.prompt)
-            with _answering(session, wanted, found) as pieces:
+            with _answering(session, wanted, found) as places:
                 # From here on the pages are held where they are sent from.
                 loading.drop()
                 while held:
                     cache.restore(held.pop())
-                for _ in _steps(session, wanted, pieces):
+                for _ in _steps(session, wanted, places):
                     await session.make_room()
     finally:
         loading.drop()
@@ -112,7 +115,7 @@ def entries_needed(session: "Session", wanted: Wanted) -> list[Entry]:
     """Return the entries whose bytes the answer takes."""
     sequences = session.server.sequences
     found = sequences.find(wanted.prompt)
-    entries = [piece.entry for piece in _pieces(wanted, found)]
+    entries = [need.entry for need in _needs(session, wanted, found)]
     if found.tokens == wanted.prompt.num_tokens and found.tokens:
         parts = [sequences.find_part(wanted.prompt, what) for what in wanted.parts]
         entries += [entry for entry in parts if entry is not None]
@@ -120,70 +123,71 @@ def entries_needed(session: "Session", wanted: Wanted) -> list[Entry]:
 
 
 @contextmanager
-def _answering(session: "Session", wanted: Wanted, found: Found) -> Iterator[list[Piece]]:
+def _answering(session: "Session", wanted: Wanted, found: Found) -> Iterator[list[Place]]:
     """Begin the answer, and hold its pages until its last byte has left."""
     cache, prompt = session.cache, wanted.prompt
-    pieces, matched = _in_memory(wanted, found)
-    slots = [piece.entry.slot for piece in pieces if piece.entry.slot is not None]
-    assert len(slots) == len(pieces)
+    needs, matched = _in_memory(wanted, found, _needs(session, wanted, found))
+    # From here on the slots count: an entry may be demoted or overwritten while it is sent.
+    places = [Place(need.entry.slot, need) for need in needs if need.entry.slot is not None]
+    assert len(places) == len(needs)
+    slots = [place.slot for place in places]
     for slot in slots:
         cache.borrow(slot)
     try:
-        num_items = 1 + len(wanted.parts) + wanted.rectangle.num_layers
+        num_items = 1 + len(wanted.parts) + wanted.num_items
         session.out += (reply.array_header(num_items), reply.integer(matched))
         for what in wanted.parts:
             _send_part(session, prompt, what, is_hit=matched == prompt.num_tokens)
-        _count(session, pieces, found, prompt)
-        yield pieces
+        _count(session, needs, found, prompt)
+        yield places
         session.keep_until_sent(slots)
     finally:
         for slot in slots:
             cache.restore(slot)
 
 
-def _in_memory(wanted: Wanted, found: Found) -> tuple[list[Piece], int]:
-    """Return the pieces up to the first that is in files alone, and how many tokens matched."""
-    pieces = _pieces(wanted, found)
-    for number, piece in enumerate(pieces):
-        if is_cold(piece.entry):
-            page = wanted.first // wanted.shape.tokens + number
-            return pieces[:number], page * wanted.shape.tokens
-    return pieces, found.tokens
+def _needs(session: "Session", wanted: Wanted, found: Found) -> list[Need]:
+    """Return what is read, in order."""
+    return clip(session.server.groups.needs(wanted.prompt, wanted.group, found), wanted.first)
 
 
-def _pieces(wanted: Wanted, found: Found) -> list[Piece]:
-    whole, first = wanted.shape.tokens, wanted.first
-    if found.tokens <= first:
-        return []
-    begin = first // whole
-    pieces = [Piece(entry, whole, 0, whole) for entry in found.pages[begin:]]
-    if found.partial is not None and found.partial_tokens:
-        entry = found.partial
-        num_tokens = entry.nbytes * whole // wanted.shape.page_bytes
-        pieces.append(Piece(entry, num_tokens, 0, found.partial_tokens))
-    if pieces:
-        pieces[0].first = first - begin * whole
-    return pieces
+def _in_memory(wanted: Wanted, found: Found, needs: list[Need]) -> tuple[list[Need], int]:
+    """Return what comes before the first page that is in files alone, and how many tokens match."""
+    for number, need in enumerate(needs):
+        if is_cold(need.entry):
+            if wanted.group.kind in (Kind.SLIDING, Kind.STATE):
+                return [], 0  # a window with a hole is none
+            return needs[:number], need.first_token - need.skip
+    return needs, found.tokens
 
 
-def _steps(session: "Session", wanted: Wanted, pieces: Sequence[Piece]) -> Iterator[None]:
+def _steps(session: "Session", wanted: Wanted, places: Sequence[Place]) -> Iterator[None]:
     """Append the bulks of all layers to the output, some bytes at a time."""
-    rectangle, shape, row = wanted.rectangle, wanted.shape, wanted.row_bytes
+    shape = wanted.group.geometry
+    if shape is None:
+        _send_state(session, places)
+        return
+    rectangle = wanted.rectangle or Rectangle.of(shape, None, None)
     is_cut = not rectangle.has_all_heads(shape)
-    row_bytes = row * rectangle.num_heads // shape.heads
-    planes = shape.planes
-    layer_bytes = planes * row_bytes * sum(piece.stop - piece.first for piece in pieces)
-    places = [
-        (memory, piece.num_tokens * row, piece.first * row, piece.stop * row)
-        for piece in pieces
-        for memory in [_memory_of(session, piece.entry)]
+    head_bytes = shape.dim * DTYPE_BYTES[shape.dtype]
+    row, planes = shape.heads * head_bytes, shape.planes
+    num_tokens = sum(need.num_tokens for _, need in places)
+    layer_bytes = planes * num_tokens * rectangle.num_heads * head_bytes
+    ranges = [
+        (
+            session.cache.payload(slot),
+            need.entry.tokens * row,
+            need.skip * row,
+            (need.skip + need.num_tokens) * row,
+        )
+        for slot, need in places
     ]
-    is_copied = is_cut or all(stop - first <= COPY_BYTES_MAX for _, _, first, stop in places)
+    is_copied = is_cut or all(stop - first <= COPY_BYTES_MAX for _, _, first, stop in ranges)
     size = 0
     for layer in range(rectangle.first_layer, rectangle.first_layer + rectangle.num_layers):
         session.out.append(reply.bulk_prefix(layer_bytes))
         for plane in range(planes * layer, planes * (layer + 1)):
-            for memory, plane_bytes, first, stop in places:
+            for memory, plane_bytes, first, stop in ranges:
                 start = plane * plane_bytes
                 part: bytes | memoryview = memory[start + first : start + stop]
                 if is_cut:
@@ -200,9 +204,12 @@ def _steps(session: "Session", wanted: Wanted, pieces: Sequence[Piece]) -> Itera
     session.note_sent(size, in_place=not is_copied)
 
 
-def _memory_of(session: "Session", entry: Entry) -> memoryview:
-    assert entry.slot is not None
-    return session.cache.payload(entry.slot)
+def _send_state(session: "Session", places: Sequence[Place]) -> None:
+    """Answer with the one object that a recurrent layer has, or null."""
+    if places:
+        session.send_slot(places[0].slot)
+    else:
+        session.send_nil()
 
 
 def _send_part(session: "Session", prompt: Prompt, what: bytes, *, is_hit: bool) -> None:
@@ -217,18 +224,18 @@ def _send_part(session: "Session", prompt: Prompt, what: bytes, *, is_hit: bool)
     session.send_slot(entry.slot)
 
 
-def _count(session: "Session", pieces: Sequence[Piece], found: Found, prompt: Prompt) -> None:
+def _count(session: "Session", needs: Sequence[Need], found: Found, prompt: Prompt) -> None:
     """Count the pages that are sent as used, and those that were not there as missed."""
     cache = session.cache
     now, gpu = cache.clock.now, cache.gpu
-    for piece in pieces:
-        piece.entry.touched = now
-        piece.entry.hits += 1
+    for need in needs:
+        need.entry.touched = now
+        need.entry.hits += 1
         if gpu.is_on:
-            gpu.read(piece.entry)
+            gpu.read(need.entry)
     missed = max(0, -(-prompt.num_tokens // prompt.page_tokens) - len(found.entries))
-    cache.stats.hits += len(pieces)
-    cache.stats.page_hits += len(pieces)
+    cache.stats.hits += len(needs)
+    cache.stats.page_hits += len(needs)
     cache.stats.misses += missed
     cache.stats.page_misses += missed
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import anyio.to_thread
 
-from respkv.engine.namespaces import AUTO, Namespaces, Schema
+from respkv.engine.namespaces import AUTO, Namespaces, Schema, shape_of
 from respkv.kernels.layout import Codec
-from respkv.page import namespace_of
+from respkv.page import Geometry, Latents, group_of, namespace_of
 from respkv.tiers import lossy
 from respkv.tiers.codec import PageSpec, has_torch, load_lossless, parse_codec
 from respkv.tiers.record import Meta
@@ -30,7 +30,7 @@ class PageSpecs:
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
-        self._known: dict[tuple[bytes, str], _Known] = {}
+        self._known: dict[tuple[bytes, str, bytes, int], _Known] = {}
 
     def of(self, tier: str, meta: Meta) -> PageSpec | None:
         """Return how a tier is to store a page; None: as it does by itself."""
@@ -38,13 +38,17 @@ class PageSpecs:
         schema = self._namespaces.find(namespace)
         if schema is None or not schema.codecs:
             return None
+        shape = shape_of(schema, meta.key, meta.payload_bytes, meta.tokens)
+        if shape is None:
+            return None
         chosen = self._namespaces.chosen.get(namespace)
-        known = self._known.get((namespace, tier))
+        name = namespace, tier, group_of(meta.key), shape.tokens
+        known = self._known.get(name)
         if known is None or known.schema is not schema or known.chosen is not chosen:
             if len(self._known) >= KNOWN_MAX:  # of namespaces that have gone, most of them
                 self._known.clear()
-            known = _Known(schema, chosen, spec_of(schema, tier, chosen))
-            self._known[namespace, tier] = known
+            known = _Known(schema, chosen, spec_of(schema, tier, chosen, shape, name[2]))
+            self._known[name] = known
         return known.spec
 
 
@@ -68,10 +72,14 @@ def _is_lossy(text: bytes) -> bool:
         return False
 
 
-def spec_of(schema: Schema, tier: str, chosen: Chosen | None) -> PageSpec | None:
+def spec_of(
+    schema: Schema, tier: str, chosen: Chosen | None, shape: Geometry, group: bytes = b""
+) -> PageSpec | None:
     """Return what a schema asks of a tier.
 
     chosen: the codecs of its layers, where measuring is to choose them; None: not yet, so lossless.
+    shape:  of the page: of a full one or a tail, of the namespace's own geometry or of a group's.
+            Groups are not measured, and latents have no K and V: they have lossless codecs then.
     """
     text = dict(schema.codecs).get(tier.encode())
     if text is None:
@@ -79,10 +87,13 @@ def spec_of(schema: Schema, tier: str, chosen: Chosen | None) -> PageSpec | None
     exact_first, exact_last = schema.exact_first, schema.exact_last
     try:
         pair = (Codec.XS, Codec.XS) if text == AUTO else parse_codec(text.decode(errors="replace"))
-        codecs = (pair,) * schema.geometry.layers
-        if text == AUTO and chosen is not None:
+        if isinstance(shape, Latents):
+            halves = shape.halves
+            return None if halves is None else PageSpec.of(halves, *pair).without_loss()
+        codecs = (pair,) * shape.layers
+        if text == AUTO and chosen is not None and not group:
             codecs = chosen
-        return PageSpec(schema.geometry, codecs, exact_first, exact_last)
+        return PageSpec(shape, codecs, exact_first, exact_last)
     except ValueError as error:  # of a schema that another version saved
         logger.error("namespace %r: tier %s keeps to itself: %s", schema.namespace, tier, error)
         return None

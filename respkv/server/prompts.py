@@ -87,19 +87,18 @@ class Portion:
             return False
         return True
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether no range was named."""
-        return self.layers is None and self.heads is None
+    def rectangle(self, schema: Schema) -> Rectangle | None:
+        """Return what it is of the pages of a schema; None: all. Raises CommandError.
 
-    def rectangle(self, schema: Schema) -> Rectangle:
-        """Return what it is of the pages of a schema. Raises CommandError."""
-        if self.group:
-            raise CommandError(
-                f"GROUP {shown(self.group)}: namespace {shown(schema.namespace)} has no such group"
-            )
+        Raises SchemaMismatch when the schema has no such group.
+        """
+        if self.layers is None and self.heads is None:
+            return None
+        group = schema.group(self.group)
+        if group.geometry is None:
+            raise CommandError(f"group {shown(group.name)} has no layers or heads to choose from")
         try:
-            return Rectangle.of(schema.geometry, self.layers, self.heads)
+            return Rectangle.of(group.geometry, self.layers, self.heads)
         except ValueError as error:
             raise CommandError(str(error)) from None
 

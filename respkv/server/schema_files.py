@@ -1,8 +1,8 @@
-"""Schemas survive a restart: each file tier's directory has all of them in ``schemas.json``.
+"""Schemas and quotas survive a restart: each file tier's directory has all in ``schemas.json``.
 
 One JSON object: ``format``, ``version``, ``serial`` (of two files the greater is the newer),
-``schemas``, and ``checksum``, the xxh3_64 of the object without it, keys sorted, no spaces. Bytes
-are hex digits. A damaged file is ignored, and the other tier's one is used.
+``schemas``, ``quotas``, and ``checksum``, the xxh3_64 of the object without it, keys sorted, no
+spaces. Bytes are hex digits. A damaged file is ignored, and the other tier's one is used.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from respkv.engine.accounts import Accounts, Saved
 from respkv.engine.namespaces import Group, Kind, Namespaces, Schema
 from respkv.errors import PageCorrupt, TierError
 from respkv.kernels.layout import Codec
@@ -39,10 +40,13 @@ class SchemaFiles:
     num_failed:  times that a tier could not take them.
     """
 
-    def __init__(self, namespaces: Namespaces, tiers: "Sequence[FileTier]") -> None:
+    def __init__(
+        self, namespaces: Namespaces, tiers: "Sequence[FileTier]", accounts: Accounts | None = None
+    ) -> None:
         self.num_damaged = 0
         self.num_failed = 0
         self._namespaces = namespaces
+        self._accounts = accounts
         self._tiers = tiers
         self._lock = anyio.Lock()
         self._serial = 0  # of the present state
@@ -60,6 +64,7 @@ class SchemaFiles:
         """
         newest: tuple[int, list[Schema]] = (0, [])
         chosen: Chosen = {}
+        quotas: list[Saved] = []
         for tier in self._tiers:
             data = await tier.load(FILE_NAME)
             try:
@@ -69,12 +74,14 @@ class SchemaFiles:
                 logger.error("%s of tier %s is ignored: %s", FILE_NAME, tier.name, error)
                 continue
             if data is not None and found[0] > newest[0]:
-                newest, chosen = found, chosen_in(data)
+                newest, chosen, quotas = found, chosen_in(data), quotas_in(data)
         self._serial, schemas = newest
         self._saved = self._serial
         for schema in schemas:
             self._namespaces.put(schema)
         self._namespaces.chosen.update(chosen)
+        if self._accounts is not None:
+            self._accounts.restore(quotas)
         return schemas
 
     async def save(self) -> None:
@@ -91,7 +98,9 @@ class SchemaFiles:
             serial = self._serial
             schemas = [self._namespaces.find(name) for name in self._namespaces.names()]
             chosen = self._namespaces.chosen
-            data = encode(serial, [schema for schema in schemas if schema is not None], chosen)
+            quotas = [] if self._accounts is None else self._accounts.saved()
+            present = [schema for schema in schemas if schema is not None]
+            data = encode(serial, present, chosen, quotas)
             failures = [
                 str(error) for error in [await self._save(t, data) for t in self._tiers] if error
             ]
@@ -109,10 +118,16 @@ class SchemaFiles:
         return None
 
 
-def encode(serial: int, schemas: Iterable[Schema], chosen: Chosen | None = None) -> bytes:
+def encode(
+    serial: int,
+    schemas: Iterable[Schema],
+    chosen: Chosen | None = None,
+    quotas: Iterable[Saved] = (),
+) -> bytes:
     """Return the text of a file.
 
     chosen: the codecs of namespaces whose codec is chosen by measuring.
+    quotas: what namespaces and tenants may keep.
     """
     body: dict[str, Any] = {
         "format": FORMAT,
@@ -123,6 +138,10 @@ def encode(serial: int, schemas: Iterable[Schema], chosen: Chosen | None = None)
             name.hex(): [[key.name, value.name] for key, value in layers]
             for name, layers in (chosen or {}).items()
         },
+        "quotas": [
+            [name.hex(), None if tenant is None else tenant.hex(), nbytes, tenant_bytes]
+            for name, tenant, nbytes, tenant_bytes in quotas
+        ],
     }
     body["checksum"] = checksum(body)
     return json.dumps(body, indent=1).encode()
@@ -157,6 +176,14 @@ def chosen_in(data: bytes) -> Chosen:
         bytes.fromhex(name): tuple((Codec[key], Codec[value]) for key, value in layers)
         for name, layers in found.items()
     }
+
+
+def quotas_in(data: bytes) -> list[Saved]:
+    """Return the quotas, from a file that ``decode`` took; some have none."""
+    return [
+        (bytes.fromhex(name), None if tenant is None else bytes.fromhex(tenant), nbytes, each)
+        for name, tenant, nbytes, each in json.loads(data).get("quotas", ())
+    ]
 
 
 def checksum(body: dict[str, Any]) -> str:

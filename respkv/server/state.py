@@ -13,8 +13,10 @@ from respkv.engine.assembly import Assemblies
 from respkv.engine.cache import Cache
 from respkv.engine.clock import Clock
 from respkv.engine.events import Events
+from respkv.engine.groups import Groups
 from respkv.engine.landing import Landing
 from respkv.engine.placement import GpuPromote, MoveSettings
+from respkv.engine.prefetch import Limits as PrefetchLimits
 from respkv.engine.sequences import Sequences
 from respkv.engine.sessions import Hints
 from respkv.errors import OutOfMemory
@@ -33,6 +35,7 @@ from respkv.wire.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from respkv.engine.gpu_actor import GpuActor
     from respkv.engine.mover import Mover
+    from respkv.engine.prefetcher import Prefetcher
     from respkv.server.zmq_events import Publisher
     from respkv.tiers.file_tier import FileTier
     from respkv.tiers.gpu import GpuTier
@@ -51,12 +54,15 @@ class Server:
     def __init__(self, config: Config, cache: Cache, arena: Arena, clock: Clock) -> None:
         self.config = config
         self.cache = cache
-        self.mover: Mover | None = None  # without file tiers, as the next two
+        self.mover: Mover | None = None  # without file tiers, as the next three
+        self.prefetcher: Prefetcher | None = None
         self.schema_files: SchemaFiles | None = None
         self.file_tiers: Sequence[FileTier] = ()
         self.gpu: GpuActor | None = None  # without a gpu tier, as the next one
         self.gpu_tier: GpuTier | None = None
         self.sequences = Sequences(cache)
+        self.groups = Groups(cache)
+        self.sequences.serve = self.groups.serve
         self.assemblies = Assemblies(cache)
         self.hints = Hints(cache)
         self.budget = Budget(config.move_bytes_max, arena.nbytes)
@@ -114,6 +120,8 @@ class Server:
         cache = self.cache
         if self.mover is not None:
             self.mover.settings = moves_of(config)
+            if self.prefetcher is not None:
+                self.prefetcher.limits = prefetch_of(config)
             cache.default_level = Level[config.durability.upper()]
         cache.gpu.promote = cast(GpuPromote, config.gpu_promote)
         for session in self.sessions.values():
@@ -210,6 +218,12 @@ def limits_of(config: Config) -> Limits:
         inline_max=config.inline_max,
         held_max=config.query_buffer_limit,
     )
+
+
+def prefetch_of(config: Config) -> PrefetchLimits:
+    """Return how much is raised from files ahead."""
+    mode = cast(Literal["auto", "on", "off"], config.prefetch)
+    return PrefetchLimits(mode, config.prefetch_budget(config.maxmemory))
 
 
 def moves_of(config: Config) -> MoveSettings:

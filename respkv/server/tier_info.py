@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 Field = str | int | float
 
 
+def prefetch_fields(server: "Server") -> dict[str, object]:
+    """Return the fields of INFO about what is raised ahead; none without file tiers."""
+    if server.prefetcher is None:
+        return {}
+    fields = server.prefetcher.info_fields()
+    return {f"kv_prefetch_{name}": value for name, value in fields.items()}
+
+
 def file_tier_fields(tier: "FileTier") -> dict[str, Field]:
     """Return what is to be known of a tier, by name.
 

@@ -137,6 +137,7 @@ async def _steps(server: "Server") -> AsyncGenerator[tuple[list[Entry], int], No
 def _is_of(entry: Entry, schema: Schema) -> bool:
     return (
         entry.kind == "kvpage"
+        and entry.part is None
         and entry.namespace == schema.namespace
         and entry.nbytes == schema.geometry.page_bytes
     )

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVENTS_PER_STEP = 500  # become a batch, or one for each of their namespaces
+EVENTS_PER_STEP = 200  # become a batch, or one for each of their topics; some milliseconds
 REPLAYS_MAX = 8  # that are answered at a time; others wait
 REPLAY_BATCHES_PER_STEP = 32
 STALL_S = 5.0  # an asker that takes nothing for so long is not answered further

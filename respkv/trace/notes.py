@@ -83,7 +83,8 @@ class Notes:
         name = _word(args[0])
         command = look_up(name)
         if command is None:
-            return Noted(None, {"cmd": "other", "num_keys": 0, "in_bytes": 0})
+            fields = {"cmd": "other", "num_keys": 0, "in_bytes": 0}
+            return Noted(None, fields, ends_order=name in _ENDS_ORDER)
         if command.subcommands and len(args) > 1:
             command = look_up_sub(command, _word(args[1])) or command
         noted = Noted(command, {"cmd": command.name}, ends_order=name in _ENDS_ORDER)

@@ -12,6 +12,7 @@ reply is whole. ``t`` is when the command was whole, in seconds from the start o
 """
 
 import json
+import signal
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -24,7 +25,8 @@ import anyio
 from anyio.abc import ByteStream, SocketStream
 
 from respkv.client.url import Settings
-from respkv.errors import CacheError, ProtocolError
+from respkv.errors import CacheError, ConfigError, ProtocolError
+from respkv.trace.groups import answers_alone
 from respkv.trace.notes import Noted, Notes, Skipped, describe, is_tokens
 from respkv.trace.recorded import FORMAT, VERSION
 from respkv.trace.scan import ReplyScanner
@@ -199,6 +201,30 @@ class Recorder:
                 group.cancel_scope.cancel()  # a server that has gone reads nothing more
 
 
+def run(
+    recorder: Recorder, recording: Recording, at: Settings, tell: Callable[[str], None]
+) -> None:
+    """Record in an event loop of its own until SIGINT or SIGTERM.
+
+    tell: told where clients connect, once they can.
+    Raises ConfigError when nobody can listen there, CacheError when the file cannot be written.
+    """
+    with answers_alone():
+        anyio.run(_run, recorder, recording, at, tell, backend_options={"use_uvloop": True})
+
+
+async def _run(
+    recorder: Recorder, recording: Recording, at: Settings, tell: Callable[[str], None]
+) -> None:
+    async with listen(at) as (listener, where), anyio.create_task_group() as group:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            group.start_soon(record, recorder, listener, recording)
+            tell(where)
+            async for _ in signals:
+                group.cancel_scope.cancel()
+                return
+
+
 async def record(recorder: Recorder, listener: Any, recording: Recording) -> None:
     """Accept clients until cancelled; what was recorded is in the file then.
 
@@ -214,16 +240,24 @@ async def record(recorder: Recorder, listener: Any, recording: Recording) -> Non
 
 @asynccontextmanager
 async def listen(at: Settings) -> AsyncGenerator[tuple[Any, str]]:
-    """Listen for clients; yields the listener and where it is. Port 0 takes any free one."""
-    if at.path:
-        listener: Any = await anyio.create_unix_listener(at.path)
-        where = f"unix://{at.path}"
-    else:
-        listener = await anyio.create_tcp_listener(local_host=at.host, local_port=at.port)
-        port = listener.extra(anyio.abc.SocketAttribute.local_port)
-        where = f"respkv://{at.host}:{port}"
+    """Listen for clients; yields the listener and where it is. Port 0 takes any free one.
+
+    Raises ConfigError when nobody can listen there.
+    """
+    try:
+        if at.path:
+            listener: Any = await anyio.create_unix_listener(at.path)
+        else:
+            listener = await anyio.create_tcp_listener(local_host=at.host, local_port=at.port)
+    except OSError as error:
+        where = at.address if at.path else f"respkv://{at.address}"
+        raise ConfigError(f"cannot listen on {where}: {error}") from error
     async with listener:
-        yield listener, where
+        if at.path:
+            yield listener, at.address
+        else:
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            yield listener, f"respkv://{at.host}:{port}"
 
 
 async def connect(target: Settings) -> SocketStream:

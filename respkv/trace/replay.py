@@ -14,7 +14,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -27,6 +27,7 @@ from respkv.client.replies import Reply
 from respkv.errors import ConfigError, ServerError
 from respkv.trace.flops import DEFAULT_MODEL, Model
 from respkv.trace.format import Request, Trace
+from respkv.trace.groups import answers_alone
 
 PUT_BATCH = 64  # pages that one pipeline puts
 DELETE_BATCH = 1000
@@ -100,11 +101,21 @@ def page_of(key: str, page_bytes: int) -> bytes:
     return hashlib.shake_128(key.encode()).digest(page_bytes)
 
 
+def run(trace: Trace, plan: Plan) -> Report:
+    """Replay a trace in an event loop of its own."""
+    return anyio.run(replay, trace, plan, backend_options={"use_uvloop": True})
+
+
 async def replay(trace: Trace, plan: Plan) -> Report:
     """Replay a trace; the server has its settings back afterwards, also after an error.
 
     Raises what the client raises. Cancelled: the pages may stay, the settings do not.
     """
+    with answers_alone():
+        return await _replay(trace, plan)
+
+
+async def _replay(trace: Trace, plan: Plan) -> Report:
     report = Report()
     stored: set[str] = set()
     async with AsyncClient(plan.url, pool_max=plan.num_workers + 1) as client:
@@ -116,9 +127,10 @@ async def replay(trace: Trace, plan: Plan) -> Report:
                 for _ in range(plan.num_workers):
                     group.start_soon(_work, receive.clone(), player)
                 receive.close()
-                async with send:
-                    for request in trace.requests:
-                        await send.send(request)
+                with suppress(anyio.BrokenResourceError):  # all workers failed; the group says why
+                    async with send:
+                        for request in trace.requests:
+                            await send.send(request)
             report.seconds = perf_counter() - start
         if not plan.keeps:
             await _delete(client, sorted(stored))

@@ -40,6 +40,12 @@ class Blocking:
     def lease(self, *args: Any, **options: Any) -> AbstractContextManager["Blocking"]:
         return self._entered(self.target.lease(*args, **options))
 
+    def listen(self, *args: Any, **options: Any) -> AbstractContextManager["Blocking"]:
+        return self._entered(self.target.listen(*args, **options))
+
+    def events(self, *args: Any) -> AbstractContextManager["Blocking"]:
+        return self._entered(self.target.events(*args))
+
     def reserve(self, *args: Any, **options: Any) -> AbstractContextManager["Blocking"]:
         return self._entered(self.target.reserve(*args, **options))
 

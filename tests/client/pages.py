@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy
 
-from respkv.page import Geometry, page_ids, page_keys
+from respkv.chain import page_ids
+from respkv.page import Geometry, page_keys
 
 GEOMETRY = Geometry(layers=4, heads=2, dim=16, tokens=256, dtype="float16")
 SHAPE = (4, 2, 256, 2, 16)  # [L, 2, T, H, D]

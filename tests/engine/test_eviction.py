@@ -15,7 +15,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from bench.eviction_trace import Replay, find_trace, read_trace
 from respkv.engine.entry import Entry
 from respkv.engine.eviction import POLICIES, RECHECKS, Verdict, make_policy
 from respkv.engine.queues import HEAP_SLACK, LOOKS_MAX
@@ -554,25 +553,6 @@ def test_random_engines(name: str) -> None:
         type(f"{name}_engine", (EngineMachine,), {"name": name}),
         settings=settings(max_examples=120, stateful_step_count=60, deadline=None),
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "is_chained", "hit_rate"),
-    # Measured before with simulators of their own, whose blocks knew nothing of each other. For
-    # fifo that matters: leaves first keeps a chain as long as it grows, so it does as well as lru.
-    [("lru", True, 0.1420), ("fifo", False, 0.1303), ("sieve", False, 0.0999)],
-)
-def test_hit_rates_of_a_real_trace_are_those_of_other_simulators(
-    name: str, is_chained: bool, hit_rate: float
-) -> None:
-    path = find_trace()
-    if path is None:
-        pytest.skip("no trace: set RESPKV_TRACE to Mooncake's conversation_trace.jsonl")
-    replay = Replay(name, 6000, is_chained=is_chained)
-    for request in read_trace(path):
-        replay.serve(request)
-    assert replay.hit_rate == pytest.approx(hit_rate, abs=0.01)
-    replay.policy.check(list(replay.entries.values()))
 
 
 class Writable(Shelf):

@@ -44,7 +44,7 @@ def test_a_newer_format_is_refused() -> None:
     for copy in (0, 4096):
         data[copy + 8] = FORMAT_VERSION + 1
         data[copy + 24 : copy + 32] = hash64(data[copy : copy + 24]).to_bytes(8, "little")
-    with pytest.raises(TierError, match="format 2, this program reads formats up to 1"):
+    with pytest.raises(TierError, match="format 3, this program reads formats up to 2"):
         decode(bytes(data))
 
 

@@ -71,7 +71,7 @@ def test_cells_are_named_or_all_of_them_and_hints_are_for_those_that_do_not_know
     assert [cell.policy for cell in cells_of("all", (1,))] == list(NAMES)
     hinted = cells_of("lru,belady", (1, 2), has_end_hints=True)
     assert [cell.label for cell in hinted] == ["lru + end hints"] * 2 + ["belady"] * 2
-    with pytest.raises(ConfigError, match="policy 'best' is none of lru, .*, or all"):
+    with pytest.raises(ConfigError, match=r"policy 'best' is none of lru, .*, or all"):
         cells_of("lru,best", (1,))
 
 

@@ -16,7 +16,7 @@ NOT_YET = {
     *("client|pause", "client|unpause"),
     *("client|caching", "command|getkeysandflags", "config|rewrite", "memory|malloc-stats"),
     *("memory|doctor", "memory|purge", "memory|stats", "module|load", "module|unload"),
-    "module|loadex",
+    *("module|loadex", "pubsub|shardchannels", "pubsub|shardnumsub"),
 }
 
 

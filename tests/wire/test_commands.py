@@ -206,6 +206,7 @@ PAYLOADS = {
     "MSET a P b P c P": 6,
     "MSETNX a P b P": 4,
     "KV.PUT key P NX PX 1": 2,
+    "KV.SEQ.PUT ns tokens 2 P P": 4,
 }
 
 

@@ -10,14 +10,14 @@ from typing import Any, Final
 
 from respkv.engine.entry import Entry, Put
 from respkv.engine.landing import Landing
-from respkv.engine.namespaces import check_payload
+from respkv.engine.namespaces import check_part, check_payload
 from respkv.errors import CommandError, SchemaMismatch
-from respkv.page import KEY_BYTES_MAX
+from respkv.page import KEY_BYTES_MAX, part_of
 from respkv.server.arguments import Words, count, count_ms, shown, value_of
 from respkv.server.body import Refused
 from respkv.server.commands.keyspace import mark_used
 from respkv.server.commands.strings import send_entry, use_loaded
-from respkv.server.forms import Form, form_of, layer_range, schema_of, send_many, send_one
+from respkv.server.forms import Form, form_of, layer_range, send_many, send_one, shape_for
 from respkv.server.gpu import check_gpu
 from respkv.server.keeping import expires_ms, pinned_until
 from respkv.server.loads import cold_entries
@@ -31,7 +31,7 @@ from respkv.wire.parser import Args
 
 LEVELS: Final = {b"WRITTEN": Level.WRITTEN, b"DURABLE": Level.DURABLE}
 DEADLINE_S_MAX = 86_400.0
-NAME_BYTES_MAX = 256  # of a session or tenant
+NAME_BYTES_MAX: Final = {b"SESSION": 256, b"TENANT": 1024}
 
 
 def put_options(session: Session, key: bytes, nbytes: int, words: Words) -> tuple[Put, bool]:
@@ -55,6 +55,8 @@ def put_options(session: Session, key: bytes, nbytes: int, words: Words) -> tupl
         if word == b"PARENT":
             parent = words.take()
             check_key(parent)
+            if part_of(parent) is not None:
+                raise CommandError("PARENT names a part of a page; pages stand behind pages")
         elif word == b"TOKENS":
             tokens = words.count("TOKENS", 1)
         elif word == b"PX":
@@ -88,8 +90,11 @@ def put_options(session: Session, key: bytes, nbytes: int, words: Words) -> tupl
 
 def _name(words: Words, word: bytes) -> bytes:
     name = words.take()
-    if not 0 < len(name) <= NAME_BYTES_MAX:
-        raise CommandError(f"{word.decode()} has 1 to {NAME_BYTES_MAX} bytes, not {len(name)}")
+    most = NAME_BYTES_MAX[word]
+    if not 0 < len(name) <= most:
+        raise CommandError(f"{word.decode()} has 1 to {most} bytes, not {len(name)}")
+    if name.upper() == b"PARENT":  # what follows it would be taken for a key
+        raise CommandError(f"{word.decode()} {shown(name)}: that is a word of the command")
     return name
 
 
@@ -112,10 +117,10 @@ def check_key(key: bytes) -> None:
 def kv_put(session: Session, args: Args) -> None:
     """Store a page."""
     key = args[1]
+    nbytes = args[2].nbytes if isinstance(args[2], Landing | Refused) else len(args[2])
+    how, is_new_only = put_options(session, key, nbytes, Words(args, 3))
     value = value_of(args[2])
     cache = session.cache
-    nbytes = value.nbytes if isinstance(value, Landing | Refused) else len(value)
-    how, is_new_only = put_options(session, key, nbytes, Words(args, 3))
     check_fits(session, key, nbytes)
     there = cache.find(key)
     if is_new_only and there is not None:
@@ -149,7 +154,10 @@ def check_fits(session: Session, key: bytes, nbytes: int) -> None:
     schema = session.cache.namespaces.of_key(key)
     if schema is not None:
         try:
-            check_payload(schema, nbytes)
+            if part_of(key) is None:
+                check_payload(schema, nbytes)
+            else:
+                check_part(schema, key, nbytes)
         except SchemaMismatch:
             session.cache.history.note(key, "schema")
             raise
@@ -216,7 +224,7 @@ def kv_mget(session: Session, args: Args) -> Later:
 
 def layer_bytes(session: Session, entry: Entry, first: int, count: int) -> tuple[int, int]:
     """Return the byte range of some layers of a page. Raises CommandError when it has none."""
-    return layer_range(schema_of(session, entry, "LAYERS"), first, count)
+    return layer_range(shape_for(session, entry, "LAYERS"), first, count)
 
 
 def _form(words: Words) -> Form:

@@ -12,7 +12,7 @@ from respkv.engine.sessions import Answer
 from respkv.engine.spaces import Limits
 from respkv.errors import CommandError
 from respkv.server.arguments import DURATION_MS_MAX, Words, count_ms, shown
-from respkv.server.commands.pages import LEVELS
+from respkv.server.commands.pages import LEVELS, NAME_BYTES_MAX
 from respkv.server.keeping import allowed_pin, allowed_ttl
 from respkv.server.prompts import SESSION_BYTES_MAX, ChainWords, prompt_of
 from respkv.server.registry import command
@@ -20,7 +20,6 @@ from respkv.server.session import Session
 from respkv.tiers.record import Level
 from respkv.wire.parser import Args
 
-TENANT_BYTES_MAX = 256
 NAMESPACE_BYTES_MAX = 256
 TENANTS_MAX = 65_536  # of a namespace, that have a limit of their own
 
@@ -46,8 +45,9 @@ def kv_quota(session: Session, args: Args) -> Awaitable[None] | None:
         seen.add(word)
         if word == b"TENANT" and not is_change:  # first, because it says whose MAXBYTES it is
             tenant = words.take()
-            if not 0 < len(tenant) <= TENANT_BYTES_MAX:
-                raise CommandError(f"a tenant has 1 to {TENANT_BYTES_MAX} bytes")
+            most = NAME_BYTES_MAX[b"TENANT"]
+            if not 0 < len(tenant) <= most:
+                raise CommandError(f"a tenant has 1 to {most} bytes")
         elif word == b"MAXBYTES":
             is_change = True
             _set_max(limits, tenant, words.take())

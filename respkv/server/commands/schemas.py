@@ -8,7 +8,8 @@ import anyio.lowlevel
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
 from respkv.engine.namespaces import AUTO, Kind, Schema
-from respkv.errors import CommandError, TierError
+from respkv.engine.spaces import Limits
+from respkv.errors import CommandError, QuotaExceeded, TierError
 from respkv.kernels.layout import Codec
 from respkv.page import Latents, namespace_of
 from respkv.server.arguments import Words, count_ms, shown
@@ -27,13 +28,14 @@ STEP = 2000  # keys looked at before others are let in
 NAMESPACE_BYTES_MAX = 256
 NAMESPACES_MAX = 4096
 IDENTITY_BYTES_MAX = 1024  # of a fingerprint, an algorithm's name and a seed
+_QUOTAS = {b"MAXBYTES": "max_bytes", b"TENANTBYTES": "tenant_bytes"}
 _TARGETS = {b"MAXERROR": "error_max", b"MINRATIO": "ratio_min"}
 
 
 @command("kv.schema|set")
 def kv_schema_set(session: Session, args: Args) -> Awaitable[None] | None:
     """Register the schema of a namespace, or check that it is the one in force."""
-    schema = _parse(session, args)
+    schema, quotas = _parse(session, args)
     cache, files = session.cache, session.server.schema_files
     for nbytes in schema.piece_sizes:
         if nbytes > cache.slabs.payload_bytes_max:
@@ -45,12 +47,40 @@ def kv_schema_set(session: Session, args: Args) -> Awaitable[None] | None:
     if known is None and len(cache.namespaces) >= NAMESPACES_MAX:
         raise CommandError(f"there are {NAMESPACES_MAX} namespaces; KV.SCHEMA DEL one first")
     cache.namespaces.put(schema)
+    is_limited_anew = _limit(session, schema.namespace, known, quotas)
+    is_same = known == schema and not is_limited_anew
     for nbytes in schema.piece_sizes:
         cache.slabs.add_class(nbytes)
-    if files is not None and not (known == schema and files.is_saved):
+    if files is not None and not (is_same and files.is_saved):
         return _save(session, files, schema)
     session.out.append(reply.OK)
     return None
+
+
+def _limit(
+    session: Session, namespace: bytes, known: Schema | None, quotas: dict[str, int]
+) -> bool:
+    """Put quotas in force; return whether they are others than before.
+
+    known: the schema before, which is in force again when what is there does not fit them.
+    Raises QuotaExceeded then.
+    """
+    accounts, namespaces = session.cache.accounts, session.cache.namespaces
+    before = accounts.limits_of(namespace)
+    limits = before.copy()
+    limits.max_bytes = quotas.get("max_bytes", limits.max_bytes)
+    limits.tenant_bytes = quotas.get("tenant_bytes", limits.tenant_bytes)
+    if limits == before:
+        return False
+    try:
+        accounts.set_limits(namespace, limits)
+    except QuotaExceeded:
+        if known is None:
+            namespaces.drop(namespace)
+        else:
+            namespaces.put(known)
+        raise
+    return True
 
 
 async def _save(session: Session, files: SchemaFiles, schema: Schema) -> None:
@@ -67,7 +97,8 @@ async def _save(session: Session, files: SchemaFiles, schema: Schema) -> None:
     session.out.append(reply.OK)
 
 
-def _parse(session: Session, args: Args) -> Schema:
+def _parse(session: Session, args: Args) -> tuple[Schema, dict[str, int]]:
+    """Read a schema, and the quotas that are said with it."""
     namespace = args[2]
     if not 0 < len(namespace) <= NAMESPACE_BYTES_MAX:
         raise CommandError(f"a namespace has 1 to {NAMESPACE_BYTES_MAX} bytes")
@@ -77,6 +108,7 @@ def _parse(session: Session, args: Args) -> Schema:
     algorithm = b"blake3"
     codecs: dict[bytes, bytes] = {}
     kept: dict[str, Any] = {}
+    quotas: dict[str, int] = {}
     words = Words(args, 3)
     while words:
         word = words.word()
@@ -104,8 +136,8 @@ def _parse(session: Session, args: Args) -> Schema:
             kept["exact_last"] = words.count("EXACT last")
         elif word in _TARGETS:
             kept[_TARGETS[word]] = words.fraction(word.decode())
-        elif word == b"MAXBYTES":
-            raise CommandError("MAXBYTES: this server has no quotas for a namespace")
+        elif word in _QUOTAS:
+            quotas[_QUOTAS[word]] = words.count(word.decode())
         elif word == b"TTL":
             kept["ttl_ms"] = count_ms(words.take(), "TTL")
         elif word == b"DURABILITY":
@@ -117,7 +149,7 @@ def _parse(session: Session, args: Args) -> Schema:
     pairs = tuple(codecs.items())
     schema = Schema(namespace, geometry, fingerprint, algorithm, seed, pairs, **kept)
     _check_codecs(schema)
-    return schema
+    return schema, quotas
 
 
 def _check_codecs(schema: Schema) -> None:
@@ -210,6 +242,7 @@ def kv_schema_get(session: Session, args: Args) -> None:
         return
     shape = schema.geometry
     level = session.cache.default_level if schema.level is None else schema.level
+    limits = session.cache.accounts.limits_of(schema.namespace)
     session.send(
         {
             "namespace": schema.namespace,
@@ -226,6 +259,8 @@ def kv_schema_get(session: Session, args: Args) -> None:
             "seed": schema.seed,
             "codecs": [list(pair) for pair in schema.codecs],
             "ttl_ms": schema.ttl_ms,
+            "max_bytes": limits.max_bytes,
+            "tenant_bytes": limits.tenant_bytes,
             "durability": level.name.lower(),
             "exact_first": schema.exact_first,
             "exact_last": schema.exact_last,
@@ -296,6 +331,8 @@ async def kv_schema_del(session: Session, args: Args) -> None:
             assert mover is not None
             await mover.settle(ticket, since)
     was_there = cache.namespaces.drop(namespace) and is_there
+    if was_there:
+        cache.accounts.set_limits(namespace, Limits())
     session.server.assemblies.drop_namespace(namespace)
     if was_there and files is not None:
         await files.save()

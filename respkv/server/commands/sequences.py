@@ -1,12 +1,13 @@
 """KV.SEQ.MATCH, KV.SEQ.PUT and KV.SEQ.GET: prompts in, pages found and stored by the server."""
 
 from respkv.server.arguments import DURATION_MS_MAX, Words
+from respkv.server.assembling import put_rectangles
 from respkv.server.commands.pages import DEADLINE_S_MAX
 from respkv.server.layers import Wanted, entries_needed, load_and_send, send_layers
 from respkv.server.loads import is_cold
 from respkv.server.places import load_us, tier_of
 from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
-from respkv.server.puts import put_pages, put_rectangles, read_put
+from respkv.server.puts import put_pages, read_put
 from respkv.server.registry import Later, command
 from respkv.server.session import Session
 from respkv.wire.parser import Args
@@ -47,10 +48,10 @@ def kv_seq_match(session: Session, args: Args) -> None:
 def kv_seq_put(session: Session, args: Args) -> "Later | None":
     """Store the pages of a prompt, or the part of them that one worker has."""
     put = read_put(session, args)
-    if put.portion.is_whole:
+    if put.rectangle is None:
         put_pages(session, put)
         return None
-    return put_rectangles(session, put)
+    return put_rectangles(session, put, put.rectangle)
 
 
 @command("kv.seq.get", streams="always")
@@ -89,4 +90,5 @@ def _wanted(session: Session, args: Args) -> Wanted:
     prompt = prompt_of(session, args[1], args[2], chain.extras())
     schema = schema_of(session, prompt.namespace)
     parts.sort(key=PARTS.index)  # logits first, however they were asked for
-    return Wanted(prompt, first, schema.geometry, portion.rectangle(schema), parts, seconds)
+    group = schema.group(portion.group)
+    return Wanted(prompt, first, group, portion.rectangle(schema), parts, seconds)

@@ -4,7 +4,10 @@ from respkv.wire.commands.command import Command, KeySpec
 from respkv.wire.commands.schemas import SCHEMAS
 
 _COUNTED = KeySpec(("RO", "access"), counted=True)
-_PUT_OPTIONS = "[PARENT key] [TOKENS n] [PX milliseconds] [PRIORITY n] [NX] [WRITTEN|DURABLE]"
+_PUT_OPTIONS = (
+    "[PARENT key] [TOKENS n] [PX milliseconds] [PRIORITY n] [PIN milliseconds] [NX] "
+    "[WRITTEN|DURABLE] [SESSION session] [TENANT tenant]"
+)
 
 _PAGES = (
     Command(
@@ -24,7 +27,10 @@ _PAGES = (
             "with both sizes when the payload does not fit, an `OOM` error when no room can be "
             "made. With WRITTEN the answer comes when the page survives a crash of the server, with "
             "DURABLE when it survives a power cut; a `KVTIER` error says that it will not, and "
-            "the page is in memory."
+            "the page is in memory. PX is cut to `ttl-max` and PIN to `pin-max`; a `KVPIN` error "
+            "says that too much is pinned, a `KVQUOTA` error that the namespace or the TENANT may "
+            "keep no more and nothing of theirs may go; nothing is stored then. SESSION is what "
+            "KV.HINT names."
         ),
     ),
     Command(
@@ -77,7 +83,7 @@ _PAGES = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of keys",
-        syntax="KV.MATCH numkeys key [key ...]",
+        syntax="KV.MATCH numkeys key [key ...] [SESSION session]",
         notes=(
             "Answers an array: how many pages from the first on are present, one letter for "
             "the tier of each (`g` gpu, `c` memory, `n` nvme, `d` disk), and the microseconds that loading "
@@ -113,7 +119,12 @@ _PAGES = (
         group="kv",
         complexity="O(1)",
         syntax="KV.INFO key",
-        notes="Answers a map, or null.",
+        notes=(
+            "Answers a map, or null. Whose it is: `session`, `turn`, `request_tokens`, `is_ended` and "
+            "`expected_ms` (-1: no hint) of the request that used it last; `tenant`, with the bytes "
+            "kept and allowed of the tenant and of the namespace (0 is no limit). How it is kept: "
+            "`level`, `priority`, `ttl_ms` (-1: none), `pinned_ms`, `held_ms`."
+        ),
     ),
     Command(
         name="kv.touch",
@@ -139,7 +150,11 @@ _PAGES = (
         group="kv",
         complexity="O(1)",
         syntax="KV.PIN key milliseconds",
-        notes="Answers 1, or 0 when the page is absent.",
+        notes=(
+            "Answers 1, or 0 when the page is absent. More than `pin-max` is cut to that; KV.RETAIN "
+            "says so and KV.INFO shows it. A `KVPIN` error when more than `pinned-share-max` of the "
+            "arena would be pinned."
+        ),
     ),
     Command(
         name="kv.unpin",
@@ -167,7 +182,7 @@ _PAGES = (
         syntax="KV.EXPLAIN key",
         notes=(
             "Answers an array of a reason (`present`, `cold` when it is in files alone, `never`, "
-            "`evicted`, `expired`, `deleted`, `flushed`, `schema`, `corrupt`, `lost`) and a text."
+            "`evicted`, `quota` when it was evicted for one, `expired`, `deleted`, `flushed`, `schema`, `corrupt`, `lost`) and a text."
         ),
     ),
 )

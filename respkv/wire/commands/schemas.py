@@ -19,7 +19,7 @@ _SCHEMA = subcommands(
             "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] "
             "[CODEC tier codec [CODEC tier codec ...]] [EXACT first last] "
             "[MAXERROR error|MINRATIO ratio] [TTL milliseconds] "
-            "[DURABILITY MEMORY|WRITTEN|DURABLE]"
+            "[DURABILITY MEMORY|WRITTEN|DURABLE] [MAXBYTES bytes] [TENANTBYTES bytes]"
         ),
         notes=(
             "Answers `OK`, or a `KVSCHEMA` error when the namespace has another schema. "
@@ -40,7 +40,8 @@ _SCHEMA = subcommands(
             "the first ones, of pages without PARENT, and the last ones. Set again, a schema of the "
             "same shape has the codecs and all other policies that are said now, and no others. "
             "DURABILITY is what the pages of the namespace survive once their put is answered, "
-            "`durability` when left out. With file tiers the schema survives a restart."
+            "`durability` when left out. MAXBYTES and TENANTBYTES are the quotas of KV.QUOTA, which "
+            "stay as they are when left out. With file tiers the schema survives a restart."
         ),
     ),
     Command(

@@ -1,0 +1,168 @@
+"""KV.SEQ.PUT of rectangles: each worker's layers and heads, put together to whole pages.
+
+The pages are shared by all connections (engine/assembly.py). A rectangle is copied into its page a
+part at a time between other commands, and its payload is held until then, whether or not the client
+still waits: what came whole is not thrown away.
+"""
+
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import anyio.lowlevel
+
+from respkv.engine.assembly import Assembly
+from respkv.engine.landing import Landing
+from respkv.engine.sequences import Piece
+from respkv.errors import SequenceGap
+from respkv.server.arguments import value_of
+from respkv.server.puts import (
+    SequencePut,
+    Target,
+    check_payloads,
+    kept_until,
+    store_part,
+    targets_of,
+)
+from respkv.tiers.rectangles import STEP_BYTES, Rectangle, write_steps
+from respkv.tiers.slab import Slot
+
+if TYPE_CHECKING:
+    from respkv.server.session import Session
+
+
+def put_rectangles(session: "Session", put: SequencePut, rectangle: Rectangle) -> Awaitable[None]:
+    """Add rectangles to their pages; answer with how many pages became whole by it.
+
+    Returns: what does it; the payloads are held until then.
+    """
+    targets = targets_of(put, _plan(session, put), session) if put.payloads else []
+    check_payloads(session, put, targets)
+    for payload in (*put.payloads, *put.parts.values()):
+        value_of(payload)  # raises why there was no room for it
+    slots: list[Slot] = []
+    payloads = [_held(session, payload, slots) for payload in put.payloads]
+    parts = {what: bytes(_held(session, payload, slots)) for what, payload in put.parts.items()}
+    copies = list(zip(targets, payloads, strict=True))
+    return _assemble(session, put, rectangle, copies, parts, slots)
+
+
+def _held(session: "Session", payload: Any, slots: list[Slot]) -> memoryview:
+    if not isinstance(payload, Landing):
+        return memoryview(payload)
+    # The session gives the landing back when the command has run, which is before it is copied.
+    memory = payload.memory
+    session.cache.borrow(payload.slot)
+    slots.append(payload.slot)
+    return memory
+
+
+def _plan(session: "Session", put: SequencePut) -> Sequence[Piece]:
+    """Return the pages of a put, those before which are there or are being put together."""
+    server, until = session.server, kept_until(session)
+    try:
+        return server.sequences.plan(put.prompt, put.first, until=until)
+    except SequenceGap:
+        pieces = server.sequences.plan(put.prompt, 0, until=until)
+        index = put.first // put.prompt.page_tokens
+        if all(_is_coming(session, piece) for piece in pieces[:index]):
+            return pieces[index:]
+        raise
+
+
+def _is_coming(session: "Session", piece: Piece) -> bool:
+    return piece.is_there or session.server.assemblies.find(piece.key) is not None
+
+
+async def _assemble(
+    session: "Session",
+    put: SequencePut,
+    rectangle: Rectangle,
+    copies: Sequence[tuple[Target, memoryview]],
+    parts: dict[bytes, bytes],
+    slots: list[Slot],
+) -> None:
+    """Copy rectangles into their pages, publish what is whole, and answer.
+
+    Raises OutOfMemory when a page finds no room; the rectangles before it are kept.
+    """
+    server, there = session.server, 0
+    try:
+        for target, payload in copies:
+            if _is_there(session, target):
+                there += 1
+                continue
+            if put.group.name and not _is_coming(session, target.piece):
+                raise SequenceGap(f"put the page from token {target.piece.first_token} on first")
+            assembly = server.assemblies.begin(
+                target.key, target.parent_key, target.shape, target.how, put.schema.identity
+            )
+            assembly.pin_s = max(assembly.pin_s, put.pin_s)
+            if target is copies[-1][0] and not put.group.name:
+                _add_parts(session, put, assembly, parts)
+            await _copy(session, assembly, rectangle, payload)
+    finally:
+        for slot in slots:
+            session.cache.restore(slot)
+    server.clock.refresh()
+    keys = {target.key for target, _ in copies}
+    with session.promising():
+        try:
+            published = server.assemblies.publish()
+            if parts and (not copies or _is_there(session, copies[-1][0])):
+                _put_parts(session, put, parts)
+        finally:
+            server.sequences.tidy()
+        session.send([sum(entry.key in keys for entry in published), there])
+
+
+def _is_there(session: "Session", target: Target) -> bool:
+    if target.there is not None and target.there.position >= 0:
+        return True
+    return session.cache.find(target.key) is not None
+
+
+def _add_parts(
+    session: "Session", put: SequencePut, assembly: Assembly, parts: dict[bytes, bytes]
+) -> None:
+    """Have the parts of the prompt's end published with its last page."""
+    tokens = assembly.shape.tokens
+    how = replace(put.how, expires_ms=0, parent=assembly.key, tokens=tokens)
+    how = replace(how, depth=put.prompt.num_tokens - tokens)
+    for what, payload in parts.items():
+        key = session.server.sequences.part_key(put.prompt, what)
+        session.server.assemblies.add_part(assembly, key, payload, how)
+
+
+def _put_parts(session: "Session", put: SequencePut, parts: dict[bytes, bytes]) -> None:
+    """Store the parts of a prompt whose end is there."""
+    cache = session.cache
+    for what, payload in parts.items():
+        landing = cache.reserve(len(payload))
+        try:
+            landing.write(payload)
+            store_part(session, put, what, landing)
+        finally:
+            cache.abandon(landing)
+
+
+async def _copy(
+    session: "Session", assembly: Assembly, rectangle: Rectangle, payload: memoryview
+) -> None:
+    """Copy one rectangle into its page, unless it is there by then; hash a page that is whole."""
+    cells = rectangle.cells(assembly.shape)
+    if not assembly.needs(cells):
+        return
+    copied = 0
+    for nbytes in write_steps(assembly.landing.memory, assembly.shape, rectangle, payload):
+        copied += nbytes
+        if copied >= STEP_BYTES:
+            copied = 0
+            await anyio.lowlevel.checkpoint()
+            if not assembly.needs(cells):  # others completed it, or it was dropped
+                return
+    assembly.cover(cells)
+    if assembly.is_open and assembly.is_whole:
+        for _ in assembly.hash_steps():
+            await anyio.lowlevel.checkpoint()
+        session.server.assemblies.end(assembly)
