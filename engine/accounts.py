@@ -117,11 +117,13 @@ class Accounts(Watcher):
         if not self._num_limited:
             return
         space = self.spaces.get(namespace)
-        if space is None or not space.limits.is_any:
+        if space is None:
             return
-        plan = self._new_plan(keep)
-        error = self._plan_put(plan, space, tenant, nbytes)
-        self._carry_out(plan, space, error)
+        own_over, whole_over = space.over(tenant, nbytes)
+        if own_over > 0 or whole_over > 0:
+            plan = self._new_plan(keep)
+            error = self._plan_put(plan, space, tenant, nbytes)
+            self._carry_out(plan, space, error)
 
     def check_put(self, key: bytes, tenant: bytes, nbytes: int, parent: Entry | None) -> None:
         """Let a page fit that is about to be published, beside the one it is put behind.
@@ -265,8 +267,7 @@ class Accounts(Watcher):
         account = space.accounts.get(tenant)
         used = 0 if account is None else account.nbytes
         own_max, whole_max = space.limits.of(tenant), space.limits.max_bytes
-        own_over = used + nbytes - own_max if own_max else 0
-        whole_over = space.nbytes + nbytes - whole_max if whole_max else 0
+        own_over, whole_over = space.over(tenant, nbytes)
         if nbytes > (own_max or nbytes):
             return _refusal(space, tenant, own_max, used, nbytes)
         if nbytes > (whole_max or nbytes):

@@ -7,6 +7,7 @@ own and neither may wait behind the other.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from respkv.engine.admission import Admission
 from respkv.engine.burials import Burials
 from respkv.engine.clock import Clock
 from respkv.engine.entry import ENTRY_BYTES, Entry
@@ -33,6 +34,7 @@ class Backlog(Burials):
         self.hurried_bytes = 0  # of those that eviction has passed over
         self.writing: dict[Entry, Writing] = {}
         self.given_up: dict[Entry, None] = {}  # in memory, and reclaim has dropped their copies
+        self.admission = Admission(clock)
         self.marks, self.small_marks = Watermarks(), Watermarks()
         self.on_room: Callable[[], None] = lambda: None
 
@@ -65,12 +67,42 @@ class Backlog(Burials):
     def spares(self, entry: Entry) -> bool:
         """Whether an entry is better evicted later, because a tier can still take its value."""
         is_dirty = entry in self.dirty_of(entry) or entry in self.writing or entry in self.given_up
+        if not is_dirty and entry in self.admission.left_out:
+            is_dirty = self.admission.admits(entry)  # it was used since
         return is_dirty and self.can_write
+
+    def leave_out(self, entry: Entry) -> None:
+        """Have a dirty entry not written as it is now: it is not worth that."""
+        was_behind = self.is_behind
+        dirt = self.take_out(entry)
+        assert dirt is not None
+        self.admission.left_out[entry] = None
+        self.admission.note(dirt.nbytes, is_admitted=False)
+        if was_behind and not self.is_behind:
+            self.on_room()
+
+    def take_along(self, entry: Entry) -> None:
+        """Have the pages in front of one that is being written written too, and its parts."""
+        admission = self.admission
+        if admission.mode == "all":
+            return
+        for part in entry.parts or ():
+            self._insist(part)
+        front = entry.parent
+        while front is not None and not front.records and front not in admission.insisted:
+            self._insist(front)
+            front = front.parent
+
+    def _insist(self, entry: Entry) -> None:
+        if not entry.records:
+            self.admission.insisted.add(entry)
+            if entry in self.admission.left_out:
+                self._queue(entry)
 
     def hurry(self, entry: Entry) -> None:
         """Have an entry written soon: it would be evicted if there were a copy."""
-        if entry in self.given_up:
-            self.queue(entry)
+        if entry in self.given_up or entry in self.admission.left_out:
+            self._queue(entry)
         dirty = self.dirty_of(entry)
         dirt = dirty.get(entry)
         if dirt is not None and dirt.touched >= 0:
@@ -80,13 +112,18 @@ class Backlog(Burials):
             self.on_work()
 
     def recall(self) -> None:
-        """Queue what was given up: this is the last time that it can be written."""
-        for entry in list(self.given_up):
-            self.queue(entry)
+        """Queue what was given up or left out: this is the last time that it can be written."""
+        for entry in [*self.given_up, *self.admission.left_out]:
+            self._queue(entry)
 
     def queue(self, entry: Entry) -> None:
         """Queue an entry that became dirty. What is being written is not its value any more."""
+        self.admission.put(entry)
+        self._queue(entry)
+
+    def _queue(self, entry: Entry) -> None:
         self.given_up.pop(entry, None)
+        self.admission.left_out.pop(entry, None)
         writing = self.writing.get(entry)
         if writing is not None:
             writing.is_void = True
@@ -116,6 +153,7 @@ class Backlog(Burials):
     def take_out(self, entry: Entry) -> Dirt | None:
         """Take an entry out of its queue, before its value changes or goes."""
         dirt = self.dirty_of(entry).pop(entry, None)
+        self.admission.forget(entry)
         if dirt is None:
             self.given_up.pop(entry, None)
             return None

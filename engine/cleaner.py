@@ -131,8 +131,11 @@ class Cleaner:
         share = self._cache.slabs.budget_bytes // ARENA_SHARE
         limit = min(self.settings.move_bytes_max, share)
         while self._write_bytes < limit:
+            num_refused = self._copies.admission.num_refused
             batches = self._next_batches(limit - self._write_bytes)
             if not batches:
+                if self._copies.admission.num_refused != num_refused:
+                    self._copies.on_work()  # there may be more, and others have their turn
                 return
             for tier, entries in batches.items():
                 self._start_write(tier, entries, Level.MEMORY)
@@ -170,9 +173,17 @@ class Cleaner:
                 dirty[entry] = dirt._replace(touched=entry.touched)
                 dirty.move_to_end(entry)
                 continue
+            if not self.is_draining and not self._copies.admission.admits(entry):
+                self._copies.leave_out(entry)
+                self._copies.requeue(entry)
+                limit -= dirt.nbytes
+                count += 1
+                continue
             tier = choose_tier(self.tiers, entry.nbytes)
             if tier is None or self._retry_at[tier] > now:
                 continue
+            self._copies.admission.note(dirt.nbytes, is_admitted=True)
+            self._copies.take_along(entry)
             batches.setdefault(tier, []).append(entry)
             limit -= dirt.nbytes
             self.idle_bytes = max(0, self.idle_bytes - dirt.nbytes)

@@ -6,7 +6,8 @@ then by when they were last used; a page only after those behind it.
 
 A hit writes ``touched`` and calls nobody, so a page's rank is read again when it comes to the front
 of a heap: one that was used since goes back in. Pages with others behind them are parked until the
-last of those has gone; pinned ones wait for their deadline.
+last of those has gone; pinned ones wait for their deadline. Others that may not go are few as a rule
+and are looked at again each time; where they are many they rest for a moment.
 """
 
 import heapq
@@ -15,6 +16,8 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from respkv.engine.entry import Entry
 
 SLACK = 1024  # void places in a heap that do not matter
+HELD_FEW = 256
+HELD_REST_S = 0.1
 
 Rank = tuple[bool, int, float, int]  # is its session alive, priority, last use, minus its ticket
 IsHeld = Callable[[Entry], bool]
@@ -27,7 +30,7 @@ class Coldest:
         self._tickets: dict[Entry, int] = {}
         self._next = 0
         self._heap: list[tuple[Rank, Entry]] = []
-        self._pinned: list[tuple[float, int, Entry]] = []
+        self._waiting: list[tuple[float, int, Entry]] = []
         self._parked: set[Entry] = set()
         self._passed: list[Entry] = []  # held ones met while a plan was made
 
@@ -64,8 +67,8 @@ class Coldest:
 
         doomed: pages that will go before it, and are behind nothing any more.
         """
-        while self._pinned and self._pinned[0][0] <= now:
-            _, ticket, entry = heapq.heappop(self._pinned)
+        while self._waiting and self._waiting[0][0] <= now:
+            _, ticket, entry = heapq.heappop(self._waiting)
             if self._tickets.get(entry) == ticket:
                 self._push(entry)
         while self._heap:
@@ -77,8 +80,7 @@ class Coldest:
                 self._parked.add(entry)
             elif entry.pinned_until > now:
                 heapq.heappop(self._heap)
-                ticket = self._tickets[entry]
-                heapq.heappush(self._pinned, (entry.pinned_until, ticket, entry))
+                self._rest(entry, entry.pinned_until)
             elif is_held(entry):
                 heapq.heappop(self._heap)
                 self._passed.append(entry)
@@ -88,17 +90,26 @@ class Coldest:
                 return entry
         return None
 
-    def end_plan(self, spared: Iterable[Entry]) -> None:
+    def end_plan(self, spared: Iterable[Entry], now: float) -> None:
         """Take back those that were passed over, and those ``spared`` that did not have to go."""
-        for entry in (*self._passed, *spared):
+        held = [entry for entry in self._passed if entry in self._tickets]
+        self._passed.clear()
+        if len(held) <= HELD_FEW:
+            spared = (*held, *spared)
+        else:
+            for entry in held:
+                self._rest(entry, now + HELD_REST_S)
+        for entry in spared:
             if entry in self._tickets:
                 self._push(entry)
-        self._passed.clear()
 
     def _push(self, entry: Entry) -> None:
         self._next += 1  # what stands for it in a heap already is void
         self._tickets[entry] = self._next
         heapq.heappush(self._heap, (rank_of(entry, self._next), entry))
+
+    def _rest(self, entry: Entry, until: float) -> None:
+        heapq.heappush(self._waiting, (until, self._tickets[entry], entry))
 
     def _is_current(self, rank: Rank, entry: Entry) -> bool:
         return self._tickets.get(entry) == -rank[3]

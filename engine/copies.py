@@ -117,6 +117,7 @@ class Copies(Backlog):
             queue.clear()
         for each in (self.given_up, self.moving, self.owed, self.kept, self.ghosts):
             each.clear()
+        self.admission.clear()
         self.queued_bytes = self.queued_small_bytes = self.writing_bytes = self.hurried_bytes = 0
         self.num_cold = self.cold_bytes = self.num_records = 0
 
@@ -275,6 +276,8 @@ class Copies(Backlog):
         if entry in self.ghosts:
             return
         self.num_records -= 1
+        if reason == "evicted":
+            self.admission.dropped(entry)
         if record.level:
             entry.generation = 0  # the log forgets it, so it is written under another one
         if entry.records:

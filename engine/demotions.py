@@ -41,5 +41,6 @@ class Demotions:
                 self._cache.demote(entry)
                 continue
             if not entry.records:
+                self._cache.copies.admission.insisted.add(entry)
                 self._cache.copies.hurry(entry)
             self._asked[entry] = touched  # behind the others, which have their turn

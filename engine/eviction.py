@@ -26,11 +26,14 @@ from enum import Enum, auto
 from math import inf
 from typing import Protocol
 
+from respkv.engine.arc import Arc
 from respkv.engine.entry import Entry
+from respkv.engine.gdsf import Gdsf
 from respkv.engine.nodes import page_of
 from respkv.engine.queues import Fifo, Lfu, Lru, Queue, S3Fifo, Shared, Sieve
 from respkv.engine.survival import Survival
 from respkv.engine.survival_queue import SurvivalQueue
+from respkv.engine.tinylfu import WTinyLfu
 
 RECHECKS = 8
 ASKS_MAX = 4096
@@ -89,6 +92,11 @@ class Policy(Protocol):
         """
         ...
 
+    @property
+    def ghost_bytes(self) -> int:
+        """Bytes kept of entries that are not tracked any more."""
+        ...
+
     def check(self, entries: Sequence[Entry]) -> None:
         """Assert that exactly these entries are tracked, each once, and parked only as parents."""
         ...
@@ -120,6 +128,10 @@ class PriorityPolicy:
 
     def __len__(self) -> int:
         return self._shared.num_resident
+
+    @property
+    def ghost_bytes(self) -> int:
+        return self._shared.ghost_bytes
 
     def insert(self, entry: Entry) -> None:
         if entry.queue is None:
@@ -274,6 +286,9 @@ _QUEUES: dict[str, Callable[[Shared], Queue]] = {
     "fifo": Fifo,
     "sieve": Sieve,
     "s3fifo": S3Fifo,
+    "arc": Arc,
+    "wtinylfu": WTinyLfu,
+    "gdsf": Gdsf,
 }
 POLICIES = (*_QUEUES, "survival")
 

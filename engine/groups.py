@@ -236,15 +236,6 @@ def is_piece(entry: Entry, group: Group, tokens: int) -> bool:
     return entry.kind == "kvpage" and entry.nbytes == group.piece_bytes(tokens)
 
 
-def has_bound_parts_of(page: Entry, other: Entry) -> bool:
-    """Whether a page has the pages of all groups that another one has."""
-    if not other.parts:
-        return True
-    there = {part.key[len(page.key) :] for part in page.parts or ()}
-    bound = (part.key for part in other.parts if part.part is Part.BOUND)
-    return all(key[len(other.key) :] in there for key in bound)
-
-
 # -- putting --------------------------------------------------------------------------------------
 
 

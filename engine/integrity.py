@@ -52,7 +52,10 @@ def check_copies(copies: Copies, entries: Iterable[Entry]) -> None:
         assert tiers == sorted(set(tiers))
         assert all(record.owner is entry for record in entry.records)
         is_queued = (
-            entry in copies.dirty_of(entry) or entry in copies.writing or entry in copies.given_up
+            entry in copies.dirty_of(entry)
+            or entry in copies.writing
+            or entry in copies.given_up
+            or entry in copies.admission.left_out
         )
         if copies.is_on and not entry.records:
             assert is_queued or entry.nbytes > copies.payload_bytes_max
@@ -62,6 +65,10 @@ def check_copies(copies: Copies, entries: Iterable[Entry]) -> None:
     assert present.issuperset(copies.owed)
     assert present.issuperset(copies.given_up)
     assert not any(entry.records for entry in copies.given_up)
+    assert present.issuperset(copies.admission.left_out)
+    assert not any(entry.records for entry in copies.admission.left_out)
+    assert present.issuperset(copies.admission.insisted)
+    assert not set(copies.admission.left_out).intersection(copies.dirty_large, copies.given_up)
     assert present.issuperset(copies.urgent)
     assert present.issuperset(copies.kept)
     for entry, writing in copies.writing.items():

@@ -29,6 +29,15 @@ def touch_parts(page: Entry, now: float) -> None:
             part.touched = now
 
 
+def has_bound_parts_of(page: Entry, other: Entry) -> bool:
+    """Whether a page has the pages of all groups that another one has."""
+    if not other.parts:
+        return True
+    there = {part.key[len(page.key) :] for part in page.parts or ()}
+    bound = (part.key for part in other.parts if part.part is Part.BOUND)
+    return all(key[len(other.key) :] in there for key in bound)
+
+
 def right_behind(entry: Entry) -> Iterator[Entry]:
     """Yield the pages behind a page and its parts."""
     yield from entry.children or ()

@@ -110,7 +110,7 @@ class Gate:
         self._until = 0.0  # of a rest
         self._won = self._settled = 0.0  # weighted; of a trial plain counts
         self._num_tried = 0  # bets of this trial
-        self._num_won_since = 0
+        self._num_settled = self._num_won_since = 0  # since it is in this state
 
     @property
     def share(self) -> float:
@@ -131,7 +131,7 @@ class Gate:
 
     def forget_tried(self) -> None:
         """Note that the open bets of a trial will never end."""
-        self._num_tried = int(self._settled)
+        self._num_tried = self._num_settled
 
     def settle(self, *, is_won: bool, is_trial: bool, now: float) -> None:
         """Learn how a bet ended. One of before the state changed does not count."""
@@ -142,14 +142,15 @@ class Gate:
             self._settled *= 1.0 - 1.0 / WINDOW
         self._won += is_won
         self._settled += 1.0
+        self._num_settled += 1
         if is_trial:
-            if self._settled >= TRIAL:
+            if self._num_settled >= TRIAL:
                 self._end_trial(now)
             return
         self._num_won_since += is_won
         if self._num_won_since >= WINDOW:
             self.rest_s = REST_S
-        if self._settled >= EVIDENCE and self._won < OFF_SHARE * self._settled:
+        if self._num_settled >= EVIDENCE and self._won < OFF_SHARE * self._settled:
             self._rest(now)
 
     def _end_trial(self, now: float) -> None:
@@ -167,7 +168,7 @@ class Gate:
         self.state = state
         self.num_switched += 1
         self._won = self._settled = 0.0
-        self._num_tried = self._num_won_since = 0
+        self._num_tried = self._num_settled = self._num_won_since = 0
 
 
 class Bet:

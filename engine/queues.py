@@ -21,12 +21,15 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from sys import getsizeof
 
 from respkv.engine.entry import Entry
+from respkv.engine.sketch import Sketch
 
 HEAP_SLACK = 64
 LOOKS_MAX = 512
 RESIDENCE_COUNT = 1000  # evictions over which the mean of their idle times runs
+_NAME_BYTES = 36  # of an int that is the hash of a key
 _FREQUENCY_MAX = 3
 _SMALL_SHARE = 10  # the small queue of s3fifo is meant to hold one in so many
 
@@ -40,6 +43,8 @@ class Shared:
     num_resident: entries that the policy tracks, in a queue or aside.
     inflation:    lfu: the rank of the last victim.
     ghost:        s3fifo: hashes of the keys that left the small queue unused, oldest first.
+    ghost_once, ghost_again, target: arc: what went after one use, after more; the size of T1.
+    sketch:       wtinylfu: how often keys were used.
     now:          when a victim was asked for last, seconds of the monotonic clock.
     residence_s:  running mean of how long victims had been idle.
     """
@@ -48,9 +53,20 @@ class Shared:
     num_resident: int = 0
     inflation: float = 0.0
     ghost: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    ghost_once: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    ghost_again: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    target: float = 0.0
+    sketch: Sketch = field(default_factory=Sketch)
     now: float = 0.0
     residence_s: float = 0.0
     num_evicted: int = 0
+
+    @property
+    def ghost_bytes(self) -> int:
+        """Bytes that are kept of keys which are not here."""
+        ghosts = (self.ghost, self.ghost_once, self.ghost_again)
+        kept = sum(getsizeof(ghost) + _NAME_BYTES * len(ghost) for ghost in ghosts if ghost)
+        return kept + self.sketch.nbytes
 
     def note_residence(self, idle_s: float) -> None:
         """Count how long an entry had been idle when it was evicted."""
@@ -126,6 +142,9 @@ class Ranked(Queue):
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._items)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._items
 
     def add(self, entry: Entry) -> None:
         self.restore(entry, self._rank(entry))

@@ -182,7 +182,7 @@ class Residents(Memory):
         if entry.kind == "kvpage" != kind and self.watchers:
             self.watchers.removed(entry, "deleted")
         self.accounts.uncount(entry)
-        if kind == "string":
+        if kind == "string" and entry.parts:
             self._remove_parts(entry, "deleted")
             entry.branch = entry.token_ids = b""
         if self.gpu.is_on:
@@ -222,7 +222,8 @@ class Residents(Memory):
             self._give_back(slot)
 
     def _remove(self, entry: Entry, reason: Reason) -> None:
-        self._remove_parts(entry, reason)
+        if entry.parts:
+            self._remove_parts(entry, reason)
         is_cold = entry.is_cold
         if entry.kind == "kvpage" and self.watchers:
             self.watchers.removed(entry, reason)
@@ -255,18 +256,21 @@ class Residents(Memory):
             self.stats.demoted += 1
             self.demote(entry)
         else:
-            self._lose_all(page_of(entry))
+            self._lose_all(page_of(entry) if entry.part else entry)
 
     def _lose_all(self, page: Entry) -> None:
         """Lose a page and its parts."""
-        for part in tuple(page.parts or ()):
-            self._lose(part)
+        if page.parts:
+            for part in tuple(page.parts):
+                self._lose(part)
         self._lose(page)
 
     def _lose(self, entry: Entry) -> None:
         self.stats.evicted += 1
         self.stats.evicted_bytes += entry.nbytes
-        self.stats.evicted_dirty += self.has_files and self.copies.spares(entry)
+        if self.has_files:
+            self.stats.evicted_dirty += self.copies.spares(entry)
+            self.copies.admission.lost(entry)
         self._remove(entry, "evicted")
 
     def _lose_to_quota(self, entry: Entry) -> None:

@@ -16,20 +16,20 @@ the page was put.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from respkv.chain import NO_EXTRAS, PAGE_TOKENS_MAX, Chain, Extras, Prompt
+from respkv.chain import NO_EXTRAS, Extras, Prompt
 from respkv.engine.branches import Branches
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.history import Reason
-from respkv.engine.namespaces import TAG_BYTES, Schema
+from respkv.engine.namespaces import TAG_BYTES
+from respkv.engine.nodes import has_bound_parts_of, page_of
 from respkv.engine.prefix import longest_run
+from respkv.engine.prompts import Prompts
 from respkv.engine.watch import Watcher
-from respkv.errors import CommandError, SchemaMismatch, SequenceGap
-from respkv.page import KEY_BYTES_MAX, PAGE_ID_BYTES, Part, part_key
+from respkv.errors import CommandError, SequenceGap
+from respkv.page import Part, part_key
 
-CHAINS_MAX = 1024
 FIRST_PAGES = 32  # are hashed before the first is looked for; then four times as many, and so on
-_KEY_REST_BYTES = 1 + 2 * PAGE_ID_BYTES + len(b".logits")
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class Sequences(Watcher):
         self._cache = cache
         self.branches = Branches()
         self.serve: Callable[[Prompt, Found], Found] | None = None
-        self._chains: dict[tuple[bytes, bytes, int], Chain] = {}
+        self._prompts = Prompts(cache.namespaces)
         self._replaced: list[tuple[Entry, Entry]] = []  # a tail, and what begins with it
         for entry in cache.entries.values():
             self.restored(entry)
@@ -98,22 +98,7 @@ class Sequences(Watcher):
         Raises SchemaMismatch when the namespace has no schema, or one whose pages cannot be chained
         here, and CommandError for tokens or extras that are none.
         """
-        schema = self._cache.namespaces.find(namespace)
-        shown = repr(namespace.decode(errors="replace"))
-        if schema is None:
-            raise SchemaMismatch(
-                f"namespace {shown} has no schema, and its tokens no pages; KV.SCHEMA SET it first"
-            )
-        if len(namespace) > KEY_BYTES_MAX - _KEY_REST_BYTES:
-            raise CommandError(
-                f"a namespace of sequences has at most {KEY_BYTES_MAX - _KEY_REST_BYTES} bytes, "
-                f"not {len(namespace)}"
-            )
-        chain = self._chain(schema, shown)
-        try:
-            return chain.prompt(namespace, tokens, extras, schema.tag)
-        except ValueError as error:
-            raise CommandError(str(error)) from None
+        return self._prompts.prompt(namespace, tokens, extras)
 
     # -- finding ------------------------------------------------------------------------------
 
@@ -272,10 +257,13 @@ class Sequences(Watcher):
 
     def stored(self, entry: Entry, *, is_new: bool) -> None:
         """A page has come; tails that are its beginning are of no use any more."""
-        if not entry.token_ids or entry.part is not None:
+        page = page_of(entry)
+        if not page.token_ids or page.part is not None:
             return
+        self._replaced += ((tail, page) for tail in self.branches.beginnings(page))
+        if page is not entry:
+            return  # and they may have waited for this part of it
         self.branches.insert(entry)
-        self._replaced += ((tail, entry) for tail in self.branches.beginnings(entry))
         longer = self.branches.continuation(entry)
         if longer is not None:
             self._replaced.append((entry, longer))
@@ -306,28 +294,6 @@ class Sequences(Watcher):
         assert pages == set(self.branches.all())
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _chain(self, schema: Schema, shown: str) -> Chain:
-        geometry = schema.geometry
-        if geometry.tokens > PAGE_TOKENS_MAX:
-            raise SchemaMismatch(
-                f"pages of sequences have at most {PAGE_TOKENS_MAX} tokens, those of namespace "
-                f"{shown} have {geometry.tokens}"
-            )
-        name = schema.hash_algorithm, schema.seed, geometry.tokens
-        chain = self._chains.get(name)
-        if chain is not None:
-            return chain
-        try:
-            chain = Chain(
-                schema.hash_algorithm.decode(errors="replace"), schema.seed, geometry.tokens
-            )
-        except ValueError as error:
-            raise SchemaMismatch(f"namespace {shown} takes no sequences: {error}") from None
-        if len(self._chains) >= CHAINS_MAX:
-            self._chains.clear()
-        self._chains[name] = chain
-        return chain
 
     def _run(self, prompt: Prompt, num_pages: int) -> list[Entry]:
         """Return the full pages from the start that are here, of the first ``num_pages``."""
@@ -387,7 +353,8 @@ class Sequences(Watcher):
             return False
         now = self._cache.clock.now
         return (
-            longer.level >= tail.level
+            has_bound_parts_of(longer, tail)
+            and longer.level >= tail.level
             and longer.priority >= tail.priority
             and (not longer.expires_ms or 0 < tail.expires_ms <= longer.expires_ms)
             and (tail.pinned_until <= now or tail.pinned_until <= longer.pinned_until)

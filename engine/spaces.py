@@ -71,6 +71,14 @@ class Space:
         self.num_evicted = 0
         self.num_refused = 0
 
+    def over(self, tenant: bytes, nbytes: int) -> tuple[int, int]:
+        """By how much ``nbytes`` more would pass the tenant's limit, and the namespace's."""
+        account = self.accounts.get(tenant)
+        used = 0 if account is None else account.nbytes
+        own_max, whole_max = self.limits.of(tenant), self.limits.max_bytes
+        own_over = used + nbytes - own_max if own_max else 0
+        return own_over, self.nbytes + nbytes - whole_max if whole_max else 0
+
 
 class Plan:
     """Which pages go, chosen one after the other; those in front may be gone already in thought.
@@ -121,7 +129,7 @@ class Plan:
         going = list(self.doomed) if is_final else []
         spared = () if is_final else self.doomed
         for coldest in self._asked:
-            coldest.end_plan(entry for entry in spared if entry in coldest)
+            coldest.end_plan([entry for entry in spared if entry in coldest], self._now)
         return going
 
     def _doom(self, entry: Entry, scope: Container[Account]) -> int:

@@ -24,7 +24,8 @@ from typing import Any
 FIRST_BIN_S = 4.0
 BIN_RATIO = 1.18
 NUM_BINS = 64
-PSEUDO_COUNT = 8.0
+PSEUDO_COUNT = 64.0
+RATIO_COUNT = 4.0
 CENSOR_S = 900.0
 TURN_MAX = 4
 LENGTHS = (1024, 8192)  # borders between short, middle and long prompts, in tokens
@@ -76,6 +77,8 @@ class Curve:
                are equally long in logarithms, odds go on falling as 1 / age where nothing was seen.
         """
         waiting = sum(self.continued) + sum(lost)
+        if prior is not None:
+            prior = self._scaled(lost, prior)
         rates: list[float] = []
         before = _PRIOR_SHARE
         for at in range(NUM_BINS):
@@ -89,6 +92,16 @@ class Curve:
                 before *= BIN_RATIO - 1.0  # the second bin is so much shorter than the first
             waiting -= self.continued[at] + lost[at]
         return rates
+
+    def _scaled(self, lost: list[float], prior: list[float]) -> list[float]:
+        """Return a prior times the ratio of what was continued to what it says of that."""
+        waiting = sum(self.continued) + sum(lost)
+        expected = 0.0
+        for at in range(NUM_BINS):
+            expected += prior[at] * (waiting - lost[at] / 2)
+            waiting -= self.continued[at] + lost[at]
+        ratio = (sum(self.continued) + RATIO_COUNT) / (expected + RATIO_COUNT)
+        return [min(rate * ratio, 1.0) for rate in prior]
 
     def cumulated(self, age: float) -> float:
         """Return the hazard cumulated up to an age, linear within a bin."""

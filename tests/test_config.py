@@ -302,7 +302,7 @@ def test_any_text_is_a_value_or_a_config_error(name: str, text: str) -> None:
 def test_a_client_cannot_make_the_error_long_or_slow() -> None:
     with pytest.raises(ConfigError) as raised:
         Config().with_value("x" * 10_000_000, "1")
-    assert len(str(raised.value)) < 1000
+    assert len(str(raised.value)) < 2000
     with pytest.raises(ConfigError) as raised:
         Config().with_value("port", "x\r\n" * 10_000_000)
     assert len(str(raised.value)) < 1000

@@ -78,7 +78,7 @@ def command() -> None:
     "--page-tokens",
     type=click.IntRange(0),
     default=0,
-    help="Of pages in namespaces whose schema the server does not tell; 0: write none down.",
+    help="Of pages in namespaces whose schema the server does not tell; 0: leave it open.",
 )
 def record(file: Path, listen: str, target: str, page_tokens: int) -> None:
     """Pass on what clients and a server say, and write one JSON object a command into FILE.
@@ -226,7 +226,7 @@ def _settings(words: Sequence[str]) -> dict[str, str]:
     type=click.Choice(["none", "end"]),
     default="none",
     show_default=True,
-    help="end: the cache is told of each session's last request.",
+    help="end: policies that listen are told of each session's last request.",
 )
 @click.option("--bytes-per-block", callback=_size, metavar="SIZE", help="To print sizes as well.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw capacity against hit rate.")

@@ -10,6 +10,9 @@ from respkv.client.commands import Match
 from respkv.client.gpu import GpuPage
 from respkv.client.listen import AsyncListening, Listening, Message, PageEvent
 from respkv.client.retention import Answer, Explanation
+from respkv.client.schemas import LayerGroup
+from respkv.client.sequence_faces import AsyncLayers, AsyncSequences, Layers, Sequences
+from respkv.client.sequences import SequenceMatch, SequencePut
 from respkv.client.sync import Client, GpuLease, Lease, Pipeline, Reservation
 from respkv.client.views import as_bytes, as_numpy, as_torch
 
@@ -26,14 +29,18 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncGpuLease",
+    "AsyncLayers",
     "AsyncLease",
     "AsyncListening",
     "AsyncPipeline",
     "AsyncReservation",
+    "AsyncSequences",
     "Client",
     "Explanation",
     "GpuLease",
     "GpuPage",
+    "LayerGroup",
+    "Layers",
     "Lease",
     "Listening",
     "Match",
@@ -41,6 +48,9 @@ __all__ = [
     "PageEvent",
     "Pipeline",
     "Reservation",
+    "SequenceMatch",
+    "SequencePut",
+    "Sequences",
     "as_bytes",
     "as_numpy",
     "as_torch",

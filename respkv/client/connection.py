@@ -18,6 +18,8 @@ from respkv.client.stream import IOV_MAX, Stream, open_stream
 from respkv.client.url import Settings
 from respkv.errors import ConnectionLost, ProtocolError, ServerError, TimedOut
 
+SEND_BYTES = 1 << 20
+
 
 class Connection:
     """A stream with a parser.
@@ -159,7 +161,7 @@ class Connection:
         first = 0
         while first < len(chunks):
             try:
-                sent = self._stream.send(chunks[first : first + IOV_MAX])
+                sent = self._stream.send(_some(chunks, first))
             except OSError:
                 if request.count == 1:
                     self._last_words()
@@ -273,6 +275,16 @@ def _check(replies: Sequence[Reply]) -> None:
     for reply in replies:
         if isinstance(reply, ServerError):
             raise reply
+
+
+def _some(chunks: Sequence[Chunk], first: int) -> Sequence[Chunk]:
+    # As many chunks as a socket may take at once: thousands of them cost more than the system call.
+    nbytes, most = 0, min(first + IOV_MAX, len(chunks))
+    for stop in range(first, most):
+        nbytes += len(chunks[stop])
+        if nbytes >= SEND_BYTES:
+            return chunks[first : stop + 1]
+    return chunks[first:most]
 
 
 def _advance(chunks: list[Chunk], first: int, sent: int) -> int:

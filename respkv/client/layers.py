@@ -8,11 +8,11 @@ from respkv.client.commands import Key, option, unexpected
 from respkv.client.connection import Connection
 from respkv.client.core import Core
 from respkv.client.effects import Operation
+from respkv.client.kv import Range
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg, Buffer, request, writable_bytes
 from respkv.client.sequences import (
     ChainOptions,
-    Range,
     Tokens,
     chain_words,
     portion_words,
@@ -142,9 +142,57 @@ class LayersHold:
 
 
 def _bulk(item: Reply) -> memoryview:
+    if item is None:  # there is no state
+        return memoryview(b"")
     if not isinstance(item, bytes | memoryview):
         raise unexpected("bytes", item)
     return memoryview(item)
+
+
+def get(
+    core: Core[Any],
+    namespace: Key,
+    tokens: Tokens,
+    *,
+    first: int = 0,
+    layers: Range | None = None,
+    heads: Range | None = None,
+    group: Key | None = None,
+    logits: bool = False,
+    hidden: bool = False,
+    deadline_ms: int | None = None,
+    into: Sequence[Buffer] | None = None,
+    **options: Unpack[ChainOptions],
+) -> Operation[LayersHold]:
+    """Get what is stored of tokens[first:], layer by layer: ``for layer in client.seq.get(...)``.
+
+    In the asynchronous face it is ``async for layer in await client.seq.get(...)``.
+
+    layers, heads: (first, count); all when None. logits, hidden: of the prompt's end, too.
+    group:   of layers, in a hybrid model. Of a sliding window come the tokens of the window alone;
+             a state is one item, empty when there is none.
+    deadline_ms: what is not in memory by then, and what stands behind it, does not match.
+    into:    a writable buffer for each layer, which it lands in without a copy on the way.
+    Returns: when the server has said how much matched; the layers come as they are taken, and keep
+             a connection of the pool until the last one, or until they are closed.
+    Raises:  ServerError: OOM when memory never holds all of it at once.
+    """
+    hold = LayersHold(
+        core,
+        namespace,
+        tokens,
+        first=first,
+        layers=layers,
+        heads=heads,
+        group=group,
+        logits=logits,
+        hidden=hidden,
+        deadline_ms=deadline_ms,
+        into=into,
+        **options,
+    )
+    yield from hold.begin()
+    return hold
 
 
 def get_layer(

@@ -1,27 +1,27 @@
-"""``client.seq`` of both faces: prompts in, matches, puts and layers out."""
+"""``client.seq`` of both faces: prompts in, matches, puts and layers out.
 
-from collections.abc import Sequence
+As in commands.py, names, arguments and results are written once, where the commands and operations
+are, and a face makes its methods of them.
+"""
+
+import inspect
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, get_args
 
-from respkv.client import layers as streams
-from respkv.client import retention, sequences
-from respkv.client.commands import Key
+from respkv.client import commands, layers, retention, sequences
+from respkv.client.commands import Command
+from respkv.client.core import Core
+from respkv.client.effects import Operation
 from respkv.client.layers import LayersHold
-from respkv.client.requests import Buffer
-from respkv.client.retention import Answer, Explanation, RetainPromptOptions
-from respkv.client.sequences import (
-    ChainOptions,
-    KeepOptions,
-    Range,
-    SequenceMatch,
-    SequencePut,
-    Tokens,
-)
 
 if TYPE_CHECKING:
     from respkv.client.aio import AsyncClient
     from respkv.client.sync import Client
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Operate = Callable[Concatenate[Core[Any], P], Operation[T]]
 
 
 class _Head:
@@ -117,164 +117,87 @@ class AsyncLayers(_Head):
         self._hold.close()
 
 
+def _describe(method: Callable[..., Any], source: Callable[..., Any], returned: Any) -> None:
+    """Give a method the name, docstring and signature of an operation, whose core it brings."""
+    method.__name__, method.__doc__ = source.__name__, source.__doc__
+    signature = inspect.signature(source)
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    _, *parameters = signature.parameters.values()
+    found = get_args(signature.return_annotation)
+    vars(method)["__signature__"] = signature.replace(
+        parameters=[self, *parameters], return_annotation=returned or found[-1]
+    )
+
+
+def _method(build: Callable[P, Command[T]]) -> "Callable[Concatenate[Sequences, P], T]":
+    def method(self: "Sequences", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._client._run(self._client._core.call(build(*args, **kwargs)))
+
+    commands.describe(method, build)
+    return method
+
+
+def _operation(operate: "Operate[P, T]") -> "Callable[Concatenate[Sequences, P], T]":
+    def method(self: "Sequences", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._client._run(operate(self._client._core, *args, **kwargs))
+
+    _describe(method, operate, None)
+    return method
+
+
+def _stream(operate: "Operate[P, LayersHold]") -> "Callable[Concatenate[Sequences, P], Layers]":
+    def method(self: "Sequences", /, *args: P.args, **kwargs: P.kwargs) -> Layers:
+        hold = self._client._run(operate(self._client._core, *args, **kwargs))
+        return Layers(self._client, hold)
+
+    _describe(method, operate, Layers)
+    return method
+
+
 class Sequences:
     """``Client.seq``: prompts as tokens. The server makes the ids and finds the pages."""
 
     def __init__(self, client: "Client") -> None:
         self._client = client
 
-    def match(
-        self, namespace: Key, tokens: Tokens, **options: Unpack[ChainOptions]
-    ) -> SequenceMatch:
-        """Find how many tokens of a prompt are stored; see ``sequences.match``."""
-        client = self._client
-        return client._run(client._core.call(sequences.match(namespace, tokens, **options)))
+    match = _method(sequences.match)
+    explain = _method(retention.explain_prompt)
+    retain = _method(retention.retain_prompt)
+    put = _operation(sequences.put)
+    put_layer = _operation(sequences.put_layer)
+    get = _stream(layers.get)
+    get_layer = _operation(layers.get_layer)
 
-    def put(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        kv: Any,
-        *,
-        first: int = 0,
-        match: SequenceMatch | None = None,
-        layers: Range | None = None,
-        heads: Range | None = None,
-        group: Key | None = None,
-        logits: Buffer | None = None,
-        hidden: Buffer | None = None,
-        **options: Unpack[KeepOptions],
-    ) -> SequencePut:
-        """Store the KV of a prompt; pages that are there are not sent. See ``sequences.put``."""
-        client = self._client
-        return client._run(
-            sequences.put(
-                client._core,
-                namespace,
-                tokens,
-                kv,
-                first=first,
-                match=match,
-                layers=layers,
-                heads=heads,
-                group=group,
-                logits=logits,
-                hidden=hidden,
-                **options,
-            )
-        )
 
-    def put_layer(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        layer: int,
-        kv: Any,
-        *,
-        first: int = 0,
-        match: SequenceMatch | None = None,
-        heads: Range | None = None,
-        **options: Unpack[KeepOptions],
-    ) -> SequencePut:
-        """Store one layer, ``[2, n, heads, dim]``; pages can be found once all layers have come."""
-        client, portion = self._client, (layer, 1)
-        return client._run(
-            sequences.put(
-                client._core,
-                namespace,
-                tokens,
-                kv,
-                first=first,
-                match=match,
-                layers=portion,
-                heads=heads,
-                **options,
-            )
-        )
+def _async_method(
+    build: Callable[P, Command[T]],
+) -> "Callable[Concatenate[AsyncSequences, P], Coroutine[Any, Any, T]]":
+    async def method(self: "AsyncSequences", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._client._run(self._client._core.call(build(*args, **kwargs)))
 
-    def get(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        *,
-        first: int = 0,
-        layers: Range | None = None,
-        heads: Range | None = None,
-        group: Key | None = None,
-        logits: bool = False,
-        hidden: bool = False,
-        deadline_ms: int | None = None,
-        into: Sequence[Buffer] | None = None,
-        **options: Unpack[ChainOptions],
-    ) -> Layers:
-        """Get what is stored of tokens[first:], layer by layer: ``for layer in client.seq.get(...)``.
+    commands.describe(method, build)
+    return method
 
-        layers, heads: (first, count); all when None. logits, hidden: of the prompt's end.
-        deadline_ms: what is not in memory by then, and what stands behind it, does not match.
-        into:    a writable buffer for each layer, which it lands in without a copy on the way.
-        Returns: when the server has said how much matched; the layers come as they are taken.
-        Raises:  ServerError: OOM when memory never holds all of it at once.
-        """
-        hold = LayersHold(
-            self._client._core,
-            namespace,
-            tokens,
-            first=first,
-            layers=layers,
-            heads=heads,
-            group=group,
-            logits=logits,
-            hidden=hidden,
-            deadline_ms=deadline_ms,
-            into=into,
-            **options,
-        )
-        self._client._run(hold.begin())
-        return Layers(self._client, hold)
 
-    def get_layer(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        layer: int,
-        *,
-        first: int = 0,
-        heads: Range | None = None,
-        deadline_ms: int | None = None,
-        into: Buffer | None = None,
-        **options: Unpack[ChainOptions],
-    ) -> tuple[int, memoryview]:
-        """Get one layer; see ``layers.get_layer``."""
-        client = self._client
-        return client._run(
-            streams.get_layer(
-                client._core,
-                namespace,
-                tokens,
-                layer,
-                first=first,
-                heads=heads,
-                deadline_ms=deadline_ms,
-                into=into,
-                **options,
-            )
-        )
+def _async_operation(
+    operate: "Operate[P, T]",
+) -> "Callable[Concatenate[AsyncSequences, P], Coroutine[Any, Any, T]]":
+    async def method(self: "AsyncSequences", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._client._run(operate(self._client._core, *args, **kwargs))
 
-    def explain(
-        self, namespace: Key, tokens: Tokens, **options: Unpack[ChainOptions]
-    ) -> Explanation:
-        """Say how many tokens of a prompt are stored, and why not more."""
-        client = self._client
-        return client._run(
-            client._core.call(retention.explain_prompt(namespace, tokens, **options))
-        )
+    _describe(method, operate, None)
+    return method
 
-    def retain(
-        self, namespace: Key, tokens: Tokens, **options: Unpack[RetainPromptOptions]
-    ) -> tuple[int, dict[str, Answer]]:
-        """Change how the stored pages of a prompt are kept; see ``retention.retain_prompt``."""
-        client = self._client
-        return client._run(client._core.call(retention.retain_prompt(namespace, tokens, **options)))
+
+def _async_stream(
+    operate: "Operate[P, LayersHold]",
+) -> "Callable[Concatenate[AsyncSequences, P], Coroutine[Any, Any, AsyncLayers]]":
+    async def method(self: "AsyncSequences", /, *args: P.args, **kwargs: P.kwargs) -> AsyncLayers:
+        hold = await self._client._run(operate(self._client._core, *args, **kwargs))
+        return AsyncLayers(self._client, hold)
+
+    _describe(method, operate, AsyncLayers)
+    return method
 
 
 class AsyncSequences:
@@ -286,150 +209,10 @@ class AsyncSequences:
     def __init__(self, client: "AsyncClient") -> None:
         self._client = client
 
-    async def match(
-        self, namespace: Key, tokens: Tokens, **options: Unpack[ChainOptions]
-    ) -> SequenceMatch:
-        """Find how many tokens of a prompt are stored; see ``sequences.match``."""
-        client = self._client
-        return await client._run(client._core.call(sequences.match(namespace, tokens, **options)))
-
-    async def put(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        kv: Any,
-        *,
-        first: int = 0,
-        match: SequenceMatch | None = None,
-        layers: Range | None = None,
-        heads: Range | None = None,
-        group: Key | None = None,
-        logits: Buffer | None = None,
-        hidden: Buffer | None = None,
-        **options: Unpack[KeepOptions],
-    ) -> SequencePut:
-        """Store the KV of a prompt; pages that are there are not sent. See ``sequences.put``."""
-        client = self._client
-        return await client._run(
-            sequences.put(
-                client._core,
-                namespace,
-                tokens,
-                kv,
-                first=first,
-                match=match,
-                layers=layers,
-                heads=heads,
-                group=group,
-                logits=logits,
-                hidden=hidden,
-                **options,
-            )
-        )
-
-    async def put_layer(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        layer: int,
-        kv: Any,
-        *,
-        first: int = 0,
-        match: SequenceMatch | None = None,
-        heads: Range | None = None,
-        **options: Unpack[KeepOptions],
-    ) -> SequencePut:
-        """Store one layer, ``[2, n, heads, dim]``; pages can be found once all layers have come."""
-        client, portion = self._client, (layer, 1)
-        return await client._run(
-            sequences.put(
-                client._core,
-                namespace,
-                tokens,
-                kv,
-                first=first,
-                match=match,
-                layers=portion,
-                heads=heads,
-                **options,
-            )
-        )
-
-    async def get(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        *,
-        first: int = 0,
-        layers: Range | None = None,
-        heads: Range | None = None,
-        group: Key | None = None,
-        logits: bool = False,
-        hidden: bool = False,
-        deadline_ms: int | None = None,
-        into: Sequence[Buffer] | None = None,
-        **options: Unpack[ChainOptions],
-    ) -> AsyncLayers:
-        """Get what is stored, layer by layer: ``async for layer in await client.seq.get(...)``."""
-        hold = LayersHold(
-            self._client._core,
-            namespace,
-            tokens,
-            first=first,
-            layers=layers,
-            heads=heads,
-            group=group,
-            logits=logits,
-            hidden=hidden,
-            deadline_ms=deadline_ms,
-            into=into,
-            **options,
-        )
-        await self._client._run(hold.begin())
-        return AsyncLayers(self._client, hold)
-
-    async def get_layer(
-        self,
-        namespace: Key,
-        tokens: Tokens,
-        layer: int,
-        *,
-        first: int = 0,
-        heads: Range | None = None,
-        deadline_ms: int | None = None,
-        into: Buffer | None = None,
-        **options: Unpack[ChainOptions],
-    ) -> tuple[int, memoryview]:
-        """Get one layer; see ``layers.get_layer``."""
-        client = self._client
-        return await client._run(
-            streams.get_layer(
-                client._core,
-                namespace,
-                tokens,
-                layer,
-                first=first,
-                heads=heads,
-                deadline_ms=deadline_ms,
-                into=into,
-                **options,
-            )
-        )
-
-    async def explain(
-        self, namespace: Key, tokens: Tokens, **options: Unpack[ChainOptions]
-    ) -> Explanation:
-        """Say how many tokens of a prompt are stored, and why not more."""
-        client = self._client
-        return await client._run(
-            client._core.call(retention.explain_prompt(namespace, tokens, **options))
-        )
-
-    async def retain(
-        self, namespace: Key, tokens: Tokens, **options: Unpack[RetainPromptOptions]
-    ) -> tuple[int, dict[str, Answer]]:
-        """Change how the stored pages of a prompt are kept; see ``retention.retain_prompt``."""
-        client = self._client
-        return await client._run(
-            client._core.call(retention.retain_prompt(namespace, tokens, **options))
-        )
+    match = _async_method(sequences.match)
+    explain = _async_method(retention.explain_prompt)
+    retain = _async_method(retention.retain_prompt)
+    put = _async_operation(sequences.put)
+    put_layer = _async_operation(sequences.put_layer)
+    get = _async_stream(layers.get)
+    get_layer = _async_operation(layers.get_layer)

@@ -6,25 +6,20 @@ where they lie; and to send long prompts in several commands, one behind the oth
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 from respkv.client.commands import Command, Key, list_of, option, unexpected
 from respkv.client.core import Core
 from respkv.client.effects import Operation
+from respkv.client.kv import Pages, Range, Shape, bytes_of, shape_of
 from respkv.client.replies import Reply
-from respkv.client.requests import Arg, Buffer, Gathered, view_of
+from respkv.client.requests import Arg, Buffer
 from respkv.client.schemas import schema_get
-from respkv.client.views import as_bytes
 from respkv.errors import ConfigError, SequenceGap, ServerError
-from respkv.page import DTYPE_BYTES
 
-COMMAND_BYTES = 32 << 20  # of pages in one command: they wait in the server's memory for its end
-COMMAND_PAGES = 16_384
 TRIES = 3  # pages may be evicted between the question and the put
 
 Tokens: TypeAlias = Any  # list[int], bytes of int32 little-endian, an array or a tensor of integers
-Range: TypeAlias = tuple[int, int]
 
 
 class ChainOptions(TypedDict, total=False):
@@ -76,22 +71,6 @@ class SequencePut(NamedTuple):
     stored: int
     there: int
     skipped: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The pages of a namespace: ``[layers, planes, tokens, heads, dim]``, of ``itemsize`` bytes."""
-
-    layers: int
-    planes: int
-    tokens: int
-    heads: int
-    dim: int
-    itemsize: int
-
-    def row_bytes(self, heads: int) -> int:
-        """Return the bytes of one token in one plane."""
-        return heads * self.dim * self.itemsize
 
 
 def token_bytes(tokens: Tokens) -> bytes:
@@ -199,10 +178,12 @@ def put(
     """
     data = token_bytes(tokens)
     parts: list[Arg] = []
-    option(parts, "LOGITS", None if logits is None else _bytes_of(logits))
-    option(parts, "HIDDEN", None if hidden is None else _bytes_of(hidden))
+    option(parts, "LOGITS", None if logits is None else bytes_of(logits))
+    option(parts, "HIDDEN", None if hidden is None else bytes_of(hidden))
     shape = yield from find_shape(core, namespace, group)
-    pages = _Pages(shape, len(data) // 4, first, kv, layers, heads)
+    if not shape.tokens:
+        return (yield from _put_state(core, namespace, data, kv, shape, group, options))
+    pages = Pages(shape, len(data) // 4, first, kv, layers, heads)
     for attempt in range(TRIES):
         if match is None:
             match = yield from core.call(_match_again(namespace, data, options))
@@ -234,7 +215,56 @@ def put(
     raise AssertionError("unreachable")
 
 
-def _first_to_send(match: SequenceMatch, pages: "_Pages", group: Key | None) -> int:
+def _put_state(
+    core: Core[Any],
+    namespace: Key,
+    data: bytes,
+    kv: Any,
+    shape: Shape,
+    group: Key | None,
+    options: KeepOptions,
+) -> Operation[SequencePut]:
+    """Store the state that a group has at the end of a prompt."""
+    state = bytes_of(kv)
+    if state.nbytes != shape.dim:
+        raise ValueError(f"a state of group {group!r} has {shape.dim} bytes, not {state.nbytes}")
+    args: list[Arg] = ["KV.SEQ.PUT", namespace, data, 1, state]
+    portion_words(args, None, None, group)
+    keep_words(args, options)
+    reply = yield from core.call(Command(args, _counts))
+    return SequencePut(*reply, skipped=0)
+
+
+def put_layer(
+    core: Core[Any],
+    namespace: Key,
+    tokens: Tokens,
+    layer: int,
+    kv: Any,
+    *,
+    first: int = 0,
+    match: SequenceMatch | None = None,
+    heads: Range | None = None,
+    **options: Unpack[KeepOptions],
+) -> Operation[SequencePut]:
+    """Store one layer, ``[2, n, heads, dim]``; pages can be found once all layers have come.
+
+    As ``put`` otherwise. A ``match`` that is given saves the question before each layer.
+    """
+    return put(
+        core,
+        namespace,
+        tokens,
+        kv,
+        first=first,
+        match=match,
+        layers=(layer, 1),
+        heads=heads,
+        **options,
+    )
+
+
+def _first_to_send(match: SequenceMatch, pages: Pages, group: Key | None) -> int:
     """Return the first token whose page is to be sent; past the end: none is."""
     if group is not None:
         return pages.first  # a match says nothing of one group alone
@@ -260,128 +290,9 @@ def find_shape(core: Core[Any], namespace: Key, group: Key | None = None) -> Ope
             raise ConfigError(
                 f"namespace {namespace!r} has no schema, which says how long a page is: schema_set"
             )
-        known = core.shapes[name, label] = _shape_of(schema, label)
+        known = core.shapes[name, label] = shape_of(schema, label)
     found: Shape = known
     return found
-
-
-def _shape_of(schema: dict[str, Any], group: bytes | None) -> Shape:
-    found = schema
-    if group:
-        name = group.decode(errors="replace")
-        groups = [dict(each) if not isinstance(each, dict) else each for each in schema["groups"]]
-        found = {**schema, **next((each for each in groups if each.get("name") == name), {})}
-        if found.get("name") != name:
-            raise ConfigError(f"namespace {schema['namespace']!r} has no group {name!r}")
-    return Shape(
-        found["layers"],
-        1 if found.get("kind") == "mla" else 2,
-        schema["tokens"],
-        found["heads"],
-        found["dim"],
-        DTYPE_BYTES[found["dtype"]],
-    )
-
-
-class _Pages:
-    """The KV of a prompt, cut into pages."""
-
-    def __init__(
-        self,
-        shape: Shape,
-        num_tokens: int,
-        first: int,
-        kv: Any,
-        layers: Range | None,
-        heads: Range | None,
-    ) -> None:
-        self.shape = shape
-        self.num_tokens = num_tokens
-        self.first = first
-        self._rows = (layers[1] if layers else shape.layers) * shape.planes
-        num_heads = heads[1] if heads else shape.heads
-        self._row_bytes = shape.row_bytes(num_heads)
-        if not num_tokens:
-            raise ValueError("a put needs at least 1 token")
-        if first % shape.tokens or not 0 <= first <= num_tokens:
-            raise ValueError(
-                f"first = {first}: accepted are multiples of {shape.tokens}, the tokens of a page,"
-                f" up to {num_tokens}"
-            )
-        self._listed: list[Any] | None = None
-        self._plane: list[memoryview] = []
-        if kv is None:
-            self.first = num_tokens
-        elif isinstance(kv, list | tuple):
-            self._listed = [_bytes_of(page) for page in kv]
-            self._check_list(self._listed)
-        else:
-            wanted = (self._rows // shape.planes, shape.planes, num_tokens - first, num_heads)
-            self._plane = self._planes(kv, (*wanted, shape.dim))
-
-    def count_before(self, token: int) -> int:
-        """Return how many pages of kv end before a token."""
-        return -(-(token - self.first) // self.shape.tokens) if token > self.first else 0
-
-    def commands(self, start: int) -> "list[tuple[int, int, list[Arg]]]":
-        """Return first token, end and payloads of each command, from the token ``start`` on."""
-        size, found = self.shape.tokens, []
-        page_bytes = max(1, self._rows * self._row_bytes * size)
-        step = size * min(COMMAND_PAGES, max(1, COMMAND_BYTES // page_bytes))
-        while start < self.num_tokens:
-            end = min(start + step, self.num_tokens)
-            payloads = [
-                self._payload(token, min(token + size, end)) for token in range(start, end, size)
-            ]
-            found.append((start, end, payloads))
-            start = end
-        return found
-
-    def _payload(self, start: int, stop: int) -> Arg:
-        if self._listed is not None:
-            page: Arg = self._listed[(start - self.first) // self.shape.tokens]
-            return page
-        row, first = self._row_bytes, self.first
-        begin, end = (start - first) * row, (stop - first) * row
-        return Gathered([plane[begin:end] for plane in self._plane])
-
-    def _planes(self, kv: Any, wanted: tuple[int, ...]) -> list[memoryview]:
-        shape = tuple(getattr(kv, "shape", ()))
-        if len(shape) > 1 and shape not in (wanted, wanted[1:] if wanted[0] == 1 else wanted):
-            raise ValueError(f"kv has shape {shape}; tokens {self.first} on take {wanted}")
-        view = _bytes_of(kv)
-        plane_bytes = (self.num_tokens - self.first) * self._row_bytes
-        if view.nbytes != self._rows * plane_bytes:
-            raise ValueError(
-                f"kv has {view.nbytes} bytes; {wanted} of {self.shape.itemsize} bytes each take"
-                f" {self._rows * plane_bytes}"
-            )
-        return [view[n * plane_bytes : (n + 1) * plane_bytes] for n in range(self._rows)]
-
-    def _check_list(self, pages: list[Any]) -> None:
-        size = self.shape.tokens
-        count = -(-(self.num_tokens - self.first) // size)
-        if len(pages) != count:
-            raise ValueError(
-                f"kv has {len(pages)} pages; tokens {self.first} to {self.num_tokens - 1} are {count}"
-            )
-        for number, page in enumerate(pages):
-            tokens = min(size, self.num_tokens - self.first - number * size)
-            if page.nbytes != tokens * self._rows * self._row_bytes:
-                raise ValueError(
-                    f"page {number} of kv has {page.nbytes} bytes; its {tokens} tokens take"
-                    f" {tokens * self._rows * self._row_bytes}"
-                )
-
-
-def _bytes_of(buffer: Any) -> memoryview:
-    """Return a buffer, an array or a CPU tensor as bytes. Raises ValueError: not contiguous."""
-    if hasattr(buffer, "untyped_storage") or hasattr(buffer, "__array_interface__"):
-        return as_bytes(buffer)
-    view = view_of(buffer)
-    if not view.c_contiguous:
-        raise ValueError("a payload must be contiguous in memory")
-    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def _match(reply: Reply) -> SequenceMatch:

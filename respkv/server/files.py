@@ -21,7 +21,7 @@ from respkv.errors import CacheError
 from respkv.server import run_marks
 from respkv.server.page_specs import PageSpecs, make_ready
 from respkv.server.schema_files import SchemaFiles
-from respkv.server.state import Server, moves_of, prefetch_of
+from respkv.server.state import Server, admission_of, moves_of, prefetch_of
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.nvme import open_nvme
 from respkv.tiers.record import Level
@@ -82,6 +82,7 @@ async def using_files(server: Server) -> AsyncIterator[None]:
                     )
 
     server.cache.default_level = Level[config.durability.upper()]
+    server.cache.copies.admission.mode = admission_of(config)
     async with open_files(
         server.cache, tiers, moves_of(config), started=started, stale=stale
     ) as mover:

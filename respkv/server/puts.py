@@ -22,6 +22,7 @@ from respkv.page import Geometry
 from respkv.server.arguments import Words, count, count_ms, shown, value_of
 from respkv.server.body import Refused
 from respkv.server.commands.pages import LEVELS, level_of
+from respkv.server.keeping import expires_ms, pinned_until
 from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
 from respkv.tiers.rectangles import Rectangle
 from respkv.wire.parser import Args
@@ -104,7 +105,7 @@ def read_put(session: "Session", args: Args) -> SequencePut:
     ttl_ms = values.get(b"PX", schema.ttl_ms)
     how = Put(
         "kvpage",
-        expires_ms=session.server.clock.wall_ms + ttl_ms if ttl_ms else 0,
+        expires_ms=expires_ms(session, ttl_ms),
         priority=values.get(b"PRIORITY", 0),
         level=level,
         tenant=chain.tenant,
@@ -113,7 +114,9 @@ def read_put(session: "Session", args: Args) -> SequencePut:
     payloads = args[FIRST_PAYLOAD : FIRST_PAYLOAD + number]
     group = schema.group(portion.group)
     rectangle = portion.rectangle(schema)
-    first, pin_s = values.get(b"FROM", 0), values.get(b"PIN", 0) / 1000
+    nbytes = sum(map(size_of, (*payloads, *parts.values())))
+    pin_ends = pinned_until(session, values.get(b"PIN", 0), nbytes)
+    first, pin_s = values.get(b"FROM", 0), max(0.0, pin_ends - session.cache.clock.now)
     put = SequencePut(prompt, schema, group, payloads, first, rectangle, how, pin_s, parts)
     _check_put(put)
     return put
@@ -215,6 +218,7 @@ def put_pages(session: "Session", put: SequencePut) -> None:
     check_payloads(session, put, targets)
     for target in targets if put.group.name else ():
         _check_page(target)
+    _make_room(session, put, targets)
     made: list[Landing] = []
     stored = 0
     try:
@@ -240,6 +244,20 @@ def _check_page(target: Target) -> None:
             f"the page from token {target.piece.first_token} on is not here, and its groups hang on"
             f" it; put it first, FROM {target.piece.first_token}"
         )
+
+
+def _make_room(session: "Session", put: SequencePut, targets: Sequence[Target]) -> None:
+    """Evict for what is new so that its owner may keep all of it. Raises QuotaExceeded."""
+    pairs = zip(targets, put.payloads, strict=True)
+    new = [size_of(payload) for target, payload in pairs if target.there is None]
+    nbytes = sum(new) + sum(map(size_of, put.parts.values()))
+    keep = {target.there for target in targets if target.there is not None}
+    cache = session.cache
+    before = cache.find(targets[0].how.parent or b"") if targets else None
+    for entry in (before, session.server.sequences.holder(put.prompt)):
+        if entry is not None:
+            keep.add(entry)
+    cache.accounts.make_room(put.schema.namespace, put.how.tenant, nbytes, keep)
 
 
 def _find_room(

@@ -122,6 +122,7 @@ class Server:
             self.mover.settings = moves_of(config)
             if self.prefetcher is not None:
                 self.prefetcher.limits = prefetch_of(config)
+            cache.copies.admission.mode = admission_of(config)
             cache.default_level = Level[config.durability.upper()]
         cache.gpu.promote = cast(GpuPromote, config.gpu_promote)
         for session in self.sessions.values():
@@ -218,6 +219,11 @@ def limits_of(config: Config) -> Limits:
         inline_max=config.inline_max,
         held_max=config.query_buffer_limit,
     )
+
+
+def admission_of(config: Config) -> Literal["all", "second", "tinylfu"]:
+    """Return which values files take."""
+    return cast(Literal["all", "second", "tinylfu"], config.admission)
 
 
 def prefetch_of(config: Config) -> PrefetchLimits:

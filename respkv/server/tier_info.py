@@ -13,11 +13,12 @@ Field = str | int | float
 
 
 def prefetch_fields(server: "Server") -> dict[str, object]:
-    """Return the fields of INFO about what is raised ahead; none without file tiers."""
+    """Return the fields of INFO about what is raised ahead and what is written; or none."""
     if server.prefetcher is None:
         return {}
-    fields = server.prefetcher.info_fields()
-    return {f"kv_prefetch_{name}": value for name, value in fields.items()}
+    raised, written = server.prefetcher.info_fields(), server.cache.copies.admission.info_fields()
+    fields = {f"kv_prefetch_{name}": value for name, value in raised.items()}
+    return fields | {f"kv_admission_{name}": value for name, value in written.items()}
 
 
 def file_tier_fields(tier: "FileTier") -> dict[str, Field]:

@@ -28,6 +28,7 @@ KEYS_MAX = 4096  # of a command that is no chain; their number is written all th
 TOKENS_AT = 2  # where the tokens of a KV.SEQ command are
 _PREFIX_BYTES_MAX = 512  # of a word that may be an option
 _SEQUENCES = (b"KV.SEQ.MATCH", b"KV.SEQ.PUT", b"KV.SEQ.GET")
+_HINTS = (b"END", b"EXPECT", b"DEMOTE")
 # Words of a chain, with how many arguments each has.
 _CHAIN_WORDS = {b"SALT": 1, b"TENANT": 1, b"LORA": 1, b"LORAPATH": 1, b"MM": 3}
 # From these on, what the server sends answers no command that we could name.
@@ -93,6 +94,8 @@ class Notes:
         if command.name == "kv.schema|set":
             self._learn_schema(args)
         payloads = [args[place] for place in range(1, len(args)) if command.is_payload(place)]
+        if command.name == "kv.hint":
+            self._note_hint(noted.fields, args)
         if name in _SEQUENCES:
             self._note_sequence(noted.fields, name, args)
         else:
@@ -137,8 +140,16 @@ class Notes:
         if page_tokens:
             fields["chain"] = self._chain(args[1], _chain_words(words), tokens, page_tokens)
             fields["num_keys"] = len(fields["chain"])
-        session = _value(words, b"SESSION")
-        if session:
+        self._note_session(fields, _value(words, b"SESSION"))
+
+    def _note_hint(self, fields: dict[str, Any], args: Sequence[Any]) -> None:
+        words = [_word(arg) for arg in args]
+        if len(args) > 3 and words[3] in _HINTS:
+            fields["hint"] = words[3].decode().lower()
+            self._note_session(fields, args[2])
+
+    def _note_session(self, fields: dict[str, Any], session: object) -> None:
+        if isinstance(session, bytes) and session:
             fields["session"] = self._hash(b"session", session).hex()
 
     def _chain(

@@ -30,10 +30,11 @@ from respkv.trace.groups import answers_alone
 from respkv.trace.notes import Noted, Notes, Skipped, describe, is_tokens
 from respkv.trace.recorded import FORMAT, VERSION
 from respkv.trace.scan import ReplyScanner
-from respkv.wire.parser import BODY_MIN, Limits, RequestParser
+from respkv.wire.parser import Limits, RequestParser
 from respkv.wire.tokenizer import Tokenizer
 
-CHUNK_BYTES = BODY_MIN  # what the parser takes at a time
+CHUNK_BYTES = 64 * 1024
+FEED_BYTES = 16 * 1024  # the parser searches all that it takes; of a page it needs the first bytes
 TOKENS_BYTES_MAX = 64 << 20  # of a prompt that is collected to be hashed
 FLUSH_S = 1.0
 
@@ -112,8 +113,8 @@ class Ear:
                 if not self._skip:
                     self._end_body()
                 continue
-            part = view[:CHUNK_BYTES]
-            view = view[CHUNK_BYTES:]
+            part = view[:FEED_BYTES]
+            view = view[FEED_BYTES:]
             self._note(self._parser.feed(bytes(part), len(part)))
             self._follow()
 

@@ -54,7 +54,6 @@ def gap_closed(outcome: Outcome, outcomes: Sequence[Outcome]) -> float | None:
         each.cell.policy: each.hit_rate
         for each in outcomes
         if each.cell.blocks_max == outcome.cell.blocks_max
-        and (not each.cell.has_end_hints or each.cell.policy == BELADY)
     }
     floor, ceiling = same.get(_FLOOR), same.get(BELADY)
     if floor is None or ceiling is None or ceiling <= floor:

@@ -19,6 +19,7 @@ from respkv.trace.shelf import Shelf
 
 BELADY = "belady"
 NAMES = (*POLICIES, BELADY)
+HINTED = ("survival",)  # the policies that hints change anything for
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +85,14 @@ def cells_of(
 ) -> list[Cell]:
     """Return the cells of policies, names with commas between or ``all``, at each capacity.
 
-    Raises ConfigError for a name that is none.
+    has_end_hints: tell those that listen. Raises ConfigError for a name that is none.
     """
     names = NAMES if policies == "all" else tuple(name.strip() for name in policies.split(","))
     for name in names:
         if name not in NAMES:
             raise ConfigError(f"policy {name!r} is none of {', '.join(NAMES)}, or all")
     return [
-        Cell(name, capacity, has_end_hints=has_end_hints and name != BELADY)
+        Cell(name, capacity, has_end_hints=has_end_hints and name in HINTED)
         for name in names
         for capacity in capacities
     ]

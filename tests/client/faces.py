@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from respkv.client import AsyncClient, Client
+from respkv.client.sequence_faces import AsyncLayers
 
 FACES = ["sync", "asyncio", "uvloop", "trio"]
 
@@ -26,6 +27,8 @@ class Blocking:
 
     def __getattr__(self, name: str) -> Any:
         found: Any = getattr(self.target, name)
+        if name == "seq":
+            return Blocking(self.portal, found)
         if not callable(found):
             return found
         return partial(self._call, cast(Callable[..., Awaitable[Any]], found))
@@ -55,7 +58,15 @@ class Blocking:
             yield Blocking(self.portal, entered)
 
     def _call(self, method: Callable[..., Awaitable[Any]], *args: Any, **options: Any) -> Any:
-        return self.portal.call(partial(method, *args, **options))
+        result = self.portal.call(partial(method, *args, **options))
+        return Blocking(self.portal, result) if isinstance(result, AsyncLayers) else result
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            try:
+                yield self.portal.call(self.target.__anext__)
+            except StopAsyncIteration:
+                return
 
     def _await(self, awaitable: Awaitable[Any]) -> Any:
         async def wait() -> Any:

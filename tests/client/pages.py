@@ -22,6 +22,6 @@ def payload(seed: int, nbytes: int = NBYTES) -> bytes:
     return numpy.random.default_rng(seed).bytes(nbytes)
 
 
-def declare(client: Any, namespace: str) -> None:
+def declare(client: Any, namespace: str, **more: Any) -> None:
     """Declare GEOMETRY for a namespace."""
-    client.schema_set(namespace, layers=4, heads=2, dim=16, tokens=256, dtype="float16")
+    client.schema_set(namespace, layers=4, heads=2, dim=16, tokens=256, dtype="float16", **more)

@@ -1,7 +1,10 @@
 """Quotas: known cases, and a machine that holds the accounts against sums over what is there."""
 
+from contextlib import suppress
 from typing import Any
 
+import anyio
+import hypothesis
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,10 +18,12 @@ from hypothesis.stateful import (
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.history import Reason
+from respkv.engine.mover import Mover
 from respkv.engine.spaces import Limits
 from respkv.engine.watch import Watcher
 from respkv.errors import OutOfMemory, QuotaExceeded
 from respkv.page import namespace_of
+from respkv.tiers.record import Level
 from tests.engine.fake_tier import FakeTier
 from tests.engine.files import make_cold, opened
 from tests.fakes import ManualClock, make_cache
@@ -251,6 +256,78 @@ async def test_what_files_hold_counts_and_counts_again_after_a_restart() -> None
         again.check()
 
 
+acts = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "put", "put", "cold", "delete", "limit", "wait", "restart"]),
+        st.integers(0, 11),
+        st.sampled_from([b"", b"t", b"u"]),
+        st.integers(1, 6).map(lambda n: n * KIB),
+    ),
+    max_size=25,
+)
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(acts)
+def test_sums_and_quotas_hold_in_files_and_through_restarts(acts: list[Any]) -> None:
+    """Pages that are written, demoted, evicted and found again, each for the tenant who put it."""
+    tier = FakeTier()
+    limits = Limits()
+    owners: dict[bytes, set[bytes]] = {}
+
+    async def live(acts: list[Any]) -> list[Any]:
+        """Act until the next restart; return what is left to do."""
+        cache, clock = make_cache()
+        cache.accounts.restore([(b"ns", None, limits.max_bytes, limits.tenant_bytes)])
+        async with opened(cache, tier) as mover:
+            check(cache)
+            while acts:
+                (what, number, tenant, nbytes), *acts = acts
+                if what == "restart":
+                    break
+                await act(cache, mover, what, number, tenant, nbytes)
+                clock.advance(1)
+                check(cache)
+        return acts
+
+    async def act(
+        cache: Cache, mover: Mover, what: str, number: int, tenant: bytes, nbytes: int
+    ) -> None:
+        key = b"ns:" + b"%064x" % number
+        entry = cache.find(key)
+        if what == "put" and cache.has_page(key, nbytes) is None:
+            level = Level.DURABLE if number % 2 else None
+            parent = b"ns:" + b"%064x" % (number // 2) if number > 1 else None
+            owners.setdefault(key, set()).add(tenant)
+            with suppress(QuotaExceeded):
+                cache.put(
+                    key, b"x" * nbytes, Put("kvpage", parent=parent, tenant=tenant, level=level)
+                )
+        elif what == "cold":
+            await make_cold(cache, mover)
+        elif what == "delete" and entry is not None:
+            cache.delete(entry)
+        elif what == "limit":
+            with suppress(QuotaExceeded):
+                cache.accounts.set_limits(b"ns", Limits(4 * nbytes, 3 * nbytes))
+                limits.max_bytes, limits.tenant_bytes = 4 * nbytes, 3 * nbytes
+
+    def check(cache: Cache) -> None:
+        cache.check()
+        space = cache.accounts.spaces.get(b"ns")
+        used = 0 if space is None else space.nbytes
+        for entry in cache.entries.values():
+            assert entry.tenant in owners[entry.key]
+        assert used == sum(entry.nbytes for entry in cache.entries.values())
+        assert used <= (limits.max_bytes or used)
+        for account in () if space is None else space.accounts.values():
+            assert account.nbytes <= (account.max_bytes or account.nbytes)
+
+    left = acts
+    while left:
+        left = anyio.run(live, left)
+
+
 class _Seen(Watcher):
     """Which pages went for a quota during a call."""
 
@@ -408,7 +485,9 @@ class AccountMachine(RuleBasedStateMachine):
         for namespace in NAMESPACES:
             limits = accounts.limits_of(namespace)
             used = self.used(namespace)
-            assert used == (accounts.spaces[namespace].nbytes if namespace in accounts.spaces else 0)
+            assert used == (
+                accounts.spaces[namespace].nbytes if namespace in accounts.spaces else 0
+            )
             assert used <= (limits.max_bytes or used)
             for tenant in TENANTS:
                 own = self.used(namespace, tenant)

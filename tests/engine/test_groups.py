@@ -16,13 +16,13 @@ from respkv.engine.groups import (
     bound_key,
     bound_options,
     clip,
-    has_bound_parts_of,
     needs,
     serveable,
     state_key,
     state_options,
 )
 from respkv.engine.namespaces import Group, Kind, Schema
+from respkv.engine.nodes import has_bound_parts_of
 from respkv.engine.sequences import Found, Sequences
 from respkv.errors import SchemaMismatch
 from respkv.page import Geometry, Latents
@@ -301,3 +301,24 @@ def test_a_piece_has_the_bytes_of_its_tokens(tokens: int) -> None:
         FULL.check_piece(tokens, 4 * tokens + 1)
     with pytest.raises(SchemaMismatch, match="a state of group 'mamba' has 5 bytes"):
         STATE.check_piece(tokens, 4)
+
+
+def test_a_tail_stays_until_what_is_longer_has_the_pages_of_its_groups() -> None:
+    model = make_model(FULL, STATE)
+    model.put((1, 2))
+    model.put_part((1, 2), FULL, 0)
+    model.put_state((1, 2), STATE)
+    tail = model.pages((1, 2)).entries[0]
+    model.put((1, 2, 3))
+    assert tail.position >= 0
+    assert model.sequences.find(model.prompt((1, 2))).tokens == 2
+    longer = model.pages((1, 2, 3)).entries[0]
+    assert longer is not tail
+    model.put_part((1, 2, 3), FULL, 0)
+    model.sequences.tidy()
+    assert tail.position < 0
+    assert model.sequences.find(model.prompt((1, 2))).tokens == 2
+    assert model.sequences.find(model.prompt((1, 2, 3))).tokens == 2
+    state = model.cache.entries[state_key(model.prompt((1, 2)), 2, b"mamba")]
+    assert state.parent is longer
+    model.cache.check()

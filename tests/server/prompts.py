@@ -18,7 +18,8 @@ PAGE_BYTES = LAYERS * 2 * TOKENS * HEADS * DIM * 2
 
 def declare(client: Client, namespace: str = "m", **changes: Any) -> None:
     """Set the schema of a namespace to that of the arrays here."""
-    shape = {"layers": LAYERS, "heads": HEADS, "dim": DIM, "tokens": TOKENS} | changes
+    shape: dict[str, Any] = {"layers": LAYERS, "heads": HEADS, "dim": DIM, "tokens": TOKENS}
+    shape |= changes
     client.schema_set(namespace, dtype="bfloat16", **shape)
 
 
@@ -61,9 +62,9 @@ class Worker:
     heads: tuple[int, int]
     namespace: str = "m"
 
-    def portion(self) -> dict[str, tuple[int, int]]:
+    def portion(self) -> dict[str, Any]:
         """Return what it says of itself: nothing about what it has all of."""
-        said = {"layers": self.layers} if self.layers != (0, LAYERS) else {}
+        said: dict[str, Any] = {"layers": self.layers} if self.layers != (0, LAYERS) else {}
         return said | ({"heads": self.heads} if self.heads != (0, HEADS) else {})
 
     def put(self, prompt: Text, **options: Any) -> Any:

@@ -178,7 +178,7 @@ def test_a_gap_is_refused_and_says_where_to_go_on(own: Raw) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["KV.SEQ.MATCH", "s", b"123"], "multiple of 4"),
+        (["KV.SEQ.MATCH", "s", b"123"], "3 bytes are no multiple"),
         (["KV.SEQ.MATCH", "s", b"\xff\xff\xff\xff"], "-1"),
         (["KV.SEQ.MATCH", "none", b"1234"], "KVSCHEMA"),
         (["KV.SEQ.MATCH", "s", b"1234", "BOGUS"], "'BOGUS'"),
@@ -199,9 +199,15 @@ def test_a_gap_is_refused_and_says_where_to_go_on(own: Raw) -> None:
         (["KV.SEQ.PUT", "s", b"1234", 1, bytes(2048), "FROM", 16], "up to 1"),
         (["KV.SEQ.PUT", "s", b"1234", 1, bytes(2048), "LOGITS", b""], "LOGITS has at least 1 byte"),
         (["KV.SEQ.PUT", "s", b"1234", 1, bytes(2048), "DURABLE"], "this server has none"),
-        (["KV.SEQ.PUT", "s", b"1234", 1, "a", "LAYERS", 3, 2], "layers 3 to 4 are not within 0 to 3"),
+        (
+            ["KV.SEQ.PUT", "s", b"1234", 1, "a", "LAYERS", 3, 2],
+            "layers 3 to 4 are not within 0 to 3",
+        ),
         (["KV.SEQ.PUT", "s", b"1234", 1, "a", "HEADS", 8, 1], "heads 8 to 8 are not within 0 to 7"),
-        (["KV.SEQ.PUT", "s", b"1234", 1, "a", "HEADS", 0, 4], "have 1024 bytes, their payload has 1"),
+        (
+            ["KV.SEQ.PUT", "s", b"1234", 1, "a", "HEADS", 0, 4],
+            "have 1024 bytes, their payload has 1",
+        ),
         (["KV.SEQ.PUT", "s", b"1234", 1, "a", "GROUP", "g"], "no group 'g'"),
         (["KV.SEQ.GET", "s", b"1234", "LAYERS", 0, 0], "layer count must be at least 1"),
         (["KV.SEQ.GET", "s", b"1234", "LAYERS", 0, 5], "not within 0 to 3"),
@@ -251,9 +257,7 @@ def test_a_pipeline_of_puts_and_gets_is_answered_in_order(own: Raw) -> None:
                 numpy.ascontiguousarray(part[:, :, start : start + TOKENS]).tobytes()
                 for start in range(0, len(prompt.tokens), TOKENS)
             ]
-            requests.append(
-                ["KV.SEQ.PUT", "w", tokens, len(cut), *cut, "HEADS", 4 * number, 4]
-            )
+            requests.append(["KV.SEQ.PUT", "w", tokens, len(cut), *cut, "HEADS", 4 * number, 4])
         requests += [match(prompt, namespace="w"), get(prompt, namespace="w"), ["ECHO", "x"]]
     replies = own.ask_all(requests)
     for number, prompt in enumerate(prompts):
@@ -280,12 +284,13 @@ def test_a_client_that_leaves_in_the_middle_of_a_put_leaves_nothing(
     own: Raw, connect: Connect, server: ServerProcess
 ) -> None:
     prompt = wide(4 * TOKENS, 50)
-    for portion in ([], ["HEADS", 0, 8]):
+    portions: list[list[Word]] = [[], ["HEADS", 0, 8]]
+    for portion in portions:
         data = request(*put(prompt, *portion, namespace="w"))
         for cut in (WIDE_BYTES // 2, WIDE_BYTES + 5000, 3 * WIDE_BYTES + 100_000, len(data) - 1):
             broken = connect()
             broken.socket.sendall(data[:cut])
-            wait_until(lambda: int(server.info()["kv_landings"]) > 0, "a page lands")
+            wait_until(server, "kv_landings", lambda number: number > 0)
             broken.close()
             wait_for(server, "kv_landings", 0)
             wait_for(server, "kv_arena_used_bytes", 0)

@@ -43,7 +43,9 @@ def test_what_one_layout_stored_every_other_reads(
         readers.check(other, 3 * TOKENS + 5)
 
 
-@pytest.mark.parametrize(("stored", "going_on"), [((4, 1), (2, 1)), ((1, 1), (4, 1)), ((2, 2), (1, 4))], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "going_on"), [((4, 1), (2, 1)), ((1, 1), (4, 1)), ((2, 2), (1, 4))], ids=str
+)
 def test_another_layout_goes_on_where_one_has_stopped(
     shared: ServerProcess, stored: tuple[int, int], going_on: tuple[int, int]
 ) -> None:

@@ -90,6 +90,15 @@ def test_a_put_of_a_sequence_has_its_payloads_counted_and_not_looked_at(notes: N
     assert "session" in found
 
 
+def test_a_hint_is_written_with_the_session_that_it_is_about(notes: Notes) -> None:
+    if look_up(b"KV.HINT") is None:
+        pytest.skip("the command table has no KV.HINT")
+    asked = fields(notes, b"KV.SEQ.MATCH", b"ns", tokens(1, 2), b"SESSION", b"x")
+    hint = fields(notes, b"KV.HINT", b"ns", b"x", b"end")
+    assert (hint["hint"], hint["session"]) == ("end", asked["session"])
+    assert "hint" not in fields(notes, b"KV.HINT", b"ns", b"x", b"hunter2")
+
+
 def test_without_a_schema_a_sequence_has_tokens_and_no_chain(notes: Notes) -> None:
     found = fields(notes, b"KV.SEQ.MATCH", b"unknown", tokens(1, 2, 3))
     assert (found["tokens"], found["page_tokens"], "chain" in found) == (3, 0, False)

@@ -182,6 +182,31 @@ async def test_a_recording_is_a_trace(server: ServerProcess, tmp_path: Path) -> 
     assert trace.block_tokens == 16
 
 
+async def test_prompts_are_recorded_as_chains_of_pages_and_read_back_as_requests(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    prompt = list(range(20_100))  # more tokens than one read of the proxy takes
+    async with recording(settings(server.url, {})) as proxy, AsyncClient(proxy.url) as client:
+        await client.schema_set("seqrec", layers=1, heads=1, dim=8, tokens=512, dtype="float16")
+        assert (await client.seq.match("seqrec", prompt)).tokens == 0
+        kv = bytes(2 * len(prompt) * 8 * 2)
+        pages = [kv[at : at + 512 * 32] for at in range(0, len(kv), 512 * 32)]
+        await client.seq.put("seqrec", prompt, pages)
+        assert (await client.seq.match("seqrec", prompt + [7] * 1000, session="s")).tokens == 20_100
+        await client.command("KV.SCHEMA", "DEL", "seqrec")
+    first, last = proxy.of("kv.seq.match")[0], proxy.of("kv.seq.match")[-1]
+    assert (first["reply"], last["reply"], last["matched"]) == ("miss", "hit", 20_100)
+    assert (first["tokens"], first["page_tokens"], len(first["chain"])) == (20_100, 512, 40)
+    assert last["chain"][:39] == first["chain"][:39]
+    assert proxy.of("kv.seq.put")[0]["in_bytes"] == len(kv)
+    assert "seqrec" not in proxy.file.getvalue()
+    path = tmp_path / "recording"
+    path.write_text(proxy.file.getvalue())
+    trace = read_trace(path)
+    assert [request.num_tokens for request in trace.requests][-1] == 21_100
+    assert trace.block_tokens == 512
+
+
 def follow(*pieces: bytes) -> tuple[Ear, StringIO]:
     file = StringIO()
     ear = Ear(1, Notes(), Recording(file), Tokenizer())

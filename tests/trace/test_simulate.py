@@ -67,10 +67,10 @@ def test_an_empty_trace_hits_nothing() -> None:
     assert (outcome.hit_rate, outcome.flops_saved, outcome.written_per_hit) == (0.0, 0.0, 0.0)
 
 
-def test_cells_are_named_or_all_of_them_and_hints_are_for_those_that_do_not_know() -> None:
+def test_cells_are_named_or_all_of_them_and_hints_are_for_those_that_listen() -> None:
     assert [cell.policy for cell in cells_of("all", (1,))] == list(NAMES)
-    hinted = cells_of("lru,belady", (1, 2), has_end_hints=True)
-    assert [cell.label for cell in hinted] == ["lru + end hints"] * 2 + ["belady"] * 2
+    hinted = cells_of("lru, survival", (1, 2), has_end_hints=True)
+    assert [cell.label for cell in hinted] == ["lru"] * 2 + ["survival + end hints"] * 2
     with pytest.raises(ConfigError, match=r"policy 'best' is none of lru, .*, or all"):
         cells_of("lru,best", (1,))
 

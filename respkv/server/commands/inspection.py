@@ -31,6 +31,7 @@ DETAILS: Final = {
     "schema": "a put was refused because it did not fit the schema of its namespace",
     "corrupt": "its bytes did not match their checksum",
     "lost": "the only copy was in a tier that failed",
+    "replaced": "a longer page of the same prompt took its place, and went since",
 }
 
 
@@ -84,13 +85,14 @@ def _request(session: Session, entry: Entry) -> dict[str, Any]:
     """Describe the last request that used a page, and what it is expected to do."""
     request = entry.request
     if request is None:
-        nothing = {"session": None, "turn": -1, "request_tokens": 0, "is_ended": 0}
-        return nothing | {"expected_ms": -1}
+        nothing = {"session": None, "turn": -1, "request_tokens": 0, "request_class": -1}
+        return nothing | {"is_ended": 0, "expected_ms": -1}
     expected_s = request.expected_at - session.cache.clock.now
     return {
         "session": None if request.session is None else request.session.name,
         "turn": request.turn,
         "request_tokens": request.num_tokens,
+        "request_class": request.kind,
         "is_ended": int(request.is_ended),
         "expected_ms": max(0, int(expected_s * 1000)) if request.expected_at else -1,
     }
@@ -169,18 +171,16 @@ def _first_missing(session: Session, prompt: Prompt, found: Found) -> tuple[str,
     key = prompt.key(index) if is_full else prompt.position_key(prompt.num_tokens)
     reason: str = session.cache.history.find(key) or "never"
     detail = DETAILS[reason]
-    if session.cache.find(key) is not None:
-        schema = session.cache.namespaces.find(prompt.namespace)
-        if schema is not None and schema.groups:
-            reason, detail = "group", "it is there, and a group of layers lacks what it needs there"
-        else:
-            reason, detail = "schema", "it was stored under another schema, or without its tokens"
+    if session.server.sequences.find_pages(prompt).tokens > found.tokens:
+        reason = "group"
+        detail = "the tokens are stored, and a group of layers lacks what it needs for them"
+    elif session.cache.find(key) is not None:
+        reason = "schema"
+        detail = "it was stored under another schema, or without its tokens"
     shown_key = key[:KEY_SHOWN_MAX].decode(errors="replace")
     what = "page" if is_full else "partial page"
-    text = f"tokens {first} to {last - 1} are in no page: {what} {index}, {shown_key}: {detail}"
-    if found.tokens > first:
-        text += f"; its first {found.tokens - first} tokens are stored in another page"
-    return reason, text
+    text = f"{found.tokens} of {prompt.num_tokens} tokens are stored; tokens {first} to {last - 1}"
+    return reason, f"{text}, {what} {index}, {shown_key}: {detail}"
 
 
 async def _look_for_salt(session: Session, prompt: Prompt, text: str) -> None:

@@ -137,8 +137,13 @@ def kv_hint(session: Session, args: Args) -> None:
         raise words.unexpected()
     if word == b"END":
         answer = hints.end(namespace, name)
+        if (prefetcher := session.server.prefetcher) is not None:
+            prefetcher.forget(session.cache.requests.entries_of(name, namespace))
     elif word == b"EXPECT":
         answer = hints.expect(namespace, name, ms, session.server.config.expect_max)
+        if answer.status != "rejected" and (prefetcher := session.server.prefetcher) is not None:
+            pages = session.cache.requests.entries_of(name, namespace)
+            prefetcher.expect(pages, session.cache.clock.now + answer.value / 1000)
     else:
         mover = session.server.mover
         answer = hints.demote(namespace, name, None if mover is None else mover.demotions)

@@ -120,8 +120,8 @@ _PAGES = (
         complexity="O(1)",
         syntax="KV.INFO key",
         notes=(
-            "Answers a map, or null. Whose it is: `session`, `turn`, `request_tokens`, `is_ended` and "
-            "`expected_ms` (-1: no hint) of the request that used it last; `tenant`, with the bytes "
+            "Answers a map, or null. Whose it is: `session`, `turn`, `request_tokens`, `request_class`, "
+            "`is_ended` and `expected_ms` (-1: no hint) of the request that used it last; `tenant`, with the bytes "
             "kept and allowed of the tenant and of the namespace (0 is no limit). How it is kept: "
             "`level`, `priority`, `ttl_ms` (-1: none), `pinned_ms`, `held_ms`."
         ),

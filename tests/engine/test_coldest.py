@@ -1,0 +1,88 @@
+"""The order in which a quota gives up pages: one at a time, as a plan asks for them."""
+
+from respkv.engine.coldest import HELD_FEW, HELD_REST_S, Coldest
+from respkv.engine.entry import Entry
+
+
+def page(
+    name: str, touched: float = 0.0, *, priority: int = 0, parent: Entry | None = None
+) -> Entry:
+    entry = Entry(name.encode(), "kvpage", 100, touched)
+    entry.priority = priority
+    if parent is not None:
+        entry.parent = parent
+        parent.children = {*(parent.children or ()), entry}
+    return entry
+
+
+def order(coldest: Coldest, now: float = 100.0, held: set[Entry] | None = None) -> list[str]:
+    """Return the names of all that may go, in order; nothing changes."""
+    doomed: dict[Entry, None] = {}
+    while True:
+        entry = coldest.first(doomed, (held or set()).__contains__, now)
+        if entry is None:
+            break
+        doomed[entry] = None
+        if entry.parent is not None:
+            coldest.unpark(entry.parent)
+    coldest.end_plan(doomed, now)
+    return [entry.key.decode() for entry in doomed]
+
+
+def test_priority_counts_before_the_time_of_use_and_uses_count_lazily() -> None:
+    coldest = Coldest()
+    a, b, c = page("a", 1.0), page("b", 2.0), page("c", 3.0, priority=-1)
+    for each in (a, b, c):
+        coldest.add(each)
+    assert order(coldest) == ["c", "a", "b"]
+    a.touched = 5.0
+    assert order(coldest) == ["c", "b", "a"]
+    c.priority = 1
+    coldest.add(c)
+    assert order(coldest) == ["b", "a", "c"]
+    coldest.remove(b)
+    assert order(coldest) == ["a", "c"]
+
+
+def test_a_page_comes_after_all_that_stand_behind_it() -> None:
+    coldest = Coldest()
+    root = page("root")
+    left, right = page("left", 5.0, parent=root), page("right", 9.0, parent=root)
+    leaf = page("leaf", 7.0, parent=left)
+    for each in (root, left, right, leaf):
+        coldest.add(each)
+    assert order(coldest) == ["leaf", "left", "right", "root"]
+    assert order(coldest, held={right}) == ["leaf", "left"]
+    assert order(coldest) == ["leaf", "left", "right", "root"]
+
+
+def test_a_pinned_page_waits_for_its_deadline_unless_it_is_unpinned() -> None:
+    coldest = Coldest()
+    a, b = page("a", 1.0), page("b", 2.0)
+    a.pinned_until = 50.0
+    coldest.add(a)
+    coldest.add(b)
+    assert order(coldest, now=10.0) == ["b"]
+    assert order(coldest, now=50.0) == ["a", "b"]
+    a.pinned_until = 90.0
+    assert order(coldest, now=60.0) == ["b"]
+    a.pinned_until = 0.0
+    coldest.add(a)
+    assert order(coldest, now=60.0) == ["a", "b"]
+
+
+def test_many_held_pages_rest_and_are_not_forgotten() -> None:
+    coldest = Coldest()
+    pages = [page(f"{number}", float(number)) for number in range(HELD_FEW + 10)]
+    for each in pages:
+        coldest.add(each)
+    free = page("free", 1e9)
+    coldest.add(free)
+    assert order(coldest, now=10.0, held=set(pages)) == ["free"]
+    assert order(coldest, now=10.0) == ["free"], "they are not looked at again at once"
+    assert len(order(coldest, now=10.0 + HELD_REST_S)) == len(pages) + 1
+    assert len(coldest) == len(pages) + 1
+    for each in pages:
+        coldest.remove(each)
+    assert list(coldest) == [free]
+    assert order(coldest) == ["free"]

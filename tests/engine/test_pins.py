@@ -1,0 +1,48 @@
+"""Pins: how many bytes are pinned, whatever becomes of the pages."""
+
+from respkv.engine.entry import Put
+from tests.fakes import make_cache
+
+
+def page(pinned_until: float = 0.0) -> Put:
+    return Put("kvpage", pinned_until=pinned_until)
+
+
+def test_a_pin_counts_until_it_ends_or_is_taken_away() -> None:
+    cache, clock = make_cache()
+    a = cache.put(b"ns:a", b"x" * 1000, page(clock.now + 5))
+    b = cache.put(b"ns:b", b"x" * 2000, page(clock.now + 9))
+    assert (cache.pins.nbytes, len(cache.pins)) == (3000, 2)
+    assert cache.pins.nbytes_but(a) == 2000
+    assert cache.pins.nbytes_but(a, b, None) == 0
+    cache.pin(a, clock.now + 1)  # sooner
+    clock.advance(2)
+    assert (cache.pins.nbytes, len(cache.pins)) == (2000, 1)
+    cache.pin(b, 0.0)
+    assert cache.pins.nbytes == 0
+    cache.pin(b, clock.now + 1)
+    cache.pin(b, clock.now + 60)  # later; the first deadline means nothing then
+    clock.advance(30)
+    assert cache.pins.nbytes == 2000
+
+
+def test_a_page_that_is_overwritten_deleted_or_flushed_is_counted_as_it_is() -> None:
+    cache, clock = make_cache()
+    cache.put(b"ns:a", b"x" * 1000, page(clock.now + 5))
+    cache.put(b"ns:a", b"x" * 3000, page())
+    assert cache.pins.nbytes == 3000, "the pin is of the key"
+    cache.put(b"ns:a", b"a string")
+    assert cache.pins.nbytes == 0
+    entry = cache.put(b"ns:b", b"x" * 1000, page(clock.now + 5))
+    cache.delete(entry)
+    assert cache.pins.nbytes == 0
+    cache.put(b"ns:b", b"x" * 1000, page(clock.now + 5))
+    cache.flush()
+    assert (cache.pins.nbytes, len(cache.pins)) == (0, 0)
+
+
+def test_a_string_that_is_pinned_takes_no_share() -> None:
+    cache, clock = make_cache()
+    entry = cache.put(b"k", b"x" * 1000)
+    cache.pin(entry, clock.now + 5)
+    assert cache.pins.nbytes == 0
