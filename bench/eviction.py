@@ -23,6 +23,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 CAPACITIES: Final = (1000, 3000, 6000, 10_000, 20_000, 30_000, 50_000, 100_000)
 DEFAULT: Final = "survival"
 RIVALS: Final = ("lru", "arc", "s3fifo")
+MEMORY, FILES = 3000, 30_000  # blocks of the cells that have files as well
 # What the default should come to: at this capacity so many times lru's hit rate, and so on.
 AT, TIMES, BELOW, GAP, DECISION_US, GHOST_BYTES = 6000, 1.15, 0.005, 0.85, 15.0, 64.0
 FACTS: Final = (
@@ -96,7 +97,21 @@ def matrix(outcomes: list[Outcome], of: str) -> str:
     return "\n".join(lines)
 
 
-def page(outcomes: list[Outcome], trace: str, facts: str) -> str:
+def files_table(outcomes: list[Outcome]) -> str:
+    """Return a Markdown table of what admission saves and costs."""
+    lines = [
+        "| policy | admission | token hit rate | hit in files, of all hits | written for each byte hit |",
+        "|---|---|---|---|---|",
+    ]
+    for each in outcomes:
+        lines.append(
+            f"| {each.cell.policy} | {each.cell.admission} | {each.hit_rate:.4f} "
+            f"| {each.num_raised / each.num_hits:.0%} | {each.written_per_hit:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def page(outcomes: list[Outcome], filed: list[Outcome], trace: str, facts: str) -> str:
     """Return bench/results/eviction.md."""
     wanted = "\n".join(
         f"| {what} | {measured} | {target} | {'met' if is_met else 'MISSED'} |"
@@ -130,6 +145,10 @@ def page(outcomes: list[Outcome], trace: str, facts: str) -> str:
 
 {matrix(outcomes, "ghost_bytes")}
 
+## Memory of {MEMORY:,} blocks and files of {FILES:,}
+
+{files_table(filed)}
+
 {facts}
 """
 
@@ -148,20 +167,24 @@ def main() -> None:
     started = time.monotonic()
     cells = cells_of("all", CAPACITIES)
     cells += [Cell(DEFAULT, capacity, has_end_hints=True) for capacity in CAPACITIES]
-    outcomes = simulate_all(
+    num_plain = len(cells)
+    for policy in ("lru", DEFAULT):
+        cells += cells_of(policy, (MEMORY,), files_max=FILES, admissions="all,second,tinylfu")
+    every = simulate_all(
         cells,
         trace,
         num_processes=options.processes,
         progress=lambda each: print(
-            f"{each.cell.label:22} {each.cell.blocks_max:7} {each.hit_rate:.4f}"
+            f"{each.cell.label:28} {each.cell.blocks_max:7} {each.hit_rate:.4f}"
         ),
     )
+    outcomes, filed = every[:num_plain], every[num_plain:]
     facts = "; ".join(f"{name} {found[name]}" for name in FACTS)
     facts += f"; took {time.monotonic() - started:.0f} s."
     told = f"{trace.name}: {len(trace.requests):,} requests, {trace.num_tokens:,} tokens"
-    summary = simulate_summary(trace, outcomes, None) | {"machine": found}
+    summary = simulate_summary(trace, every, None) | {"machine": found}
     (RESULTS / "eviction.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (RESULTS / "eviction.md").write_text(page(outcomes, told, facts))
+    (RESULTS / "eviction.md").write_text(page(outcomes, filed, told, facts))
     plain = [each for each in outcomes if not each.cell.has_end_hints]
     draw(
         plain, ROOT / "docs" / "retention.svg", "Conversation trace: every policy, one setting each"

@@ -30,6 +30,7 @@ from respkv.engine.sketch import COUNT_MAX, Sketch
 Mode = Literal["all", "second", "tinylfu"]
 
 DROP_WEIGHT = 1 / 64  # of one dropped value in the mean
+KEYS_MAX = 1 << 17  # that are counted apart, in half a MiB
 CHILDREN_MAX = 256  # that are looked at; a page with more of them is used in any case
 
 
@@ -52,15 +53,11 @@ class Admission:
         self.num_lost = 0  # evicted without having been written
         self._clock = clock
         self._sketch = Sketch()
-        self._num_halvings = 0
 
     def put(self, entry: Entry) -> None:
         """Count that a value was put."""
         if self.mode != "all":
-            self._sketch.add(hash(entry.key))
-            if self._sketch.num_halvings != self._num_halvings:
-                self._num_halvings = self._sketch.num_halvings
-                self.threshold /= 2
+            self._add(entry, 1)
 
     def admits(self, entry: Entry) -> bool:
         """Whether a value is to be written as things are now."""
@@ -76,12 +73,12 @@ class Admission:
         if any(child.records for child in islice(page.children or (), CHILDREN_MAX)):
             return True
         if self.mode == "second":
-            return page.hits > 0 or self._sketch.estimate(hash(page.key)) > 1
+            return page.hits > 0 or self._sketch.count(hash(page.key)) > 1
         return self.count(page) > self.threshold + 0.5
 
     def count(self, entry: Entry) -> int:
         """Return how often a value was put and used lately, as far as it is known."""
-        return min(COUNT_MAX, max(1, self._sketch.estimate(hash(entry.key))) + entry.hits)
+        return min(COUNT_MAX, max(1, self._sketch.count(hash(entry.key))) + entry.hits)
 
     def dropped(self, entry: Entry) -> None:
         """Learn what files drop, now that they have dropped a copy of an entry."""
@@ -93,7 +90,7 @@ class Admission:
         if self.mode != "all":
             self.num_lost += entry in self.left_out
             if entry.hits:
-                self._sketch.add(hash(entry.key), min(entry.hits, COUNT_MAX))
+                self._add(entry, min(entry.hits, COUNT_MAX))
 
     def note(self, nbytes: int, *, is_admitted: bool) -> None:
         """Count a decision."""
@@ -108,6 +105,13 @@ class Admission:
         """Forget an entry whose value goes or is written."""
         self.left_out.pop(entry, None)
         self.insisted.discard(entry)
+
+    def _add(self, entry: Entry, count: int) -> None:
+        self._sketch.grow(KEYS_MAX)
+        before = self._sketch.num_added
+        self._sketch.add(hash(entry.key), count)
+        if self._sketch.num_added < before:  # all counts were halved
+            self.threshold /= 2
 
     def clear(self) -> None:
         """Forget all entries: everything has gone."""

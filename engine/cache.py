@@ -220,9 +220,12 @@ class Cache(Residents):
         self._describe(entry, how, schema)
         if entry.token_ids and not had_tokens:
             self.watchers.stored(entry, is_new=False)
+        if how.session and (entry.request is None or entry.request.session is None):
+            self.requests.belongs(entry, how.session)  # it may be another's, and is shared then
         if how.pinned_until:
             self.pins.note(entry)
-        self.accounts.requeue(entry)
+        if before != _told(entry):
+            self.accounts.requeue(entry)
         if self.has_files:
             level = self._level(how, schema)
             if level > entry.level:

@@ -183,7 +183,6 @@ class Cleaner:
             if tier is None or self._retry_at[tier] > now:
                 continue
             self._copies.admission.note(dirt.nbytes, is_admitted=True)
-            self._copies.take_along(entry)
             batches.setdefault(tier, []).append(entry)
             limit -= dirt.nbytes
             self.idle_bytes = max(0, self.idle_bytes - dirt.nbytes)
@@ -197,6 +196,7 @@ class Cleaner:
         writings: list[Writing] = []
         slots: dict[Writing, Slot] = {}
         for entry in entries:
+            self._copies.take_along(entry)
             value, slot = self._value_of(entry, level)
             writing = self._copies.begin_write(entry, tier, level, value.meta.generation)
             writing.is_again = is_again

@@ -52,9 +52,7 @@ class Coldest:
         """Forget a page; one that it was behind may be a leaf now."""
         self._tickets.pop(entry, None)
         self._parked.discard(entry)
-        if len(self._heap) > 2 * len(self._tickets) + SLACK:
-            self._heap = [each for each in self._heap if self._is_current(*each)]
-            heapq.heapify(self._heap)
+        self._sweep()
 
     def unpark(self, entry: Entry) -> None:
         """Look again at a page that had others behind it."""
@@ -107,9 +105,22 @@ class Coldest:
         self._next += 1  # what stands for it in a heap already is void
         self._tickets[entry] = self._next
         heapq.heappush(self._heap, (rank_of(entry, self._next), entry))
+        self._sweep()
 
     def _rest(self, entry: Entry, until: float) -> None:
         heapq.heappush(self._waiting, (until, self._tickets[entry], entry))
+
+    def _sweep(self) -> None:
+        """Drop what is void, when it is more than the rest."""
+        most = 2 * len(self._tickets) + SLACK
+        if len(self._heap) > most:
+            self._heap = [each for each in self._heap if self._is_current(*each)]
+            heapq.heapify(self._heap)
+        if len(self._waiting) > most:
+            self._waiting = [
+                each for each in self._waiting if self._tickets.get(each[2]) == each[1]
+            ]
+            heapq.heapify(self._waiting)
 
     def _is_current(self, rank: Rank, entry: Entry) -> bool:
         return self._tickets.get(entry) == -rank[3]

@@ -103,6 +103,22 @@ class Groups:
         tokens = serveable(schema, prompt, found, self._cache.find, self.states)
         return cut(found, tokens, prompt.page_tokens)
 
+    def use(self, prompt: Prompt, found: Found, until: float) -> list[Entry]:
+        """Use what all groups need at the position that was found, and keep it until then.
+
+        Returns: the entries, without those of the namespace's own geometry.
+        """
+        schema, cache = self._cache.namespaces.find(prompt.namespace), self._cache
+        used = [
+            need.entry
+            for group in (() if schema is None else schema.groups)
+            for need in needs(prompt, group, found, cache.find)
+        ]
+        for entry in used:
+            entry.touched = cache.clock.now
+            cache.promise(entry, until)
+        return used
+
     def needs(self, prompt: Prompt, group: Group, found: Found) -> list[Need]:
         """Return what a get of a group reads, in order, for a prompt of which ``found`` is served."""
         return needs(prompt, group, found, self._cache.find)

@@ -33,7 +33,7 @@ _NAME_BYTES = 36  # of an int that is the hash of a key
 _FREQUENCY_MAX = 3
 _SMALL_SHARE = 10  # the small queue of s3fifo is meant to hold one in so many
 
-Item = tuple[float, float, int, Entry]  # rank, touched, number, entry; lowest first
+Item = tuple[float, float, int, Entry]  # rank, what decides among equals, number, entry
 
 
 @dataclass(slots=True)
@@ -194,7 +194,11 @@ class Ranked(Queue):
 
 
 class Lru(Ranked):
-    """Least recently used first."""
+    """Least recently used first; of pages used together, the one deepest in its chain."""
+
+    def _item(self, entry: Entry, rank: float, number: int) -> Item:
+        item = self._items[entry] = (rank, -entry.depth, number, entry)
+        return item
 
     def _rank(self, entry: Entry) -> float:
         return entry.touched

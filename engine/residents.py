@@ -62,7 +62,7 @@ class Residents(Memory):
         self.watchers = Watchers()
         self.watchers.add(self.requests)
         self.accounts, self.pins = Accounts(clock, self.entries), Pins(clock)
-        self.accounts.is_held, self.accounts.lose = self.room.is_held, self._lose_to_quota
+        self.accounts.is_held, self.accounts.lose = self.room.is_any_held, self._lose_to_quota
         self.watchers.add(self.accounts)
         self.watchers.add(self.pins)
         self.has_files = False
@@ -151,9 +151,7 @@ class Residents(Memory):
     # -- inside -------------------------------------------------------------------------------
 
     def _may_be_forgotten(self, leaf: Entry) -> bool:
-        if not leaf.parts:
-            return leaf.is_cold and not self.room.is_held(leaf)
-        is_any_cold = leaf.is_cold or any(part.is_cold for part in leaf.parts)
+        is_any_cold = leaf.is_cold or any(part.is_cold for part in leaf.parts or ())
         return is_any_cold and not self.room.is_any_held(leaf)
 
     def _take(self, nbytes: int, *, may_lose: bool = True, is_last: bool = True) -> Slot:
@@ -182,8 +180,9 @@ class Residents(Memory):
         if entry.kind == "kvpage" != kind and self.watchers:
             self.watchers.removed(entry, "deleted")
         self.accounts.uncount(entry)
-        if kind == "string" and entry.parts:
-            self._remove_parts(entry, "deleted")
+        if kind == "string":
+            if entry.parts:
+                self._remove_parts(entry, "deleted")
             entry.branch = entry.token_ids = b""
         if self.gpu.is_on:
             self.gpu.drop(entry)

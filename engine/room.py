@@ -139,10 +139,10 @@ class Room:
 
     def is_any_held(self, page: Entry) -> bool:
         """Whether a page, or a part that would be lost with it, has to stay."""
+        if not page.parts:
+            return self.is_held(page)
         now = self._clock.now
-        return any(
-            each.held_until > now or self.is_held(each) for each in (page, *(page.parts or ()))
-        )
+        return any(each.held_until > now or self.is_held(each) for each in (page, *page.parts))
 
     def _verdict_of_all(self, page: Entry) -> Verdict:
         if page.children:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from respkv.engine.cache import Cache
 from respkv.engine.demotions import Demotions
+from respkv.engine.entry import Entry
 
 Status = Literal["accepted", "clipped", "rejected"]
 
@@ -40,10 +41,11 @@ class Hints:
         requests, accounts = self._cache.requests, self._cache.accounts
         if requests.find(namespace, session) is None:
             return self.count(_unknown(namespace, session))
-        pages = requests.entries_of(session, namespace)
+        pages = self._pages(namespace, session)
         requests.end(session, namespace)
-        for entry in pages:
-            accounts.requeue(entry)
+        for page in pages:
+            for entry in (page, *(page.parts or ())):
+                accounts.requeue(entry)
         return self.count(Answer("accepted", len(pages), "pages of this session alone go first"))
 
     def expect(self, namespace: bytes, session: bytes, ms: int, ms_max: int) -> Answer:
@@ -69,9 +71,16 @@ class Hints:
             return self.count(Answer("rejected", 0, "this server has no file tier to demote to"))
         if not self._cache.copies.can_write:
             return self.count(Answer("rejected", 0, "no file tier takes values now"))
-        pages = self._cache.requests.entries_of(session, namespace)
+        pages = self._pages(namespace, session)
+        for page in pages:
+            demotions.ask(page.parts or ())
         number = demotions.ask(pages)
         return self.count(Answer("accepted", number, "pages of this session alone leave memory"))
+
+    def _pages(self, namespace: bytes, session: bytes) -> list[Entry]:
+        """Return the pages that a session used last, without what hangs on them."""
+        entries = self._cache.requests.entries_of(session, namespace)
+        return [entry for entry in entries if entry.part is None]
 
 
 def _unknown(namespace: bytes, session: bytes) -> Answer:

@@ -42,8 +42,7 @@ class Sketch:
             self._rows = [bytearray(WIDTH_MIN) for _ in _FACTORS]
         while self.width < num_keys:
             self.width *= 2
-            for row in self._rows:
-                row += row
+            self._rows = [row + row for row in self._rows]
 
     def add(self, name: int, count: int) -> None:
         """Count a key ``count`` times more."""
@@ -58,11 +57,10 @@ class Sketch:
 
     def count(self, name: int) -> int:
         """Return how often a key was counted, or more."""
+        if not self.width:
+            return 0
         mask = self.width - 1
         return min(
-            (
-                row[(name * factor >> 24) & mask]
-                for row, factor in zip(self._rows, _FACTORS, strict=True)
-            ),
-            default=0,
+            row[(name * factor >> 24) & mask]
+            for row, factor in zip(self._rows, _FACTORS, strict=True)
         )

@@ -228,6 +228,15 @@ def _settings(words: Sequence[str]) -> dict[str, str]:
     show_default=True,
     help="end: policies that listen are told of each session's last request.",
 )
+@click.option(
+    "--files", type=click.IntRange(0), default=0, help="Blocks in a file tier behind memory."
+)
+@click.option(
+    "--admission",
+    default="all",
+    show_default=True,
+    help="What goes to files: all, second or tinylfu, or several with commas between.",
+)
 @click.option("--bytes-per-block", callback=_size, metavar="SIZE", help="To print sizes as well.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw capacity against hit rate.")
 @click.option("--processes", type=click.IntRange(1), help="As many as there are processors.")
@@ -239,6 +248,8 @@ def simulate(
     policy: str,
     capacity: tuple[int, ...],
     hints: str,
+    files: int,
+    admission: str,
     bytes_per_block: int | None,
     plot: Path | None,
     processes: int | None,
@@ -249,7 +260,7 @@ def simulate(
     """Print what each policy would hit of a trace at each capacity, and what could be hit at most.
 
     The ceiling is Belady's optimum, which knows the future. Computation saved is that of a dense model
-    of 8 billion parameters; a byte written is one that was stored.
+    of 8 billion parameters; a byte written is one that was stored, with --files one that went there.
     """
     from respkv.trace.plot import check_can_draw, draw
     from respkv.trace.read import read_trace
@@ -258,7 +269,13 @@ def simulate(
 
     if plot is not None:
         check_can_draw()  # before minutes go by
-    cells = cells_of(policy, capacity, has_end_hints=hints == "end")
+    cells = cells_of(
+        policy,
+        capacity,
+        has_end_hints=hints == "end",
+        files_max=files,
+        admissions=admission,
+    )
     trace = read_trace(file, page_tokens=page_tokens).first(limit)
     if not trace.num_tokens:
         raise Refused(f"{file} has no requests with a chain of pages")

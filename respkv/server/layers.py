@@ -176,7 +176,7 @@ def _steps(session: "Session", wanted: Wanted, places: Sequence[Place]) -> Itera
     ranges = [
         (
             session.cache.payload(slot),
-            need.entry.tokens * row,
+            need.entry.nbytes // (shape.layers * planes),
             need.skip * row,
             (need.skip + need.num_tokens) * row,
         )
@@ -195,7 +195,7 @@ def _steps(session: "Session", wanted: Wanted, places: Sequence[Place]) -> Itera
                 elif is_copied:
                     part = bytes(part)
                 session.out.append(part)
-                size += stop - first
+                size += len(part)
                 if size >= STEP_BYTES:
                     session.note_sent(size, in_place=not is_copied)
                     size = 0

@@ -65,10 +65,10 @@ def stored_in(session: "Session", entry: Entry) -> dict[str, Stored]:
 
 
 def load_us(session: "Session", run: list[Entry]) -> int:
-    """Estimate how long it takes to bring entries and send them. All are as long as the first."""
+    """Estimate how long it takes to bring entries and send them."""
     if not run:
         return 0
-    sending_us = LOAD_US_FIXED + len(run) * run[0].nbytes // LOAD_BYTES_PER_US
+    sending_us = LOAD_US_FIXED + sum([entry.nbytes for entry in run]) // LOAD_BYTES_PER_US
     cold = [entry for entry in run if is_cold(entry)] if session.cache.copies.num_cold else []
     return sending_us + (_raise_us(session, cold) if cold else 0)
 

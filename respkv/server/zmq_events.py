@@ -263,5 +263,5 @@ def _open(socket: "zmq.Socket[bytes]", name: str, endpoint: str) -> str:
         else:
             socket.bind(endpoint.removeprefix("@"))
     except zmq.ZMQError as error:
-        raise ConfigError(f"{name} = {endpoint!r}: {zmq.strerror(error.errno)}") from error
+        raise ConfigError(f"{name} = {endpoint!r}: {zmq.strerror(error.errno or 0)}") from error
     return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))

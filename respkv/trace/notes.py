@@ -125,7 +125,9 @@ class Notes:
 
     def _note_sequence(self, fields: dict[str, Any], name: bytes, args: Sequence[Any]) -> None:
         fields.update(num_keys=0, in_bytes=0)
-        if len(args) <= TOKENS_AT or not isinstance(args[TOKENS_AT], bytes | bytearray):
+        if len(args) <= TOKENS_AT:
+            return  # the server will say what is missing
+        if not all(isinstance(arg, bytes) for arg in args[1 : TOKENS_AT + 1]):
             return
         rest = args[TOKENS_AT + 1 :]
         if name == b"KV.SEQ.PUT" and rest:

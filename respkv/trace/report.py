@@ -23,27 +23,27 @@ def simulate_table(trace: Trace, outcomes: Sequence[Outcome], block_bytes: int |
         f"{trace.name}: {len(trace.requests)} requests, {trace.num_tokens} tokens, "
         f"blocks of {trace.block_tokens}{_left_out(trace)}",
         "",
-        f"{'token hit rate':22}" + "".join(f"{capacity:>9}" for capacity in capacities),
+        f"{'token hit rate':28}" + "".join(f"{capacity:>9}" for capacity in capacities),
     ]
     if block_bytes is not None:
         sizes = (_size(capacity * block_bytes) for capacity in capacities)
-        lines.append(f"{'':22}" + "".join(f"{size:>9}" for size in sizes))
+        lines.append(f"{'':28}" + "".join(f"{size:>9}" for size in sizes))
     for label in labels:
         row = (rates.get((label, capacity)) for capacity in capacities)
         cells = ("" if each is None else f"{each.hit_rate:.4f}" for each in row)
-        lines.append(f"{label:22}" + "".join(f"{cell:>9}" for cell in cells))
+        lines.append(f"{label:28}" + "".join(f"{cell:>9}" for cell in cells))
     lines += [
         "",
-        f"{'':22}{'blocks':>9}{'of the gap':>12}{'flops saved':>13}{'written/hit':>13}"
+        f"{'':28}{'blocks':>9}{'of the gap':>12}{'flops saved':>13}{'written/hit':>13}"
         f"{'us each':>9}{'ghost B':>9}" + (f"{'written':>10}" if block_bytes else ""),
     ]
     for each in outcomes:
         share = gap_closed(each, outcomes)
         lines.append(
-            f"{each.cell.label:22}{each.cell.blocks_max:>9}"
+            f"{each.cell.label:28}{each.cell.blocks_max:>9}"
             f"{'' if share is None else f'{share:.1%}':>12}{each.flops_saved:>13.4f}"
             f"{each.written_per_hit:>13.2f}{each.decision_us:>9.2f}{each.ghost_bytes:>9.1f}"
-            + (f"{_size(each.num_stored * block_bytes):>10}" if block_bytes else "")
+            + (f"{_size(each.num_written * block_bytes):>10}" if block_bytes else "")
         )
     return "\n".join(lines)
 
@@ -78,7 +78,10 @@ def simulate_summary(
                 "flops_saved": each.flops_saved,
                 "written_per_hit": each.written_per_hit,
                 "blocks_hit": each.num_hits,
-                "blocks_written": each.num_stored,
+                "files": each.cell.files_max,
+                "admission": each.cell.admission,
+                "blocks_hit_in_files": each.num_raised,
+                "blocks_written": each.num_written,
                 "evicted": each.num_evicted,
                 "decision_us": each.decision_us,
                 "slowest_us": each.slowest_us,

@@ -68,6 +68,11 @@ class Shelf:
         return len(run)
 
     @property
+    def ghost_bytes(self) -> float:
+        """Bytes kept of blocks that are not there, for each that could be."""
+        return (self.policy.ghost_bytes + self.requests.ghost_bytes) / self.blocks_max
+
+    @property
     def decision_us(self) -> float:
         """Processor time of an eviction on average; 0.0 when there was none."""
         net_s = max(self.policy_s - self.num_timed * _clock_s(), 0.0)
@@ -101,7 +106,7 @@ class Shelf:
         entry = Entry(b"%064x" % block, "kvpage", self.block_tokens, self.clock.now)
         entry.tokens, entry.depth = tokens, place * self.block_tokens
         started = thread_time()
-        has_room = len(self.entries) < self.blocks_max or self._evict()
+        has_room = self._has_room() or self._evict()
         if has_room:
             self._insert(entry, parent)
         self._count(started)
@@ -110,6 +115,9 @@ class Shelf:
         self.entries[block] = entry
         self.num_stored += 1
         return entry
+
+    def _has_room(self) -> bool:
+        return len(self.entries) < self.blocks_max
 
     def _insert(self, entry: Entry, parent: Entry | None) -> None:
         self.policy.insert(entry)

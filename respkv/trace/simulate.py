@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
+from respkv.engine.admission import Mode
 from respkv.engine.eviction import POLICIES
 from respkv.errors import ConfigError
 from respkv.trace.belady import Belady, last_requests, next_uses
+from respkv.trace.file_shelf import FileShelf
 from respkv.trace.flops import DEFAULT_MODEL, Model
 from respkv.trace.format import Request, Trace
 from respkv.trace.shelf import Shelf
 
 BELADY = "belady"
 NAMES = (*POLICIES, BELADY)
+MODES: tuple[Mode, ...] = ("all", "second", "tinylfu")
 HINTED = ("survival",)  # the policies that hints change anything for
 
 
@@ -27,17 +30,25 @@ class Cell:
     """One simulation. has_end_hints: whether the cache is told of each session's last request.
 
     is_chained: whether blocks know what they stand behind, as in the engine, so that leaves go first.
+    files_max:  blocks in a file tier behind memory; 0: there is none. admission: what goes there.
     """
 
     policy: str
     blocks_max: int
     has_end_hints: bool = False
     is_chained: bool = True
+    files_max: int = 0
+    admission: Mode = "all"
 
     @property
     def label(self) -> str:
         """What tables and plots call it."""
-        return self.policy + (" + end hints" if self.has_end_hints else "")
+        words = [self.policy]
+        if self.has_end_hints:
+            words.append("end hints")
+        if self.files_max:
+            words.append(f"files, {self.admission}")
+        return " + ".join(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,8 @@ class Outcome:
 
     hit_tokens:   at the front of prompts, of num_tokens in all.
     hit_flops:    that computing them again would have taken, of num_flops for all prompts.
-    num_hits:     blocks that were resident; num_stored: that were written.
+    num_hits:     blocks that were resident; num_raised: of these, in files alone.
+    num_written:  blocks that were stored; with a file tier those that went there.
     decision_us:  of processor time for an eviction, on average; 0.0 without evictions.
     ghost_bytes:  what the policy keeps about blocks that are not there, for each that could be.
     """
@@ -57,7 +69,8 @@ class Outcome:
     num_flops: float = 0.0
     hit_flops: float = 0.0
     num_hits: int = 0
-    num_stored: int = 0
+    num_raised: int = 0
+    num_written: int = 0
     num_evicted: int = 0
     num_verdicts: int = 0
     decision_us: float = 0.0
@@ -77,23 +90,38 @@ class Outcome:
     @property
     def written_per_hit(self) -> float:
         """Bytes written for each byte that was hit; blocks have one size."""
-        return self.num_stored / self.num_hits if self.num_hits else 0.0
+        return self.num_written / self.num_hits if self.num_hits else 0.0
 
 
 def cells_of(
-    policies: str, capacities: Sequence[int], *, has_end_hints: bool = False
+    policies: str,
+    capacities: Sequence[int],
+    *,
+    has_end_hints: bool = False,
+    files_max: int = 0,
+    admissions: str = "all",
 ) -> list[Cell]:
     """Return the cells of policies, names with commas between or ``all``, at each capacity.
 
-    has_end_hints: tell those that listen. Raises ConfigError for a name that is none.
+    has_end_hints: tell those that listen. files_max: blocks in files behind each capacity, in each
+    way of admission, names with commas between. The ceiling has all of them as one.
+    Raises ConfigError for a name that is none.
     """
+    ways = _modes(admissions) if files_max else ("all",)
     names = NAMES if policies == "all" else tuple(name.strip() for name in policies.split(","))
     for name in names:
         if name not in NAMES:
             raise ConfigError(f"policy {name!r} is none of {', '.join(NAMES)}, or all")
     return [
-        Cell(name, capacity, has_end_hints=has_end_hints and name in HINTED)
+        Cell(
+            name,
+            capacity,
+            has_end_hints=has_end_hints and name in HINTED,
+            files_max=files_max,
+            admission=way,
+        )
         for name in names
+        for way in (ways if name != BELADY else ways[:1])
         for capacity in capacities
     ]
 
@@ -154,8 +182,30 @@ class _Counts:
         )
 
 
+def _modes(names: str) -> tuple[Mode, ...]:
+    found: tuple[Mode, ...] = ()
+    for name in names.split(","):
+        matching: tuple[Mode, ...] = tuple(mode for mode in MODES if mode == name.strip())
+        if not matching:
+            raise ConfigError(f"admission {name!r} is none of {', '.join(MODES)}")
+        found += matching
+    return found
+
+
+def _shelf(cell: Cell, block_tokens: int) -> Shelf:
+    if not cell.files_max:
+        return Shelf(cell.policy, cell.blocks_max, block_tokens, is_chained=cell.is_chained)
+    return FileShelf(
+        cell.policy,
+        cell.blocks_max,
+        block_tokens,
+        files_max=cell.files_max,
+        admission=cell.admission,
+    )
+
+
 def _cached(cell: Cell, trace: Trace, model: Model) -> Outcome:
-    shelf = Shelf(cell.policy, cell.blocks_max, trace.block_tokens, is_chained=cell.is_chained)
+    shelf = _shelf(cell, trace.block_tokens)
     counts = _Counts(trace, model)
     lasts = (
         last_requests(trace.requests, trace.block_tokens)
@@ -167,7 +217,8 @@ def _cached(cell: Cell, trace: Trace, model: Model) -> Outcome:
     shelf.check()
     return replace(
         counts.outcome(cell),
-        num_stored=shelf.num_stored,
+        num_raised=shelf.num_raised if isinstance(shelf, FileShelf) else 0,
+        num_written=shelf.num_written if isinstance(shelf, FileShelf) else shelf.num_stored,
         num_evicted=shelf.num_evicted,
         num_verdicts=shelf.num_verdicts,
         decision_us=shelf.decision_us,
@@ -176,7 +227,7 @@ def _cached(cell: Cell, trace: Trace, model: Model) -> Outcome:
 
 
 def _ceiling(cell: Cell, trace: Trace, model: Model) -> Outcome:
-    belady, counts = Belady(cell.blocks_max), _Counts(trace, model)
+    belady, counts = Belady(cell.blocks_max + cell.files_max), _Counts(trace, model)
     for request, uses in zip(trace.requests, next_uses(trace.requests), strict=True):
         counts.add(request, belady.serve(request, uses))
-    return replace(counts.outcome(cell), num_stored=belady.num_stored)
+    return replace(counts.outcome(cell), num_written=belady.num_stored)

@@ -77,3 +77,20 @@ def test_a_schema_reads_the_same_as_a_map_and_as_a_flat_array() -> None:
     }
     assert decode(as_map) == decode([each for pair in as_map.items() for each in pair]) == expected
     assert decode(None) is None
+
+
+def test_groups_of_a_schema_are_said_behind_its_own_shape() -> None:
+    shape: Any = {"layers": 2, "heads": 1, "dim": 8, "tokens": 4, "dtype": "int8"}
+    groups = {
+        "local": schemas.LayerGroup("sliding", layers=3, heads=1, dim=4, window=12),
+        "mamba": schemas.LayerGroup("state", nbytes=77),
+        "mla": schemas.LayerGroup("mla", layers=3, dim=4, dtype="uint8"),
+    }
+    args = schemas.schema_set("ns", **shape, mla=True, groups=groups, ttl_ms=5).args
+    front = "KV.SCHEMA SET ns MLA LAYERS 2 HEADS 1 DIM 8 TOKENS 4 DTYPE int8"
+    behind = (
+        "GROUP local SLIDING 12 LAYERS 3 HEADS 1 DIM 4 GROUP mamba STATE BYTES 77 "
+        "GROUP mla MLA LAYERS 3 DIM 4 DTYPE uint8 TTL 5"
+    )
+    assert " ".join(map(str, args)) == f"{front} {behind}"
+    assert "MLA" not in schemas.schema_set("ns", **shape).args

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from respkv.engine.admission import Admission, Mode
@@ -194,6 +194,7 @@ def test_a_value_that_was_used_and_lost_is_remembered_by_its_uses() -> None:
     assert admission.admits(again)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from(["all", "second", "tinylfu"]))
 async def test_random_trees_keep_their_books_and_have_no_holes(seed: int, mode: Mode) -> None:
     rng = random.Random(seed)
@@ -203,16 +204,19 @@ async def test_random_trees_keep_their_books_and_have_no_holes(seed: int, mode: 
         for number in range(60):
             clock.advance(rng.random())
             parent = rng.choice([b"", *cache.entries])
+            if parent:
+                cache.promise(cache.entries[parent], clock.now + 1)
             level = rng.choice([None, None, None, Level.WRITTEN])
             how = Put("kvpage", parent=parent or None, level=level)
+            since = cache.copies.ticket
             cache.put(b"p%d" % number, VALUE, how)
+            await settled(cache, mover, since)
             if cache.entries and rng.random() < 0.4:
                 cache.use(rng.choice(list(cache.entries)))
             if rng.random() < 0.3:
                 await decide(cache, mover)
             for entry in cache.entries.values():
                 assert not entry.parent_key or entry.parent is not None
-        await settled(cache, mover)
         await decide(cache, mover)
         cache.check()
         await make_cold(cache, mover)

@@ -1,6 +1,6 @@
 """The order in which a quota gives up pages: one at a time, as a plan asks for them."""
 
-from respkv.engine.coldest import HELD_FEW, HELD_REST_S, Coldest
+from respkv.engine.coldest import HELD_FEW, HELD_REST_S, SLACK, Coldest
 from respkv.engine.entry import Entry
 
 
@@ -86,3 +86,17 @@ def test_many_held_pages_rest_and_are_not_forgotten() -> None:
         coldest.remove(each)
     assert list(coldest) == [free]
     assert order(coldest) == ["free"]
+
+
+def test_pages_that_are_looked_at_anew_again_and_again_take_no_more_memory() -> None:
+    coldest = Coldest()
+    a, b = page("a", 1.0), page("b", 2.0)
+    coldest.add(b)
+    for number in range(5 * SLACK):
+        coldest.add(a)
+        a.pinned_until = number + 1e6
+        assert coldest.first({}, lambda entry: False, 10.0) is b
+    assert len(coldest._heap) + len(coldest._waiting) < 3 * SLACK
+    a.pinned_until = 0.0
+    coldest.add(a)
+    assert order(coldest) == ["a", "b"]

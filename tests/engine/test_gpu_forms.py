@@ -8,7 +8,7 @@ from respkv.engine.gpu_forms import Forms
 from respkv.engine.namespaces import Namespaces, Schema
 from respkv.kernels.layout import Codec
 from respkv.kernels.page_form import PageForm
-from respkv.page import Geometry
+from respkv.page import Geometry, Latents, Part
 
 SHAPE = Geometry(layers=2, heads=2, dim=64, tokens=16, dtype="bfloat16")
 
@@ -68,6 +68,18 @@ def test_first_tokens_are_exact_in_the_first_page_of_a_chain_alone() -> None:
 def test_only_pages_of_a_schema_have_a_form(entry: Entry) -> None:
     forms, _ = forms_of()
     assert forms.find(entry) is None
+
+
+def test_latents_tails_and_pages_of_groups_are_not_taken_for_pages() -> None:
+    forms, namespaces = forms_of()
+    assert forms.find(page(b"ns:" + b"0" * 64)) is not None
+    part = page(b"ns:" + b"0" * 64 + b".g.full")  # of the same size
+    part.part = Part.BOUND
+    assert forms.find(part) is None
+    assert forms.find(page(nbytes=SHAPE.page_bytes // 16 * 15)) is None
+    latents = Latents(2, 1, 64, 16, "bfloat16")
+    namespaces.put(Schema(b"latents", latents))
+    assert forms.find(page(b"latents:1", latents.page_bytes)) is None
 
 
 def test_a_schema_that_changed_gives_another_form() -> None:

@@ -322,3 +322,17 @@ def test_a_tail_stays_until_what_is_longer_has_the_pages_of_its_groups() -> None
     state = model.cache.entries[state_key(model.prompt((1, 2)), 2, b"mamba")]
     assert state.parent is longer
     model.cache.check()
+
+
+def test_what_a_match_needs_of_all_groups_is_kept() -> None:
+    model = make_model(SLIDING, STATE)
+    tokens = tuple(range(8))
+    model.put(tokens)
+    for page in (0, 1):
+        model.put_part(tokens, SLIDING, page)
+    model.put_state(tokens, STATE)
+    prompt, clock = model.prompt(tokens), model.cache.clock
+    used = model.groups.use(prompt, model.sequences.find(prompt), clock.now + 1)
+    assert [entry.key[67:] for entry in used] == [b".g.local", b".s.mamba"]
+    assert all(entry.held_until == clock.now + 1 for entry in used)
+    assert model.groups.use(prompt, Found(0, []), clock.now + 1) == []

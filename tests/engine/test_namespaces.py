@@ -4,11 +4,26 @@ from dataclasses import replace
 
 import pytest
 
-from respkv.engine.namespaces import Namespaces, Schema, check_payload
+from respkv.engine.namespaces import (
+    Group,
+    Kind,
+    Namespaces,
+    Schema,
+    check_part,
+    check_payload,
+    shape_of,
+)
 from respkv.errors import SchemaMismatch
-from respkv.page import Geometry
+from respkv.page import Geometry, Latents
 
 SCHEMA = Schema(b"ns", Geometry(2, 8, 64, 16, "bfloat16"), b"model-1", b"sha256", b"seed")
+
+KEY = b"ns:" + b"0" * 64
+FULL = Group(b"full", Kind.FULL, Geometry(1, 4, 32, 16, "uint8"))
+LOCAL = Group(b"local", Kind.SLIDING, Geometry(3, 2, 64, 16, "bfloat16"), window=1024)
+MAMBA = Group(b"mamba", Kind.STATE, nbytes=5000)
+INDEX = Group(b"index", Kind.MLA, Latents(2, 1, 128, 16, "bfloat16"))
+HYBRID = replace(SCHEMA, groups=(FULL, INDEX, LOCAL, MAMBA))
 
 
 def test_the_same_schema_may_be_set_again_and_change_its_policies() -> None:
@@ -29,6 +44,10 @@ def test_the_same_schema_may_be_set_again_and_change_its_policies() -> None:
         ({"fingerprint": b"model-2"}, "'model-2'"),
         ({"hash_algorithm": b"xxh3"}, "'xxh3'"),
         ({"seed": b""}, "seed ''"),
+        ({"geometry": Latents(2, 1, 64, 16, "bfloat16")}, "mla, layers 2, dim 64"),
+        ({"groups": (MAMBA,)}, "group 'mamba' state of 5000 bytes"),
+        ({"groups": (LOCAL,)}, "group 'local' sliding 1024 (layers 3, heads 2, dim 64, dtype"),
+        ({"groups": (INDEX,)}, "group 'index' mla (layers 2, dim 128, dtype bfloat16)"),
     ],
 )
 def test_another_identity_is_refused_with_both_named(change: dict[str, object], shown: str) -> None:
@@ -75,3 +94,84 @@ def test_a_payload_of_another_size_is_refused_with_both_sizes() -> None:
     check_payload(SCHEMA, expected)
     with pytest.raises(SchemaMismatch, match=f"has {expected} bytes, this payload has 7"):
         check_payload(SCHEMA, 7)
+
+
+def test_groups_are_part_of_what_workers_must_agree_on() -> None:
+    namespaces = Namespaces()
+    namespaces.put(HYBRID)
+    namespaces.put(replace(HYBRID, ttl_ms=5))
+    wider = replace(LOCAL, window=1025)
+    for groups in ((), (FULL,), (FULL, INDEX, wider, MAMBA)):
+        other = replace(HYBRID, groups=groups)
+        assert other.fingerprint_hash != HYBRID.fingerprint_hash
+        with pytest.raises(SchemaMismatch, match="sliding 1024"):
+            namespaces.put(other)
+
+
+def test_pages_of_former_versions_have_the_same_fingerprint() -> None:
+    assert SCHEMA.fingerprint_hash == 1646652435876073789
+
+
+def test_a_group_is_found_by_its_name_and_the_own_geometry_is_one() -> None:
+    assert HYBRID.group(b"mamba") is MAMBA
+    assert HYBRID.group(b"") == Group(b"", Kind.FULL, SCHEMA.geometry)
+    latents = replace(SCHEMA, geometry=Latents(2, 1, 64, 16, "bfloat16"))
+    assert latents.group(b"").kind is Kind.MLA
+    with pytest.raises(
+        SchemaMismatch, match="no group 'x'; it has 'full', 'index', 'local', 'mamba'"
+    ):
+        HYBRID.group(b"x")
+    with pytest.raises(SchemaMismatch, match="no group 'x'; it has none"):
+        SCHEMA.group(b"x")
+    assert HYBRID.piece_sizes == [65536, 4096, 8192, 24576, 5000]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "nbytes", "tokens", "expected"),
+    [
+        (b"", 65536, 16, SCHEMA.geometry),
+        (b"", 65536, 0, SCHEMA.geometry),
+        (b"", 4096, 1, Geometry(2, 8, 64, 1, "bfloat16")),
+        (b"", 4096, 16, None),  # so many tokens have other bytes
+        (b"", 4096, 0, None),
+        (b"", 65536 + 4096, 17, None),
+        (b".g.full", 4096, 16, FULL.geometry),
+        (b".g.full", 1280, 5, Geometry(1, 4, 32, 5, "uint8")),
+        (b".g.full", 65536, 16, None),
+        (b".g.local", 24576, 16, LOCAL.geometry),
+        (b".g.index", 2560, 5, Latents(2, 1, 128, 5, "bfloat16")),
+        (b".g.absent", 65536, 16, None),
+        (b".s.mamba", 5000, 16, None),
+        (b".logits", 65536, 16, None),
+        (b".hidden", 4096, 1, None),
+    ],
+)
+def test_tails_and_pages_of_groups_have_shapes_of_their_own(
+    suffix: bytes, nbytes: int, tokens: int, expected: Geometry | None
+) -> None:
+    assert shape_of(HYBRID, KEY + suffix, nbytes, tokens) == expected
+
+
+def test_parts_that_are_put_by_key_have_the_size_of_their_group() -> None:
+    check_part(HYBRID, KEY + b".g.full", 4096)
+    check_part(HYBRID, KEY + b".s.mamba", 5000)
+    check_part(HYBRID, KEY + b".logits", 7)
+    for suffix in (b".g.full", b".s.mamba", b".g.absent"):
+        with pytest.raises(SchemaMismatch):
+            check_part(HYBRID, KEY + suffix, 7)
+
+
+def test_latents_are_one_plane_and_as_long_as_two_of_half_the_dim() -> None:
+    latents = Latents(3, 1, 10, 7, "float16")
+    assert (latents.planes, latents.layer_bytes, latents.page_bytes) == (1, 140, 420)
+    assert latents.layer_range(1, 2) == (140, 420)
+    assert latents != Geometry(3, 1, 10, 7, "float16")
+    assert replace(latents, tokens=2) == Latents(3, 1, 10, 2, "float16")
+    halves = latents.halves
+    assert halves == Geometry(3, 1, 5, 7, "float16")
+    assert halves.page_bytes == latents.page_bytes
+    assert replace(latents, dim=9).halves is None
+    with pytest.raises(ValueError, match="heads is 1, not 2"):
+        Latents(3, 2, 10, 7, "float16")
+    with pytest.raises(ValueError, match="layers must be at least 1"):
+        Latents(0, 1, 10, 7, "float16")

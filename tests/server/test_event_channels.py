@@ -14,7 +14,7 @@ from tests.conftest import StartServer
 from tests.server.conftest import Connect
 from tests.server.raw import Raw
 
-SCHEMA = ["LAYERS", 1, "HEADS", 1, "DIM", 8, "TOKENS", 4, "DTYPE", "float16"]
+SCHEMA: list[str | int] = ["LAYERS", 1, "HEADS", 1, "DIM", 8, "TOKENS", 4, "DTYPE", "float16"]
 PAGE_BYTES = 128
 
 

@@ -55,9 +55,8 @@ def ask(client: Client, *words: Any) -> Any:
 def client(server: ServerProcess) -> Any:
     with Client(server.url) as made:
         made.command("FLUSHALL")
-        for name in made.schema_list():
-            made.command("KV.SCHEMA", "DEL", name)
         yield made
+        made.command("KV.SCHEMA", "DEL", "ns")  # others have pages of that name without a schema
 
 
 def test_full_attention_and_a_sliding_window_like_gemma(client: Client) -> None:
@@ -131,6 +130,19 @@ def test_latents_alone_and_with_another_group_of_latents_like_deepseek(client: C
         assert_equal(found, latents[:, :, :20])
     with client.seq.get("ns", tokens, group="index", first=3) as found:
         assert_equal(found, index[:, :, 3:])
+
+
+def test_latents_are_stored_without_loss_and_not_measured(client: Client) -> None:
+    shape: dict[str, Any] = {"layers": 3, "heads": 1, "dim": 10, "tokens": T, "dtype": "bfloat16"}
+    client.schema_set("ns", **shape, mla=True)
+    with pytest.raises(ServerError, match="latents are stored without loss"):
+        client.quality("ns", "xs")
+    client.seq.put("ns", list(range(T)), kv_of(1, 3, 1, T, 1, 10, dtype="uint16"))
+    (key,) = ask(client, "KEYS", "ns:*")
+    page = ask(client, "KV.GET", key)
+    assert ask(client, "KV.GET", key, "LAYERS", 1, 2) == page[T * 10 * 2 :]
+    assert len(ask(client, "KV.GET", key, "AS", "float32")) == 2 * len(page)
+    assert ask(client, "KV.GET", key, "AS", "raw").endswith(page)
 
 
 def test_what_does_not_fit_a_group_is_refused_by_name(client: Client) -> None:

@@ -153,7 +153,7 @@ def test_lru_keeps_what_was_used(start_server: StartServer) -> None:
 
 
 def test_pinned_pages_stay_and_the_writer_is_told(start_server: StartServer) -> None:
-    server = start_server(maxmemory="16mb", reserve_timeout=200)
+    server = start_server(maxmemory="16mb", reserve_timeout=200, pinned_share_max=100)
     with Raw(server.connect()) as raw:
         pinned = []
         for each in range(100):

@@ -8,6 +8,7 @@ from respkv.chain import Chain, Extras, pack_tokens
 from tests.conftest import StartServer
 from tests.server.prompts import PAGE_BYTES, TOKENS, Text, text
 from tests.server.raw import Raw, Word, error_of
+from tests.server.test_kv_retention import info_of
 from tests.server.test_kv_schemas import as_map
 from tests.server.test_sequences import SHAPE, match, pages, put
 
@@ -141,6 +142,15 @@ def test_the_pages_of_a_prompt_are_kept_as_is_asked(own: Raw) -> None:
     assert (status, value) == (b"accepted", 3)
     matched, [answer] = own.ask("KV.SEQ.RETAIN", NS, data, "SALT", "s", "PIN", 0)
     assert (matched, answer[:3]) == (36, [b"PIN", b"accepted", 0])
+
+
+def test_logits_are_kept_and_given_up_with_their_prompt(own: Raw) -> None:
+    prompt = stored(own, TOKENS + 4, 21, "SESSION", "chat", "LOGITS", b"l" * 3000)
+    data = pack_tokens(prompt.tokens)
+    matched, [pin, talk] = own.ask("KV.SEQ.RETAIN", NS, data, "PIN", 1000, "SESSION", "chat")
+    assert (matched, pin[1], talk[2]) == (20, b"accepted", 2)
+    assert int(info_of(own, "kv")["kv_pinned"]) == 3
+    assert own.ask("KV.HINT", NS, "chat", "END")[:2] == [b"accepted", 2]
 
 
 def test_a_prompt_that_is_not_there_is_kept_by_nobody(own: Raw) -> None:

@@ -1,15 +1,16 @@
 """Schemas in files: what is written is read, and nothing else."""
 
+import json
 from collections.abc import Sequence
 
 import anyio
 import pytest
 
-from respkv.engine.namespaces import Namespaces, Schema
+from respkv.engine.namespaces import Group, Kind, Namespaces, Schema
 from respkv.errors import PageCorrupt, TierError
 from respkv.kernels.layout import Codec
-from respkv.page import Geometry
-from respkv.server.schema_files import FILE_NAME, SchemaFiles, decode, encode
+from respkv.page import Geometry, Latents
+from respkv.server.schema_files import FILE_NAME, SchemaFiles, checksum, decode, encode
 from respkv.tiers.record import Level
 
 pytestmark = pytest.mark.anyio
@@ -19,6 +20,17 @@ SCHEMAS = [
     Schema(b"ns", SHAPE),
     Schema(b"\x00\xff{}", SHAPE, b"\x80f", b"md5", b"\n", ((b"cpu", b"raw"),), 7, Level.DURABLE),
     Schema(b"memory", SHAPE, level=Level.MEMORY),
+    Schema(b"latents", Latents(2, 1, 16, 4, "float16")),
+    Schema(
+        b"hybrid",
+        SHAPE,
+        groups=(
+            Group(b"full", Kind.FULL, Geometry(1, 1, 8, 4, "uint8")),
+            Group(b"index", Kind.MLA, Latents(1, 1, 8, 4, "uint8")),
+            Group(b"local", Kind.SLIDING, SHAPE, window=9),
+            Group(b"mamba", Kind.STATE, nbytes=77),
+        ),
+    ),
 ]
 
 
@@ -53,6 +65,16 @@ def files_on(*shelves: Shelf) -> tuple[SchemaFiles, Namespaces]:
 def test_all_of_a_schema_is_read_back() -> None:
     assert decode(encode(12, SCHEMAS)) == (12, SCHEMAS)
     assert decode(encode(0, [])) == (0, [])
+
+
+def test_files_of_former_versions_are_read() -> None:
+    body = json.loads(encode(3, SCHEMAS[:3]))
+    del body["checksum"]
+    for each in body["schemas"]:
+        for name in ("kind", "groups"):
+            del each[name]
+    body["checksum"] = checksum(body)
+    assert decode(json.dumps(body).encode()) == (3, SCHEMAS[:3])
 
 
 async def test_what_was_chosen_by_measuring_survives_a_restart() -> None:

@@ -1,5 +1,7 @@
 """Events in vLLM's words: what is told of what becomes of a page."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -15,7 +17,7 @@ def page_id(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
-def event(kind: Kind, number: int, **fields: object) -> Event:
+def event(kind: Kind, number: int, **fields: Any) -> Event:
     key = b"ns:" + page_id(number).hex().encode()
     filled = Event(kind, b"ns", 1, key, 4, 4, tier="cpu", reason="new", nbytes=100)
     return filled._replace(**fields)

@@ -113,7 +113,7 @@ class Subscriber:
     def replay(self, start: int, *topic: bytes) -> list[tuple[int, KVEventBatch]]:
         """Ask for what came from a number on; return it."""
         self._asking.send_multipart([b"", start.to_bytes(8, "big"), *topic])
-        found = []
+        found: list[tuple[int, KVEventBatch]] = []
         while True:
             assert self._asking.poll(10_000), "the replay does not end"
             empty, number, batch = self._asking.recv_multipart()

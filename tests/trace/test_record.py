@@ -10,6 +10,9 @@ from typing import Any
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
 
 from respkv.client import AsyncClient
 from respkv.client.url import Settings, settings
@@ -17,6 +20,7 @@ from respkv.errors import CacheError, ConnectionLost
 from respkv.trace.notes import Notes
 from respkv.trace.read import read_trace
 from respkv.trace.record import Ear, Recorder, Recording, connect, listen, record
+from respkv.wire.commands.table import COMMANDS
 from respkv.wire.tokenizer import Tokenizer
 from tests.redis_server import RedisServer, free_port, why_not
 from tests.server_process import ServerProcess
@@ -246,6 +250,51 @@ def test_after_client_reply_nothing_is_matched_to_its_command_any_more() -> None
     assert [json.loads(line)["cmd"] for line in file.getvalue().splitlines()[1:]] == [
         "client|reply"
     ]
+
+
+SECRET = b"zq7"  # in all that the clients below send
+words = st.one_of(
+    st.integers(0, 99).map(lambda number: b"%b%d" % (SECRET, number)),
+    st.sampled_from(
+        [b"", b"0", b"1", b"2", b"-1", b"PARENT", b"TOKENS", b"SESSION", b"SALT", b"MM"]
+    ),
+    st.sampled_from([SECRET * 30_000, b"END", b"SET"]),  # the first is a body
+)
+commands = st.lists(words, max_size=7).flatmap(
+    lambda args: st.sampled_from([name.upper().encode() for name in COMMANDS] + [SECRET]).map(
+        lambda name: [name, *args]
+    )
+)
+
+
+def encoded(args: list[bytes]) -> bytes:
+    return b"*%d\r\n" % len(args) + b"".join(b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args)
+
+
+@settings_(max_examples=300, deadline=None)
+@given(
+    sent=st.lists(commands, max_size=5), page_tokens=st.integers(0, 2), step=st.integers(1, 70_000)
+)
+def test_whatever_is_sent_is_followed_and_none_of_it_is_written(
+    sent: list[list[bytes]], page_tokens: int, step: int
+) -> None:
+    file = StringIO()
+    ear = Ear(1, Notes(page_tokens), Recording(file), Tokenizer())
+    stream = b"".join(map(encoded, sent))
+    step = max(step, len(stream) // 50)
+    for at in range(0, len(stream), step):
+        ear.sent(stream[at : at + step])
+    if not ear.is_lost:
+        ear.answered(b"+OK\r\n" * len(sent))
+        assert len(file.getvalue().splitlines()) == 1 + len(sent)
+    assert SECRET.decode() not in file.getvalue()
+
+
+@settings_(max_examples=300, deadline=None)
+@given(sent=st.binary(max_size=200), answered=st.binary(max_size=200))
+def test_garbage_from_either_side_is_survived(sent: bytes, answered: bytes) -> None:
+    ear, _ = follow(b"PING\r\n", *([sent] if sent else []))
+    ear.answered(answered)
 
 
 class FullDisk(StringIO):

@@ -22,7 +22,7 @@ TRACE = Trace("made-up", 512, ())
 
 
 def outcome(policy: str, hit: int, *, hints: bool = False) -> Outcome:
-    return Outcome(Cell(policy, 100, hints), 100, hit, 1e9, 1e7 * hit, num_hits=hit, num_stored=20)
+    return Outcome(Cell(policy, 100, hints), 100, hit, 1e9, 1e7 * hit, num_hits=hit, num_written=20)
 
 
 OUTCOMES = [

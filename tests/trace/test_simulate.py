@@ -41,12 +41,31 @@ def test_cells_in_processes_say_the_same_in_the_order_asked(trace: Trace) -> Non
     assert [each.hit_rate for each in outcomes] == [each.hit_rate for each in alone]
 
 
+def test_files_behind_memory_hit_more_and_admission_writes_less(trace: Trace) -> None:
+    cells = cells_of("lru,belady", (50,), files_max=200, admissions="all,second,tinylfu")
+    assert [cell.label for cell in cells] == [
+        "lru + files, all",
+        "lru + files, second",
+        "lru + files, tinylfu",
+        "belady + files, all",
+    ]
+    memory = simulate(Cell("lru", 50), trace)
+    every, second, tinylfu, ceiling = (simulate(cell, trace) for cell in cells)
+    for outcome in (every, second, tinylfu):
+        assert memory.hit_rate < outcome.hit_rate <= ceiling.hit_rate
+        assert 0 < outcome.num_raised < outcome.num_hits
+    assert second.num_written < every.num_written
+    assert tinylfu.num_written < every.num_written
+    with pytest.raises(ConfigError, match="admission 'third' is none of all, second, tinylfu"):
+        cells_of("lru", (50,), files_max=200, admissions="third")
+
+
 def test_tokens_bytes_and_operations_are_counted() -> None:
     requests = (Request(0.0, 20, (1, 2)), Request(1.0, 25, (1, 2, 3)))
     model = Model("tiny", num_params=1.0, layers=0)
     outcome = simulate(Cell("lru", 10), Trace("t", 10, requests), model)
     assert (outcome.num_tokens, outcome.hit_tokens) == (45, 20)
-    assert (outcome.num_stored, outcome.num_hits) == (3, 2)
+    assert (outcome.num_written, outcome.num_hits) == (3, 2)
     assert outcome.written_per_hit == 1.5
     assert outcome.flops_saved == pytest.approx(20 / 45)
 

@@ -81,6 +81,7 @@ KV_KEYS = [
     ("KV.PIN k 100", "k"),
     ("KV.UNPIN k", "k"),
     ("KV.EXPLAIN k", "k"),
+    ("KV.RETAIN k PIN 100", "k"),
     ("KV.RESERVE k 4096 MS 100", "k"),
     ("KV.COMMIT 7", ""),
     ("KV.COMMIT 7 TOKENS 16 PARENT p", "p"),

@@ -58,6 +58,7 @@ def kv_info(session: Session, args: Args) -> None:
             "stored_bytes": {name: place.nbytes for name, place in places.items()},
             "parent": entry.parent_key or None,
             "children": len(entry.children or ()),
+            "parts": len(entry.parts or ()),
             "hits": entry.hits,
             "holders": 1 if entry.slot is None else entry.slot.holders,
             **_retention(session, entry),

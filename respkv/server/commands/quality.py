@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from respkv.engine.namespaces import Schema
 from respkv.errors import CommandError
 from respkv.kernels.layout import Codec
+from respkv.page import Latents
 from respkv.server.arguments import shown
 from respkv.server.commands.schemas import codec_text
 from respkv.server.registry import command
@@ -24,6 +25,8 @@ def kv_quality(session: Session, args: Args) -> Awaitable[None]:
     schema = session.cache.namespaces.find(args[1])
     if schema is None:
         raise CommandError(f"namespace {shown(args[1])} has no schema (KV.SCHEMA SET)")
+    if isinstance(schema.geometry, Latents):
+        raise CommandError("KV.QUALITY measures keys and values; latents are stored without loss")
     try:
         codecs = parse_codec(args[2].decode(errors="replace").lower())
     except ValueError as error:

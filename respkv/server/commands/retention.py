@@ -127,7 +127,7 @@ def kv_hint(session: Session, args: Args) -> None:
     """Take a hint on a session; answer with what became of it."""
     namespace, name, hints = args[1], args[2], session.server.hints
     words = Words(args, 3)
-    word = words.word()
+    word, ms = words.word(), 0
     if word == b"EXPECT":
         ms = count_ms(words.take(), "EXPECT")
     elif word not in (b"END", b"DEMOTE"):
@@ -216,9 +216,10 @@ def _retain(session: Session, entries: Sequence[Entry], wishes: Wishes) -> list[
         elif word == b"PRIORITY":
             answer = _retain_priority(session, entries, value)
         elif word == b"SESSION":
-            for entry in entries:
-                session.cache.requests.belongs(entry, value)
-            answer = Answer("accepted", len(entries), "")
+            pages = [entry for entry in entries if entry.part is None]
+            for page in pages:
+                session.cache.requests.belongs(page, value)
+            answer = Answer("accepted", len(pages), "")
         else:
             answer = _retain_level(session, entries, value)
         session.server.hints.count(answer)

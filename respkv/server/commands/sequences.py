@@ -30,6 +30,7 @@ def kv_seq_match(session: Session, args: Args) -> None:
     until = cache.clock.now + session.server.config.answer_lease / 1000
     found = sequences.match(prompt, until, session=chain.session)
     entries = found.entries
+    parts = session.server.groups.use(prompt, found, until)
     has_logits = False
     if found.tokens and found.tokens == prompt.num_tokens:
         logits = sequences.find_part(prompt, b"logits")
@@ -41,7 +42,7 @@ def kv_seq_match(session: Session, args: Args) -> None:
     else:
         letters = "c" * len(entries)
     pages = len(found.pages)
-    session.send([found.tokens, pages, letters, load_us(session, entries), int(has_logits)])
+    session.send([found.tokens, pages, letters, load_us(session, entries + parts), int(has_logits)])
 
 
 @command("kv.seq.put")

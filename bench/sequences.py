@@ -1,0 +1,68 @@
+"""Row 23: one KV.SEQ.MATCH of a long prompt that is stored, against hashing its pages.
+
+Hashing is what a client would have to do for itself before it could ask for anything by key; the
+match does it, and is sent, looked up, touched, promised and answered as well.
+"""
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from time import perf_counter
+
+from bench.load import Load, WrongReplyError, command
+from bench.result import MIB, Line, Result, duration
+from bench.rows import Bench
+from bench.servers import respkv_server
+from respkv.chain import Chain, pack_tokens
+from respkv.client import Client
+
+ROW = 23
+TOKENS = 32_768
+PAGE_TOKENS = (16, 64, 256)
+AT_LEAST = 1 / 3  # in under three times the time of hashing them
+LAYER_BYTES = 8  # of one token: the smallest that is of use, because no byte of it is sent
+
+
+def sequence_match(bench: Bench) -> Iterator[Result]:
+    """Match a prompt to the token, all of which is there but its end."""
+    tokens = pack_tokens(random.Random(ROW).choices(range(128_000), k=TOKENS + 5))
+    for page_tokens in PAGE_TOKENS:
+        with respkv_server(256 * MIB) as server:
+            namespace = f"match-{page_tokens}"
+            _store(server.url, namespace, page_tokens, tokens)
+            with Load(server.tcp) as load:
+                match = partial(_match, load, namespace, tokens, bench.scale.prefixes)
+                chain = Chain("blake3", b"", page_tokens)
+                hashing = partial(_hash, chain, tokens, bench.scale.prefixes)
+                work = (
+                    f"match {TOKENS + 5:,} tokens in pages of {page_tokens}, against hashing them"
+                )
+                yield bench.compare(Line(ROW, f"{work}, TCP", AT_LEAST, duration, hashing, match))
+
+
+def _store(url: str, namespace: str, page_tokens: int, tokens: bytes) -> None:
+    with Client(url) as client:
+        client.schema_set(namespace, layers=1, heads=1, dim=4, tokens=page_tokens, dtype="uint8")
+        kv = bytes(LAYER_BYTES * (len(tokens) // 4))
+        client.seq.put(namespace, tokens, kv)
+
+
+def _hash(chain: Chain, tokens: bytes, count: int) -> float:
+    start = perf_counter()
+    for _ in range(count):
+        chain.ids(tokens)
+    return (perf_counter() - start) / count
+
+
+def _match(load: Load, namespace: str, tokens: bytes, count: int) -> float:
+    request = command("KV.SEQ.MATCH", namespace, tokens)
+    expected = b"*5\r\n:%d\r\n" % (len(tokens) // 4)
+    reply = bytearray(64 + TOKENS)
+    start = perf_counter()
+    for _ in range(count):
+        load.send([request], len(request))
+        load.receive_past(reply, len(expected) + 8)
+    took = perf_counter() - start
+    if not reply.startswith(expected):
+        raise WrongReplyError(f"not the whole prompt: {bytes(reply[:64])!r}")
+    return took / count
