@@ -9,17 +9,20 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from bench.machine import describe
 from respkv.trace.plot import draw
 from respkv.trace.read import find_trace, read_trace
-from respkv.trace.report import gap_closed, simulate_summary
+from respkv.trace.report import gap_closed
 from respkv.trace.simulate import BELADY, Cell, Outcome, cells_of, simulate_all
 
 ROOT: Final = Path(__file__).parent.parent
 RESULTS: Final = Path(__file__).parent / "results"
+JSON: Final = RESULTS / "eviction.json"
+DOCS: Final = ROOT / "docs"
 CAPACITIES: Final = (1000, 3000, 6000, 10_000, 20_000, 30_000, 50_000, 100_000)
 DEFAULT: Final = "survival"
 RIVALS: Final = ("lru", "arc", "s3fifo")
@@ -153,11 +156,30 @@ def page(outcomes: list[Outcome], filed: list[Outcome], trace: str, facts: str) 
 """
 
 
+def cells_of_all() -> list[Cell]:
+    """Return all cells: every policy, the default with hints, and two with files."""
+    cells = cells_of("all", CAPACITIES)
+    cells += [Cell(DEFAULT, capacity, has_end_hints=True) for capacity in CAPACITIES]
+    for policy in ("lru", DEFAULT):
+        cells += cells_of(policy, (MEMORY,), files_max=FILES, admissions="all,second,tinylfu")
+    return cells
+
+
+def load() -> dict[Cell, Outcome]:
+    """Return the outcomes that were measured last time."""
+    if not JSON.exists():
+        return {}
+    found = json.loads(JSON.read_text())["outcomes"]
+    outcomes = (Outcome(**{**each, "cell": Cell(**each["cell"])}) for each in found)
+    return {outcome.cell: outcome for outcome in outcomes}
+
+
 def main() -> None:
     """Simulate, write and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trace", type=Path, default=find_trace())
     parser.add_argument("--processes", type=int, help="1 for times that nothing else disturbs")
+    parser.add_argument("--policy", nargs="+", help="only these, and the others as last time")
     options = parser.parse_args()
     if options.trace is None:
         parser.error("no trace: give --trace or set RESPKV_TRACE")
@@ -165,37 +187,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = describe(Path(folder))
     started = time.monotonic()
-    cells = cells_of("all", CAPACITIES)
-    cells += [Cell(DEFAULT, capacity, has_end_hints=True) for capacity in CAPACITIES]
-    num_plain = len(cells)
-    for policy in ("lru", DEFAULT):
-        cells += cells_of(policy, (MEMORY,), files_max=FILES, admissions="all,second,tinylfu")
-    every = simulate_all(
-        cells,
+    cells = cells_of_all()
+    todo = [cell for cell in cells if not options.policy or cell.policy in options.policy]
+    fresh = simulate_all(
+        todo,
         trace,
         num_processes=options.processes,
         progress=lambda each: print(
-            f"{each.cell.label:28} {each.cell.blocks_max:7} {each.hit_rate:.4f}"
+            f"{each.cell.label:28} {each.cell.blocks_max:7} {each.hit_rate:.4f}", flush=True
         ),
     )
-    outcomes, filed = every[:num_plain], every[num_plain:]
+    known = load() if options.policy else {}  # now: another run may have written meanwhile
+    known |= {outcome.cell: outcome for outcome in fresh}
+    every = [known[cell] for cell in cells if cell in known]
     facts = "; ".join(f"{name} {found[name]}" for name in FACTS)
     facts += f"; took {time.monotonic() - started:.0f} s."
     told = f"{trace.name}: {len(trace.requests):,} requests, {trace.num_tokens:,} tokens"
-    summary = simulate_summary(trace, every, None) | {"machine": found}
-    (RESULTS / "eviction.json").write_text(json.dumps(summary, indent=1) + "\n")
+    body = {"trace": told, "machine": found, "outcomes": [asdict(each) for each in every]}
+    JSON.write_text(json.dumps(body, indent=1) + "\n")
+    if len(every) < len(cells):
+        print(f"{len(cells) - len(every)} cells are still missing: run it without --policy")
+        return
+    write(every, told, facts)
+
+
+def write(every: list[Outcome], told: str, facts: str) -> None:
+    """Write the page and the plots."""
+    outcomes = [each for each in every if not each.cell.files_max]
+    filed = [each for each in every if each.cell.files_max]
     (RESULTS / "eviction.md").write_text(page(outcomes, filed, told, facts))
     plain = [each for each in outcomes if not each.cell.has_end_hints]
-    draw(
-        plain, ROOT / "docs" / "retention.svg", "Conversation trace: every policy, one setting each"
-    )
-    few = ("lru", DEFAULT, BELADY)
-    hinted = [each for each in outcomes if each.cell.policy in few]
-    draw(
-        hinted,
-        ROOT / "docs" / "retention-hints.svg",
-        "What it is worth to say that a session ended",
-    )
+    draw(plain, DOCS / "retention.svg", "Conversation trace: every policy, one setting each")
+    few = [each for each in outcomes if each.cell.policy in ("lru", DEFAULT, BELADY)]
+    draw(few, DOCS / "retention-hints.svg", "What it is worth to say that a session ended")
     for what, measured, target, is_met in targets(outcomes):
         print(f"{what}: {measured}, wanted {target}: {'met' if is_met else 'MISSED'}")
 

@@ -50,6 +50,12 @@ class Accounts(Watcher):
         space = self.spaces.get(namespace)
         return None if space is None else space.accounts.get(tenant)
 
+    def reset_counters(self) -> None:
+        """Count evictions and refusals from zero."""
+        self.num_evicted = self.evicted_bytes = self.num_refused = 0
+        for space in self.spaces.values():
+            space.num_evicted = space.num_refused = 0
+
     def limits_of(self, namespace: bytes) -> Limits:
         """Return the limits of a namespace; not to be changed."""
         space = self.spaces.get(namespace)

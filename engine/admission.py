@@ -30,6 +30,7 @@ from respkv.engine.sketch import COUNT_MAX, Sketch
 Mode = Literal["all", "second", "tinylfu"]
 
 DROP_WEIGHT = 1 / 64  # of one dropped value in the mean
+DROP_COUNT_MAX = 3  # or a few that were popular long ago would keep out what is used twice now
 KEYS_MAX = 1 << 17  # that are counted apart, in half a MiB
 CHILDREN_MAX = 256  # that are looked at; a page with more of them is used in any case
 
@@ -83,7 +84,8 @@ class Admission:
     def dropped(self, entry: Entry) -> None:
         """Learn what files drop, now that they have dropped a copy of an entry."""
         if self.mode != "all":
-            self.threshold += (self.count(entry) - self.threshold) * DROP_WEIGHT
+            count = min(self.count(entry), DROP_COUNT_MAX)
+            self.threshold += (count - self.threshold) * DROP_WEIGHT
 
     def lost(self, entry: Entry) -> None:
         """Remember how often an entry was used that has gone altogether."""

@@ -11,7 +11,6 @@ The number of entries plays the cache's size, because the engine has bytes to fi
 Source: Megiddo and Modha, ARC: A Self-Tuning, Low Overhead Replacement Cache, FAST 2003.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator
 
 from respkv.engine.entry import Entry
@@ -109,5 +108,3 @@ class Arc(Queue):
             once.popitem(last=False)
         while again and len(once) + len(again) > size:
             again.popitem(last=False)
-
-

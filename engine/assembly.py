@@ -124,7 +124,7 @@ class Assemblies(Watcher):
         """Return the assembly of a page, a new one if there is none.
 
         shape:    of the page. identity: of the schema; one that was begun under another is dropped.
-        Raises OutOfMemory when there is no slot, or no more may be begun.
+        Raises OutOfMemory when there is no slot, or no more may be begun, now; it is not counted.
         """
         now = self._cache.clock.now
         found = self._open.get(key)
@@ -214,12 +214,11 @@ class Assemblies(Watcher):
         if self.nbytes + nbytes > self.bytes_max:
             self.expire()
         if self.nbytes + nbytes > self.bytes_max:
-            self._cache.stats.oom += 1
             raise OutOfMemory(
                 f"{len(self._open)} pages of {self.nbytes} bytes wait for the rest of their layers"
                 f" and heads, and {nbytes} more are over assembly-memory, {self.bytes_max}"
             )
-        return self._cache.reserve(nbytes)
+        return self._cache.reserve(nbytes, is_last=False)
 
     def _publish(self, assembly: Assembly) -> Entry:
         cache, key = self._cache, assembly.key

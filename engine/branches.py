@@ -66,6 +66,26 @@ class Branches:
                 best, longest = neighbour, count
         return best, longest
 
+    def near(self, branch: bytes, token_ids: bytes, count_max: int) -> list[tuple[Entry, int]]:
+        """Return pages that begin as a page does, and for how many tokens; the longest first."""
+        siblings = self._branches.get(branch, [])
+        after = bisect_left(siblings, token_ids, key=_token_ids)
+        before = after - 1
+        found: list[tuple[Entry, int]] = []
+        while len(found) < count_max:
+            left = common_tokens(siblings[before].token_ids, token_ids) if before >= 0 else 0
+            is_right = after < len(siblings)
+            right = common_tokens(siblings[after].token_ids, token_ids) if is_right else 0
+            if not max(left, right):
+                break
+            if right >= left:
+                found.append((siblings[after], right))
+                after += 1
+            else:
+                found.append((siblings[before], left))
+                before -= 1
+        return found
+
     def beginnings(self, entry: Entry) -> Iterator[Entry]:
         """Yield the siblings whose tokens are the beginning of a page's tokens, longest first."""
         siblings = self._branches.get(entry.branch, [])

@@ -17,7 +17,9 @@ from respkv.engine.queues import Ranked
 
 LINEAR_FLOPS = 2 * 8.03e9  # for each token
 DEPTH_FLOPS = 4 * 32 * 4096  # for each token, for each token before it
-TOKEN_BYTES = 131_072  # of a token's K and V in 16 bits; what a plain value of unknown cost stands for
+TOKEN_BYTES = (
+    131_072  # of a token's K and V in 16 bits; what a plain value of unknown cost stands for
+)
 
 
 def flops_per_byte(entry: Entry) -> float:

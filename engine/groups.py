@@ -11,11 +11,12 @@ Pages of groups hang on the pages of the namespace's own geometry, ``<page key>.
 hangs on the page that holds its position, and has the id of the position, ``.s.<group>``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from respkv.chain import Prompt
+from respkv.engine.branches import Branches
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.history import Reason
@@ -24,6 +25,7 @@ from respkv.engine.sequences import Found, Piece
 from respkv.engine.watch import Watcher
 from respkv.page import Part, group_of, part_key
 
+OTHERS_MAX = 8  # pages that begin alike are asked whether their groups can serve more
 Find = Callable[[bytes], Entry | None]
 
 
@@ -52,7 +54,8 @@ class States(Watcher):
 
         Pages of one branch differ in their tokens, so such a state may be another prompt's.
         """
-        return sorted(self._offsets.get(_place(branch, group), ()), reverse=True)
+        counts = self._offsets.get(_place(branch, group))
+        return sorted(counts, reverse=True) if counts else []
 
     def stored(self, entry: Entry, *, is_new: bool) -> None:
         """A state has come."""
@@ -88,9 +91,10 @@ class States(Watcher):
 class Groups:
     """What the groups of every namespace can serve of what is in a cache."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, branches: Branches) -> None:
         self.states = States()
         self._cache = cache
+        self._branches = branches
         for entry in cache.entries.values():
             self.states.restored(entry)
         cache.watchers.add(self.states)
@@ -101,7 +105,24 @@ class Groups:
         if schema is None or not schema.groups:
             return found
         tokens = serveable(schema, prompt, found, self._cache.find, self.states)
-        return cut(found, tokens, prompt.page_tokens)
+        best = cut(found, tokens, prompt.page_tokens)
+        if tokens < found.tokens and not tokens % prompt.page_tokens:
+            for other in self._others(prompt, found, tokens):
+                count = serveable(schema, prompt, other, self._cache.find, self.states)
+                if count > best.tokens:
+                    best = cut(other, count, prompt.page_tokens)
+        return best
+
+    def _others(self, prompt: Prompt, found: Found, tokens: int) -> Iterator[Found]:
+        """Yield what else begins as the page behind some tokens does, which a group may lack."""
+        index = tokens // prompt.page_tokens
+        rest = found.tokens - tokens
+        branch, token_ids = prompt.branch(index), prompt.token_ids(index)
+        for page, count in self._branches.near(branch, token_ids, OTHERS_MAX):
+            if page is found.entries[index] or self._cache.find(page.key) is not page:
+                continue
+            count = min(count, rest)
+            yield Found(tokens + count, found.pages[:index], page, count)
 
     def use(self, prompt: Prompt, found: Found, until: float) -> list[Entry]:
         """Use what all groups need at the position that was found, and keep it until then.
@@ -198,6 +219,7 @@ class _View:
         self._find = find
         self._states = states
         self._has: dict[tuple[bytes, int], bool] = {}
+        self._runs: dict[bytes, int] = {}
 
     def last(self, group: Group, tokens: int) -> int:
         """Return the last position up to ``tokens`` that a group can serve."""
@@ -205,10 +227,7 @@ class _View:
             return self._last_state(group, tokens)
         if group.kind is Kind.SLIDING:
             return self._last_sliding(group, tokens)
-        for page in range(self._num_pages(tokens)):
-            if not self._has_page(group, page):
-                return page * self._page_tokens
-        return tokens
+        return min(tokens, self._run(group) * self._page_tokens)
 
     def _last_sliding(self, group: Group, tokens: int) -> int:
         page = self._num_pages(tokens) - 1
@@ -222,13 +241,31 @@ class _View:
         prompt = self._prompt
         for page in range(self._num_pages(tokens) - 1, -1, -1):
             start = page * self._page_tokens
-            for offset in self._states.offsets(prompt.branch(page), group.name):
+            entry = self._pages[page]
+            branch = entry.branch if entry.token_ids else prompt.branch(page)
+            for offset in self._states.offsets(branch, group.name):
                 if start + offset > tokens:
                     continue
-                entry = self._find(state_key(prompt, start + offset, group.name))
-                if entry is not None and is_piece(entry, group, offset):
+                state = self._find(state_key(prompt, start + offset, group.name))
+                if state is not None and is_piece(state, group, offset):
                     return start + offset
         return 0
+
+    def _run(self, group: Group) -> int:
+        """Return how many pages from the start have theirs of a group; a loop of thousands."""
+        count = self._runs.get(group.name)
+        if count is not None:
+            return count
+        find, suffix, full = self._find, bound_key(b"", group.name), self._page_tokens
+        full_bytes, count = group.piece_bytes(full), 0
+        for page in self._pages:
+            part = find(page.key + suffix)
+            nbytes = full_bytes if page.tokens == full else group.piece_bytes(page.tokens)
+            if part is None or part.nbytes != nbytes or part.kind != "kvpage":
+                break
+            count += 1
+        self._runs[group.name] = count
+        return count
 
     def _num_pages(self, tokens: int) -> int:
         return -(-tokens // self._page_tokens)

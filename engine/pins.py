@@ -1,7 +1,8 @@
 """What is pinned, and how many bytes that is: pins lapse by themselves, so somebody has to count.
 
 Whoever may pin everything can stop a cache, so pins have limits: how long one holds, and how much
-of the arena all of them hold together.
+of the arena all of them hold together. Ordinary values can be pinned as well, and watchers are not
+told of those, so the cache says itself what becomes of pinned ones.
 """
 
 import heapq
@@ -13,7 +14,7 @@ from respkv.engine.watch import Watcher
 
 
 class Pins(Watcher):
-    """The pages that have a pin, each with the bytes it was counted with."""
+    """What has a pin, each with the bytes it was counted with."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -39,7 +40,7 @@ class Pins(Watcher):
     def note(self, entry: Entry) -> None:
         """Count a page as its pin says: it was set, moved or taken away."""
         self._nbytes -= self._counted.pop(entry, 0)
-        if entry.kind == "kvpage" and entry.pinned_until > self._clock.now:
+        if entry.position >= 0 and entry.pinned_until > self._clock.now:
             self._counted[entry] = entry.nbytes
             self._nbytes += entry.nbytes
             self._next += 1

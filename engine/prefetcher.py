@@ -11,7 +11,7 @@ time it named as the reading takes. Sessions are looked at every LOOK_S.
 """
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from heapq import heappop, heappush
 from itertools import count, islice
@@ -25,8 +25,9 @@ from respkv.engine.history import Reason
 from respkv.engine.loads import Load
 from respkv.engine.mover import Mover
 from respkv.engine.prefetch import AHEAD_S, CHANCE_MIN, Book, Limits, Source, chain_of, successors
-from respkv.engine.requests import Request
+from respkv.engine.request import Request
 from respkv.engine.watch import Watcher
+from respkv.page import Part
 
 LOOK_S = 0.5
 BUSY_S = 0.005  # after which it is looked whether the tiers have time now
@@ -95,11 +96,11 @@ class Prefetcher(Watcher):
         if self.book.is_on(Source.MATCH, now):
             chance = self.book.chance(Source.MATCH)
             for entry in run:
-                if entry.is_cold:
-                    self._wish(entry, Source.MATCH, now, chance)
+                self._wish(entry, Source.MATCH, now, chance)
         if self.book.is_on(Source.CHAIN, now):
-            for entry, chance in successors(run[-1]):
-                self._wish(entry, Source.CHAIN, now, chance)
+            for page, chance in successors(run[-1]):
+                for entry in _with_parts([page]):
+                    self._wish(entry, Source.CHAIN, now, chance)
         if self._wanted:
             self._begin()
 
@@ -111,7 +112,8 @@ class Prefetcher(Watcher):
         clock = self._cache.clock
         if not self._is_running or not self.book.is_on(Source.HINT, clock.now):
             return 0
-        cold = sorted((entry for entry in entries if entry.is_cold), key=_depth)[:PAGES_MAX]
+        pages = sorted(entries, key=_depth)
+        cold = [entry for entry in _with_parts(pages) if entry.is_cold][:PAGES_MAX]
         lead = max(LEAD_S_MIN, LEAD * self._mover.load_us(cold) / 1e6)
         due, chance = max(clock.now, at - lead), self.book.chance(Source.HINT)
         self.forget(cold)
@@ -203,7 +205,12 @@ class Prefetcher(Watcher):
     def _wish(
         self, entry: Entry, source: Source, due: float, chance: float, wait_s: float = 0.0
     ) -> None:
-        if entry in self._wanted or entry in self.book or len(self._wishes) >= WISHES_MAX:
+        if (
+            not entry.is_cold
+            or entry in self._wanted
+            or entry in self.book
+            or len(self._wishes) >= WISHES_MAX
+        ):
             return
         wish = Wish(due, next(self._numbers), entry, source, chance, wait_s)
         self._wanted[entry] = wish
@@ -264,9 +271,8 @@ class Prefetcher(Watcher):
             chance = requests.chance(request, now, AHEAD_S)
             if chance >= CHANCE_MIN:
                 self._away[request] = now
-                for entry in chain_of(request.last, PAGES_MAX):
-                    if entry.is_cold:
-                        self._wish(entry, Source.SESSION, now, chance, AHEAD_S / 2)
+                for entry in _with_parts(chain_of(request.last, PAGES_MAX)):
+                    self._wish(entry, Source.SESSION, now, chance, AHEAD_S / 2)
 
 
 @asynccontextmanager
@@ -279,6 +285,15 @@ async def prefetching(cache: Cache, mover: Mover, limits: Limits) -> AsyncIterat
         tasks.start_soon(prefetcher.run)
         yield prefetcher
         tasks.cancel_scope.cancel()
+
+
+def _with_parts(pages: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield pages, and after each the parts without which it is of no use."""
+    for page in pages:
+        yield page
+        for part in page.parts or ():
+            if part.part is Part.BOUND:
+                yield part
 
 
 def _depth(entry: Entry) -> int:

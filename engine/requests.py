@@ -16,114 +16,41 @@ it is matched. So a client that names its pages but not their chains pays for no
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
+from sys import getsizeof
 from weakref import WeakValueDictionary
 
 from respkv.engine.clock import Clock
 from respkv.engine.entry import Entry
 from respkv.engine.history import Reason
+from respkv.engine.request import (
+    Request,
+    Session,
+    chain_of,
+    hand_over,
+    is_continued,
+    is_partial,
+    is_same,
+    leave,
+    requests_of,
+)
 from respkv.engine.survival import (
     CENSOR_S,
     FIRST_BIN_S,
     LEFT,
     TAIL,
-    TICK_S,
     TURN_MAX,
     Survival,
     kind_of,
 )
 from respkv.engine.watch import Watcher
 
-PAGES_A_RECORD = 4
+PAGES_A_RECORD = 6
 RECORDS_MIN = 64
+RECORD_BYTES = 260  # of a request, its numbers and its place in line; measured with tracemalloc
+NAME_BYTES = 36
 LAPSE = 2.0  # an expected session that did not come in so many times the time named is as any other
-
-
-class Session:
-    """A conversation that a client named, and what it said of it.
-
-    expected_at: when it comes back, seconds of the monotonic clock; 0.0: nobody said.
-    lapses_at:   when that is no longer believed.
-    tails:       the last present page of each of its chains.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "expected_at",
-        "is_ended",
-        "lapses_at",
-        "name",
-        "namespace",
-        "tails",
-    )
-
-    def __init__(self, namespace: bytes, name: bytes) -> None:
-        self.namespace = namespace
-        self.name = name
-        self.is_ended = False
-        self.expected_at = 0.0
-        self.lapses_at = 0.0
-        self.tails: set[Entry] = set()
-
-
-class Request:
-    """One prompt that was matched or stored, as far as it matters for those that follow.
-
-    turn:       how many requests it continues, at most TURN_MAX.
-    num_tokens: of its prompt.
-    touched:    when it last stored or matched anything, seconds of the monotonic clock.
-    last:       its last full page, if that is present and nobody went on behind it.
-    is_owner:   whether it stored ``last`` itself, and did not only match it.
-    has_tail:   whether it stored a partial page behind that.
-    is_open:    whether it is waited for; if not, it is lost sight of.
-    kind:       its kind in the model. Once it was continued, that of what it left behind.
-    """
-
-    __slots__ = (
-        "_is_ended",
-        "has_tail",
-        "is_open",
-        "is_owner",
-        "kind",
-        "last",
-        "name",
-        "num_tokens",
-        "number",
-        "session",
-        "ticket",
-        "touched",
-        "turn",
-    )
-
-    def __init__(self, number: int, turn: int, num_tokens: int, now: float) -> None:
-        self.number = number
-        self.turn = turn
-        self.num_tokens = num_tokens
-        self.kind = kind_of(turn, num_tokens)
-        self.touched = now
-        self.session: Session | None = None
-        self.last: Entry | None = None
-        self.name = 0  # of its last page, once that went
-        self.is_owner = False
-        self.is_open = True
-        self.has_tail = False
-        self.ticket = 0  # of the model, while it is waited for
-        self._is_ended = False
-
-    @property
-    def is_ended(self) -> bool:
-        """Whether a client said that it will not be continued."""
-        return self._is_ended or (self.session is not None and self.session.is_ended)
-
-    @property
-    def expected_at(self) -> float:
-        """When a client said that it will be continued; 0.0: nobody did."""
-        return 0.0 if self.session is None else self.session.expected_at
-
-    def end(self) -> None:
-        """Take a client's word that it will not be continued."""
-        self._is_ended = True
 
 
 class Requests(Watcher):
@@ -137,7 +64,7 @@ class Requests(Watcher):
         self._clock = clock
         self._numbers = count(1)
         self._num_pages = 0
-        self._open: deque[tuple[float, Request]] = deque()  # due to be lost sight of, in order
+        self._open: deque[Request] = deque()  # those waited for, and closed ones among them
         self._gone: dict[int, Request] = {}  # open ones by the name of their last page, which went
         self._sessions: WeakValueDictionary[tuple[bytes, bytes], Session] = WeakValueDictionary()
 
@@ -154,17 +81,19 @@ class Requests(Watcher):
             return None
         last = run[-1]
         before: Request | None = last.request
-        if before is not None and _is_same(before, num_tokens, now):
+        if before is not None and is_same(before, num_tokens, now):
             request = before
             self._touch(request, now)
         else:
-            is_next = before is not None and _is_continued(before, last)
+            is_next = before is not None and is_continued(before, last)
             turn = before.turn + 1 if before is not None and is_next else 0
             request = self._begin(turn, num_tokens, now)
+            if not is_next:
+                request.parted_at = last.depth + last.tokens
             if before is not None and is_next:
                 request.session = before.session
                 self._continue(before, now, is_tail_used=is_partial(last))
-            _hand_over(run, request)
+            hand_over(run, request)
             request.last = last.parent if is_partial(last) else last
         if session:
             self._join(request, last, session)
@@ -189,11 +118,10 @@ class Requests(Watcher):
             if parent is not None:
                 parent.request = request
         elif request.last is not parent:
-            session = request.session
             request = self._begin(0, entry.depth + entry.tokens, now)
-            request.session = session
         entry.request = request
         self._touch(request, now)
+        self._describe(request, request.turn, max(request.num_tokens, entry.depth + entry.tokens))
         if is_partial(entry):
             request.has_tail = True
         else:
@@ -212,6 +140,9 @@ class Requests(Watcher):
                 entry.request.last = entry
         self._join(entry.request, entry, session)
 
+    def restored(self, entry: Entry) -> None:
+        self._num_pages += 1
+
     def removed(self, entry: Entry, reason: Reason) -> None:
         self._num_pages -= 1
         request: Request | None = entry.request
@@ -226,19 +157,36 @@ class Requests(Watcher):
         if session is not None and entry in session.tails:
             session.tails.remove(entry)
             parent = entry.parent
-            if parent is not None and parent.request is not None:
-                if parent.request.session is session:
-                    session.tails.add(parent)
+            before: Request | None = None if parent is None else parent.request
+            if parent is not None and before is not None and before.session is session:
+                session.tails.add(parent)
 
     def cleared(self) -> None:
         self._num_pages = 0
-        for _, request in self._open:
+        for request in self._open:
+            request.last = None
             if request.is_open:
                 request.is_open = False
-                self.survival.forget(request.kind, request.ticket)
+                self.survival.forget(request.kind, request.touched)
         self._open.clear()
         self._gone.clear()
         self._sessions.clear()
+
+    @property
+    def num_records(self) -> int:
+        """How many requests are remembered for what may become of them."""
+        return len(self._open)
+
+    @property
+    def num_open(self) -> int:
+        """How many of them are waited for."""
+        return sum(request.is_open for request in self._open)
+
+    @property
+    def ghost_bytes(self) -> int:
+        """Bytes of the records of all requests, also of those that have pages still."""
+        records = len(self._open) * RECORD_BYTES
+        return records + getsizeof(self._gone) + len(self._gone) * NAME_BYTES
 
     # -- hints --------------------------------------------------------------------------------
 
@@ -256,8 +204,8 @@ class Requests(Watcher):
         if found is None:
             return False
         found.is_ended, found.expected_at = True, 0.0
-        for request in _requests_of(found):
-            self.survival.notice(request)
+        for request in requests_of(found):
+            self._resolve(request)
         return True
 
     def expect(self, session: bytes, namespace: bytes, at: float) -> bool:
@@ -272,17 +220,14 @@ class Requests(Watcher):
         found.is_ended = False
         found.expected_at = at
         found.lapses_at = at + (LAPSE - 1.0) * max(at - now, FIRST_BIN_S)
-        for request in _requests_of(found):
-            self.survival.notice(request)
+        for request in requests_of(found):
+            self._resolve(request)
         return True
 
     def end_request(self, request: Request) -> None:
         """Take a client's word that a request will not be continued."""
         request.end()
-        if request.is_open:
-            self._close(request)
-            self.survival.forget(request.kind, request.ticket)
-        self.survival.notice(request)
+        self._resolve(request)
 
     def entries_of(self, session: bytes, namespace: bytes) -> list[Entry]:
         """Return the pages that a session used last, each before the page it stands behind."""
@@ -291,7 +236,7 @@ class Requests(Watcher):
             return []
         pages: dict[Entry, None] = {}
         for tail in sorted(found.tails, key=_depth):
-            chain = dict.fromkeys(_chain_of(tail, found))
+            chain = dict.fromkeys(chain_of(tail, found))
             # A page of two chains comes behind both.
             pages = {page: None for page in pages if page not in chain} | chain
         return list(pages)
@@ -315,29 +260,45 @@ class Requests(Watcher):
     def _begin(self, turn: int, num_tokens: int, now: float) -> Request:
         self._lose_sight(now)
         request = Request(next(self._numbers), min(turn, TURN_MAX), num_tokens, now)
-        self._open.append((now + CENSOR_S, request))
-        request.ticket = self.survival.begin(request.kind, now)
+        self._open.append(request)
+        self.survival.begin(request.kind, now)
         return request
 
     def _touch(self, request: Request, now: float) -> None:
-        if request.is_open and now - request.touched > TICK_S:
-            self.survival.forget(request.kind, request.ticket)
-            request.ticket = self.survival.begin(request.kind, now)
+        if request.is_open:
+            self.survival.moved(request.kind, request.touched, now)
         request.touched = now
+
+    def _resolve(self, request: Request) -> None:
+        """Wait no more for a request whose end or return was announced: it is none of chance."""
+        if request.is_open:
+            self._close(request)
+            self.survival.forget(request.kind, request.touched)
+        self.survival.notice(request)
 
     def _continue(self, before: Request, now: float, *, is_tail_used: bool) -> None:
         """Learn that a request was continued; what it leaves behind is waited for from now on."""
         survival = self.survival
         if before.is_open:
-            survival.forget(before.kind, before.ticket)
+            survival.forget(before.kind, before.touched)
             survival.continued(before.kind, now - before.touched, now)
             if before.has_tail:
                 learn = survival.continued if is_tail_used else survival.lost
                 learn(TAIL, now - before.touched, now)
-            before.ticket = survival.begin(LEFT, now)
+            survival.begin(LEFT, now)
         before.kind, before.touched = LEFT, now
         before.has_tail = False
         survival.notice(before)
+
+    def _describe(self, request: Request, turn: int, num_tokens: int) -> None:
+        """Correct what a request was taken for when it began."""
+        request.turn, request.num_tokens = turn, num_tokens
+        kind = kind_of(turn, num_tokens)
+        if kind != request.kind != LEFT:
+            if request.is_open:
+                self.survival.forget(request.kind, request.touched)
+                self.survival.begin(kind, request.touched)
+            request.kind = kind
 
     def _close(self, request: Request) -> None:
         request.is_open = False
@@ -351,11 +312,8 @@ class Requests(Watcher):
         if before is None:
             return
         if before is not request:
-            request.turn = max(request.turn, min(before.turn + 1, TURN_MAX))
-            if request.is_open and request.kind != LEFT:
-                self.survival.forget(request.kind, request.ticket)
-                request.kind = kind_of(request.turn, request.num_tokens)
-                request.ticket = self.survival.begin(request.kind, now)
+            turn = max(request.turn, min(before.turn + 1, TURN_MAX))
+            self._describe(request, turn, request.num_tokens)
             request.session = request.session or before.session
             self._continue(before, now, is_tail_used=False)
         else:
@@ -367,18 +325,16 @@ class Requests(Watcher):
         opened = self._open
         records_max = RECORDS_MIN + self._num_pages // PAGES_A_RECORD
         while opened:
-            due, request = opened[0]
-            if request.is_open and len(opened) <= records_max:
-                if due > now:
-                    break
-                if request.touched + CENSOR_S > now:
-                    opened.popleft()
-                    opened.append((request.touched + CENSOR_S, request))
-                    continue
+            request = opened[0]
+            is_waited_for = request.is_open and now - request.touched < CENSOR_S
+            if is_waited_for and len(opened) <= records_max:
+                if len(opened) > 1 and request.touched > opened[1].touched:
+                    opened.rotate(-1)  # it was touched after those behind it: let them come first
+                break
             opened.popleft()
             if request.is_open:
                 self._close(request)
-                self.survival.forget(request.kind, request.ticket)
+                self.survival.forget(request.kind, request.touched)
                 self.survival.lost(request.kind, now - request.touched, now)
                 if request.has_tail:
                     self.survival.lost(TAIL, now - request.touched, now)
@@ -388,6 +344,8 @@ class Requests(Watcher):
         session = self._sessions.get(key)
         if session is None:
             session = self._sessions[key] = Session(*key)
+        if request.session is not None and request.session is not session:
+            leave(request.session, request)
         request.session = session
         self._renew(session, last)
 
@@ -397,66 +355,6 @@ class Requests(Watcher):
         if last.parent is not None:
             session.tails.discard(last.parent)
         session.tails.add(last)
-
-
-def _is_same(before: Request, num_tokens: int, now: float) -> bool:
-    """Whether this is the match of a moment ago once more, by another worker or a retry."""
-    return before.num_tokens == num_tokens and now - before.touched < FIRST_BIN_S
-
-
-def _is_continued(before: Request, last: Entry) -> bool:
-    """Whether a prompt that starts with ``last`` goes on where ``before`` ended.
-
-    A first turn that only matched its last full page shares it with whoever stored it: the
-    two are alike, and neither continues the other. A prompt that leaves ``before`` in the middle
-    goes on as well, with its end rewritten, unless others stand there: then that is where prompts
-    with the same beginning part.
-    """
-    if is_partial(last):
-        return True
-    if before.last is last:
-        return before.is_owner or before.turn > 0
-    return last.children is None or len(last.children) <= 1
-
-
-def is_partial(entry: Entry) -> bool:
-    """Whether a page is the tail of a prompt: only the first page of a chain cannot be told."""
-    return entry.parent is not None and entry.tokens < entry.parent.tokens
-
-
-def _hand_over(run: Sequence[Entry], request: Request) -> None:
-    """Make pages those of a request, and let go of them where they were."""
-    previous: Request | None = None
-    before: list[Request] = []
-    for entry in run:
-        if entry.request is not previous:
-            previous = entry.request
-            if previous is not None:
-                before.append(previous)
-        entry.request = request
-    for each in before:
-        if each.last is not None and each.last.request is request:
-            each.last = None
-        session = each.session
-        if session is not None and session is not request.session:
-            session.tails -= {tail for tail in session.tails if tail.request is request}
-
-
-def _requests_of(session: Session) -> Iterator[Request]:
-    """Yield the requests that hold pages of a session, each once in a chain."""
-    for tail in session.tails:
-        previous: Request | None = None
-        for page in _chain_of(tail, session):
-            if page.request is not previous:
-                previous = page.request
-                yield page.request
-
-
-def _chain_of(tail: Entry, session: Session) -> Iterator[Entry]:
-    page: Entry | None = tail
-    while page is not None and page.request is not None and page.request.session is session:
-        yield page
-        page = page.parent
 
 
 def _depth(entry: Entry) -> int:

@@ -196,6 +196,8 @@ class Residents(Memory):
             slot.owner = entry
         entry.touched = self.clock.now
         self.room.insert(entry)
+        if entry.pinned_until:
+            self.pins.note(entry)
 
     def _write_header(
         self, slot: Slot, key: bytes, schema: Schema | None, generation: int, checksum: int
@@ -226,6 +228,8 @@ class Residents(Memory):
         is_cold = entry.is_cold
         if entry.kind == "kvpage" and self.watchers:
             self.watchers.removed(entry, reason)
+        elif entry.pinned_until:
+            self.pins.removed(entry, reason)
         if not is_cold:
             self.room.remove(entry)
         leaf = self.index.remove(entry)

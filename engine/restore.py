@@ -109,6 +109,8 @@ class Restore:
                 schema = cache.namespaces.of_key(entry.key)
                 entry.namespace = b"" if schema is None else schema.namespace
                 cache.watchers.restored(entry)
+            elif entry.pinned_until:
+                cache.pins.note(entry)
 
     def _is_full(self) -> bool:
         copies = self._cache.copies

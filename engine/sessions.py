@@ -26,7 +26,12 @@ class Hints:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self.counts: dict[Status, int] = {"accepted": 0, "clipped": 0, "rejected": 0}
+        self.counts: dict[Status, int] = {}
+        self.reset_counters()
+
+    def reset_counters(self) -> None:
+        """Count answers from zero."""
+        self.counts = {"accepted": 0, "clipped": 0, "rejected": 0}
 
     def count(self, answer: Answer) -> Answer:
         """Count an answer and return it."""
@@ -46,7 +51,8 @@ class Hints:
         for page in pages:
             for entry in (page, *(page.parts or ())):
                 accounts.requeue(entry)
-        return self.count(Answer("accepted", len(pages), "pages of this session alone go first"))
+        reason = self._effect("pages of this session alone go first")
+        return self.count(Answer("accepted", len(pages), reason))
 
     def expect(self, namespace: bytes, session: bytes, ms: int, ms_max: int) -> Answer:
         """Keep a session's pages for its return in ``ms``, or bring them back ahead of it."""
@@ -57,7 +63,7 @@ class Hints:
         self._cache.requests.expect(session, namespace, at)
         if in_force < ms:
             return self.count(Answer("clipped", in_force, f"expect-max is {ms_max} ms"))
-        return self.count(Answer("accepted", ms, "the session is expected back then"))
+        return self.count(Answer("accepted", ms, self._effect("the session is expected back then")))
 
     def demote(self, namespace: bytes, session: bytes, demotions: Demotions | None) -> Answer:
         """Take the pages that only this session used out of memory; they stay in files.
@@ -76,6 +82,13 @@ class Hints:
             demotions.ask(page.parts or ())
         number = demotions.ask(pages)
         return self.count(Answer("accepted", number, "pages of this session alone leave memory"))
+
+    def _effect(self, effect: str) -> str:
+        """Say what a hint does, and what does not look at it."""
+        policy = self._cache.room.policy
+        if policy == "survival":
+            return effect
+        return f"{effect}; maxmemory-policy {policy} does not look at it, survival does"
 
     def _pages(self, namespace: bytes, session: bytes) -> list[Entry]:
         """Return the pages that a session used last, without what hangs on them."""

@@ -131,19 +131,25 @@ class Survival:
         self.notices.append(request)
         self.num_notices += 1
 
-    def begin(self, kind: int, now: float) -> int:
-        """Wait for a request of a kind that was touched now; return a ticket for its end."""
-        tick = int(now / TICK_S)
+    def begin(self, kind: int, touched: float) -> None:
+        """Wait for a request of a kind that was touched then."""
         waiting = self.curves[kind].waiting
+        tick = int(touched / TICK_S)
         waiting[tick] = waiting.get(tick, 0) + 1
-        return tick
 
-    def forget(self, kind: int, ticket: int) -> None:
+    def forget(self, kind: int, touched: float) -> None:
         """Wait no more for a request, and learn nothing from it."""
         waiting = self.curves[kind].waiting
-        waiting[ticket] -= 1
-        if not waiting[ticket]:
-            del waiting[ticket]
+        tick = int(touched / TICK_S)
+        waiting[tick] -= 1
+        if not waiting[tick]:
+            del waiting[tick]
+
+    def moved(self, kind: int, before: float, touched: float) -> None:
+        """Go on waiting for a request from when it was touched again."""
+        if int(before / TICK_S) != int(touched / TICK_S):
+            self.forget(kind, before)
+            self.begin(kind, touched)
 
     def continued(self, kind: int, age: float, now: float) -> None:
         """Learn that a request of a kind was continued after ``age`` seconds."""
@@ -184,8 +190,9 @@ class Survival:
         self._num_new = 0
         lost = [curve.lost_by(now) for curve in self.curves]
         pooled = Curve()
-        pooled.continued = [*map(sum, zip(*(each.continued for each in self.curves[:NUM_KINDS])))]
-        prior = pooled.rates([*map(sum, zip(*lost[:NUM_KINDS]))], None)
+        kinds = [curve.continued for curve in self.curves[:NUM_KINDS]]
+        pooled.continued = [*map(sum, zip(*kinds, strict=True))]
+        prior = pooled.rates([*map(sum, zip(*lost[:NUM_KINDS], strict=True))], None)
         for curve, lost_of_it in zip(self.curves, lost, strict=True):
             curve.hazard = _cumulated(curve.rates(lost_of_it, prior))
 

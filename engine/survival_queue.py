@@ -19,7 +19,7 @@ from math import inf
 
 from respkv.engine.entry import Entry
 from respkv.engine.queues import HEAP_SLACK, LOOKS_MAX, Lru, Queue, Shared
-from respkv.engine.requests import Request, is_partial
+from respkv.engine.request import Request, is_partial
 from respkv.engine.survival import FIRST_BIN_S, SINGLE, TAIL, Survival
 
 CHOICE_S = 1.0
@@ -303,6 +303,8 @@ class SurvivalQueue(Queue):
                 self._survival.continued(
                     request.kind, entry.touched - request.touched, entry.touched
                 )
+            if request.is_open:
+                self._survival.moved(request.kind, request.touched, entry.touched)
             request.touched = entry.touched
         else:
             return True

@@ -58,10 +58,9 @@ class WTinyLfu(Queue):
 
     def candidate(self, now: float) -> Entry | None:
         for entry in self._probation.take_used(LOOKS_AHEAD):
-            self._count(entry)
-            self._protected.add(entry)
+            self._protect(entry)
         self._demote(now)
-        first = self._probation.first() or self._protected.candidate(now)
+        first = self._first(now)
         if len(self._window) < self._window_max() and first is not None:
             return first
         leaving = self._window.candidate(now)
@@ -106,6 +105,22 @@ class WTinyLfu(Queue):
         self._window.withdraw(entry)
         self._count(entry)
         self._probation.append(entry)
+
+    def _protect(self, entry: Entry) -> None:
+        self._count(entry)
+        self._protected.add(entry)
+
+    def _first(self, now: float) -> Entry | None:
+        """Return the one that the main part would give."""
+        for _ in range(LOOKS_MAX):
+            first = self._probation.first()
+            if first is None:
+                return self._protected.candidate(now)
+            if first.hits == first.mark:
+                return first
+            self._probation.remove(first)
+            self._protect(first)
+        return self._probation.first()
 
     def _demote(self, now: float) -> None:
         """Put those protected that were used longest ago on probation, when there are too many."""

@@ -100,7 +100,9 @@ class Pages:
     def commands(self, start: int) -> "list[tuple[int, int, list[Arg]]]":
         """Return first token, end and payloads of each command, from the token ``start`` on."""
         size, found = self.shape.tokens, []
-        page_bytes = max(1, self._rows * self._row_bytes * size)
+        # Of whole pages, whatever part of them is sent: they wait for the other parts.
+        shape = self.shape
+        page_bytes = shape.layers * shape.planes * size * shape.row_bytes(shape.heads)
         step = size * min(COMMAND_PAGES, max(1, COMMAND_BYTES // page_bytes))
         while start < self.num_tokens:
             end = min(start + step, self.num_tokens)

@@ -25,7 +25,8 @@ class LayersHold:
     """One KV.SEQ.GET from its question to its last layer. It keeps a connection until then.
 
     matched:   tokens of the prompt that are stored.
-    num_tokens: of each layer: from the first that was asked for to the last that matched.
+    num_tokens: of each layer: from the first that was asked for to the last that matched. Of a
+                group with a sliding window only those of the window come.
     num_layers: that come.
     logits, hidden: of the prompt's end, if they were asked for and are stored.
     """

@@ -17,6 +17,7 @@ from respkv.client.requests import Arg, Buffer
 from respkv.client.schemas import schema_get
 from respkv.errors import ConfigError, SequenceGap, ServerError
 
+PIPELINED = 4  # commands at a time: those behind one that fails were sent in vain
 TRIES = 3  # pages may be evicted between the question and the put
 
 Tokens: TypeAlias = Any  # list[int], bytes of int32 little-endian, an array or a tensor of integers
@@ -200,8 +201,7 @@ def put(
             commands[-1] += parts
         for args in commands:
             keep_words(args, options)
-        replies = yield from core.call_all(commands, raise_on_error=False)
-        failure = next((each for each in replies if isinstance(each, ServerError)), None)
+        replies, failure = yield from _send_all(core, commands)
         if failure is None:
             counts = [_counts(each) for each in replies]
             skipped = pages.count_before(start)
@@ -213,6 +213,20 @@ def put(
             raise SequenceGap(failure.message) from failure
         match = None
     raise AssertionError("unreachable")
+
+
+def _send_all(
+    core: Core[Any], commands: Sequence[Sequence[Arg]]
+) -> Operation[tuple[list[Reply], ServerError | None]]:
+    """Send commands, some at a time, up to the first that fails; return replies, and its error."""
+    replies: list[Reply] = []
+    for first in range(0, len(commands), PIPELINED):
+        some = yield from core.call_all(commands[first : first + PIPELINED], raise_on_error=False)
+        for reply in some:
+            if isinstance(reply, ServerError):
+                return replies, reply
+        replies += some
+    return replies, None
 
 
 def _put_state(

@@ -26,7 +26,17 @@ from respkv.errors import ConfigError
 
 NAME_CHARS_MAX = 64
 _DAY_S = 86_400
-_POLICIES = ("lru", "lfu", "fifo", "sieve", "s3fifo")
+_POLICIES = (
+    "lru",
+    "lfu",
+    "fifo",
+    "sieve",
+    "s3fifo",
+    "arc",
+    "wtinylfu",
+    "gdsf",
+    "survival",
+)
 
 
 class Config(
@@ -85,7 +95,7 @@ class Config(
             prefix="allkeys-",
             runtime=True,
         ),
-    ] = "lru"
+    ] = "survival"
     small_value_memory: Annotated[
         int, Size(about="Budget of the values kept outside the arena; 0 means maxmemory / 16.")
     ] = 0

@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import anyio.lowlevel
 
 from respkv.engine.assembly import Assembly
 from respkv.engine.landing import Landing
 from respkv.engine.sequences import Piece
-from respkv.errors import SequenceGap
+from respkv.errors import OutOfMemory, SequenceGap
 from respkv.server.arguments import value_of
 from respkv.server.puts import (
     SequencePut,
@@ -29,6 +30,9 @@ from respkv.tiers.slab import Slot
 
 if TYPE_CHECKING:
     from respkv.server.session import Session
+    from respkv.server.state import Server
+
+PAUSE_S = 0.05
 
 
 def put_rectangles(session: "Session", put: SequencePut, rectangle: Rectangle) -> Awaitable[None]:
@@ -84,7 +88,7 @@ async def _assemble(
 ) -> None:
     """Copy rectangles into their pages, publish what is whole, and answer.
 
-    Raises OutOfMemory when a page finds no room; the rectangles before it are kept.
+    Raises OutOfMemory when a page finds no room for long; the rectangles before it are kept.
     """
     server, there = session.server, 0
     try:
@@ -94,9 +98,7 @@ async def _assemble(
                 continue
             if put.group.name and not _is_coming(session, target.piece):
                 raise SequenceGap(f"put the page from token {target.piece.first_token} on first")
-            assembly = server.assemblies.begin(
-                target.key, target.parent_key, target.shape, target.how, put.schema.identity
-            )
+            assembly = await _begin(session, put, target)
             assembly.pin_s = max(assembly.pin_s, put.pin_s)
             if target is copies[-1][0] and not put.group.name:
                 _add_parts(session, put, assembly, parts)
@@ -113,7 +115,33 @@ async def _assemble(
                 _put_parts(session, put, parts)
         finally:
             server.sequences.tidy()
+            server.announce_room()
         session.send([sum(entry.key in keys for entry in published), there])
+
+
+async def _begin(session: "Session", put: SequencePut, target: Target) -> Assembly:
+    """Return the page that a rectangle is for, once there is room for it.
+
+    A worker that is ahead of the others waits here until they have completed some pages, and is not
+    read from meanwhile. Raises OutOfMemory after ``reserve-timeout``.
+    """
+    server = session.server
+    give_up = anyio.current_time() + server.config.reserve_timeout / 1000
+    while True:
+        try:
+            return server.assemblies.begin(
+                target.key, target.parent_key, target.shape, target.how, put.schema.identity
+            )
+        except OutOfMemory:
+            if anyio.current_time() >= give_up or target.shape.page_bytes > _most(server):
+                session.cache.stats.oom += 1
+                raise
+        await server.wait_for_news(PAUSE_S)
+        server.clock.refresh()
+
+
+def _most(server: "Server") -> int:
+    return min(server.assemblies.bytes_max, server.cache.slabs.payload_bytes_max)
 
 
 def _is_there(session: "Session", target: Target) -> bool:

@@ -10,7 +10,10 @@ holds is refused. Bytes are answered as the client takes them, like those of KV.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+import anyio
 
 from respkv.chain import Prompt
 from respkv.engine.entry import Entry
@@ -63,60 +66,66 @@ class Place(NamedTuple):
     need: Need
 
 
-def send_layers(session: "Session", wanted: Wanted) -> "Iterator[None]":
+def send_layers(session: "Session", wanted: Wanted, found: Found) -> "Iterator[None]":
     """Answer with pages in memory, one step after the other."""
-    sequences = session.server.sequences
-    with _answering(session, wanted, sequences.find(wanted.prompt)) as places:
+    with _answering(session, wanted, found) as places:
         yield from _steps(session, wanted, places)
 
 
-async def load_and_send(session: "Session", wanted: Wanted, needed: list[Entry]) -> None:
+async def load_and_send(session: "Session", wanted: Wanted, needed: Sequence[Entry]) -> None:
     """Load what is in files alone, then answer.
 
-    needed: all entries of the answer.
+    Commands that need many pages at once come one after the other (budget.py): if each held those
+    that are in memory and waited for the rest, none would get them.
+
+    needed: all entries of the answer, as far as is known now.
     Raises OutOfMemory when memory never holds all of them.
     Cancelled: nothing is held, the answer is cut off.
     """
     if session.is_muted:
         return
-    cache, mover = session.cache, session.server.mover
-    assert mover is not None
-    cold = [entry for entry in needed if is_cold(entry)]
+    cache, server = session.cache, session.server
+    assert server.mover is not None
     if wanted.seconds is None:
         _check_fits(session, needed)
-    held = [entry.slot for entry in needed if entry.slot is not None]
-    nbytes = sum(entry.nbytes for entry in cold)
-    loading = Loading(mover, place=session.server.budget.line_up(nbytes))
-    loading.seconds = wanted.seconds
-    for slot in held:
-        cache.borrow(slot)
+    deadline = inf if wanted.seconds is None else anyio.current_time() + wanted.seconds
+    place = server.budget.line_up(sum(entry.nbytes for entry in needed))
+    loading, held = Loading(server.mover), list[Slot]()
     try:
         with session.until_lost():
-            loading.add(cold)
-            await loading.wait()
-            session.server.clock.refresh()
-            if wanted.seconds is None:
-                _check_room(loading)
-            found = session.server.sequences.find(wanted.prompt)
-            with _answering(session, wanted, found) as places:
+            with anyio.move_on_at(deadline):
+                await place.wait()
+            if place.is_in:
+                needed = entries_needed(session, wanted, server.sequences.find(wanted.prompt))
+                held += (entry.slot for entry in needed if entry.slot is not None)
+                for slot in held:
+                    cache.borrow(slot)
+                loading.add(entry for entry in needed if is_cold(entry))
+                loading.seconds = deadline - anyio.current_time() if deadline < inf else None
+                await loading.wait()
+                if wanted.seconds is None:
+                    _check_room(loading)
+            server.clock.refresh()
+            with _answering(session, wanted, server.sequences.find(wanted.prompt)) as places:
                 # From here on the pages are held where they are sent from.
                 loading.drop()
+                place.leave()
                 while held:
                     cache.restore(held.pop())
                 for _ in _steps(session, wanted, places):
                     await session.make_room()
     finally:
         loading.drop()
+        place.leave()
         for slot in held:
             cache.restore(slot)
 
 
-def entries_needed(session: "Session", wanted: Wanted) -> list[Entry]:
+def entries_needed(session: "Session", wanted: Wanted, found: Found) -> list[Entry]:
     """Return the entries whose bytes the answer takes."""
-    sequences = session.server.sequences
-    found = sequences.find(wanted.prompt)
     entries = [need.entry for need in _needs(session, wanted, found)]
     if found.tokens == wanted.prompt.num_tokens and found.tokens:
+        sequences = session.server.sequences
         parts = [sequences.find_part(wanted.prompt, what) for what in wanted.parts]
         entries += [entry for entry in parts if entry is not None]
     return entries
@@ -240,7 +249,7 @@ def _count(session: "Session", needs: Sequence[Need], found: Found, prompt: Prom
     cache.stats.page_misses += missed
 
 
-def _check_fits(session: "Session", needed: list[Entry]) -> None:
+def _check_fits(session: "Session", needed: Sequence[Entry]) -> None:
     """Raise OutOfMemory when memory never holds all entries at once."""
     nbytes, most = sum(entry.nbytes for entry in needed), session.cache.slabs.budget_bytes
     if nbytes > most:

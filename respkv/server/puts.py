@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FIRST_PAYLOAD = 4
 STATE = b"s."
+KEPT_S_MIN = 0.1  # longer than a turn
 
 
 @dataclass(slots=True)
@@ -199,7 +200,8 @@ def size_of(payload: Any) -> int:
 
 def kept_until(session: "Session") -> float:
     """Return until when what a put stands behind is kept, so that it makes no room for the put."""
-    return session.cache.clock.now + session.server.config.answer_lease / 1000
+    lease_s = session.server.config.answer_lease / 1000
+    return session.cache.clock.now + max(lease_s, KEPT_S_MIN)
 
 
 # -- whole pages ------------------------------------------------------------------------------
@@ -215,6 +217,8 @@ def put_pages(session: "Session", put: SequencePut) -> None:
     if put.payloads:
         pieces = sequences.plan(put.prompt, put.first, until=kept_until(session))
         targets = targets_of(put, pieces, session)
+    elif (holder := sequences.holder(put.prompt)) is not None:
+        cache.promise(holder, kept_until(session))
     check_payloads(session, put, targets)
     for target in targets if put.group.name else ():
         _check_page(target)

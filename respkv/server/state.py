@@ -61,7 +61,7 @@ class Server:
         self.gpu: GpuActor | None = None  # without a gpu tier, as the next one
         self.gpu_tier: GpuTier | None = None
         self.sequences = Sequences(cache)
-        self.groups = Groups(cache)
+        self.groups = Groups(cache, self.sequences.branches)
         self.sequences.serve = self.groups.serve
         self.assemblies = Assemblies(cache)
         self.hints = Hints(cache)
@@ -111,6 +111,8 @@ class Server:
         self.input_bytes = 0
         self.output_bytes = 0
         self.cache.stats.reset()
+        self.cache.accounts.reset_counters()
+        self.hints.reset_counters()
 
     def configure(self, config: Config) -> None:
         """Put changed settings in force."""
@@ -177,9 +179,10 @@ class Server:
         """Wait, but not for long, while too much in memory has no copy in a file."""
         with anyio.move_on_after(PATIENCE_S_MAX):
             while self.cache.copies.is_behind:
-                await self._wait_for_news(ROOM_PAUSE_S)
+                await self.wait_for_news(ROOM_PAUSE_S)
 
-    async def _wait_for_news(self, seconds: float) -> None:
+    async def wait_for_news(self, seconds: float) -> None:
+        """Wait until room is announced, but no longer than this."""
         if self._room.is_set():  # it is shared: all who wait look again
             self._room = anyio.Event()
         # Promises lapse without anybody saying so, hence the look now and then.
@@ -206,7 +209,7 @@ class Server:
                 except OutOfMemory:
                     if cache.has_files and not is_patient and not cache.is_waiting_useful(nbytes):
                         return None
-                await self._wait_for_news(pause_s)
+                await self.wait_for_news(pause_s)
                 pause_s = min(2 * pause_s, ROOM_PAUSE_S_MAX)  # a look in vain is long
         return None
 

@@ -13,21 +13,21 @@ reply is whole. ``t`` is when the command was whole, in seconds from the start o
 
 import json
 import signal
+import socket
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
 from typing import IO, Any
 
 import anyio
-from anyio.abc import ByteStream, SocketStream
 
 from respkv.client.url import Settings
-from respkv.errors import CacheError, ConfigError, ProtocolError
+from respkv.errors import CacheError, ProtocolError
 from respkv.trace.groups import answers_alone
 from respkv.trace.notes import Noted, Notes, Skipped, describe, is_tokens
+from respkv.trace.pipe import Pipe, accept, connect, listen
 from respkv.trace.recorded import FORMAT, VERSION
 from respkv.trace.scan import ReplyScanner
 from respkv.wire.parser import Limits, RequestParser
@@ -182,24 +182,27 @@ class Recorder:
         self._numbers = count(1)
         self.num_refused = 0  # connections for which the server was away
 
-    async def serve(self, client: ByteStream) -> None:
+    async def serve(self, client: Pipe) -> None:
         """Pass on what a client and the server say to each other until one of them has gone."""
-        number = next(self._numbers)
-        async with client:
+        try:
             try:
                 server = await connect(self._target)
             except OSError:
                 self.num_refused += 1
                 return
-            ear = Ear(number, self._notes, self._recording, self._tokenizer)
-            async with server, anyio.create_task_group() as group:
+            try:
+                await self._serve(client, server)
+            finally:
+                server.close()
+        finally:
+            client.close()
 
-                async def requests() -> None:
-                    await _pass_on(client, server, ear.sent)
-
-                group.start_soon(requests)
-                await _pass_on(server, client, ear.answered)
-                group.cancel_scope.cancel()  # a server that has gone reads nothing more
+    async def _serve(self, client: Pipe, server: Pipe) -> None:
+        ear = Ear(next(self._numbers), self._notes, self._recording, self._tokenizer)
+        async with anyio.create_task_group() as group:
+            group.start_soon(_pass_on, client, server, ear.sent)
+            await _pass_on(server, client, ear.answered)
+            group.cancel_scope.cancel()  # a server that has gone reads nothing more
 
 
 def run(
@@ -226,7 +229,7 @@ async def _run(
                 return
 
 
-async def record(recorder: Recorder, listener: Any, recording: Recording) -> None:
+async def record(recorder: Recorder, listener: socket.socket, recording: Recording) -> None:
     """Accept clients until cancelled; what was recorded is in the file then.
 
     listener: from ``listen``.
@@ -234,54 +237,18 @@ async def record(recorder: Recorder, listener: Any, recording: Recording) -> Non
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(_flush_often, recording)
-            await listener.serve(recorder.serve)
+            await accept(listener, recorder.serve)
     finally:
         recording.flush()
 
 
-@asynccontextmanager
-async def listen(at: Settings) -> AsyncGenerator[tuple[Any, str]]:
-    """Listen for clients; yields the listener and where it is. Port 0 takes any free one.
-
-    Raises ConfigError when nobody can listen there.
-    """
-    try:
-        if at.path:
-            listener: Any = await anyio.create_unix_listener(at.path)
-        else:
-            listener = await anyio.create_tcp_listener(local_host=at.host, local_port=at.port)
-    except OSError as error:
-        where = at.address if at.path else f"respkv://{at.address}"
-        raise ConfigError(f"cannot listen on {where}: {error}") from error
-    async with listener:
-        if at.path:
-            yield listener, at.address
-        else:
-            port = listener.extra(anyio.abc.SocketAttribute.local_port)
-            yield listener, f"respkv://{at.host}:{port}"
-
-
-async def connect(target: Settings) -> SocketStream:
-    """Open a connection to the server. Raises OSError."""
-    if target.path:
-        return await anyio.connect_unix(target.path)
-    return await anyio.connect_tcp(target.host, target.port)
-
-
-async def _pass_on(source: ByteStream, sink: ByteStream, listen: Callable[[bytes], None]) -> None:
+async def _pass_on(source: Pipe, sink: Pipe, hear: Callable[[bytes], None]) -> None:
     """Send what comes until it ends; then say so to the other side."""
-    try:
-        while True:
-            data = await source.receive(CHUNK_BYTES)
-            await sink.send(data)
-            listen(data)
-    except anyio.EndOfStream:
-        try:
-            await sink.send_eof()
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
+    while data := await source.receive(CHUNK_BYTES):
+        if not await sink.send(data):
             return
-    except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-        return
+        hear(data)
+    sink.end()
 
 
 async def _flush_often(recording: Recording) -> None:

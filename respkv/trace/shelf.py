@@ -18,6 +18,7 @@ from respkv.engine.eviction import Verdict, make_policy
 from respkv.engine.requests import Requests
 from respkv.trace.format import Request
 
+LISTENERS = ("survival",)  # the policies that ask about requests, and that hints reach
 _EPOCH_S = 1.0  # the engine takes 0.0 for no time at all
 
 
@@ -70,7 +71,8 @@ class Shelf:
     @property
     def ghost_bytes(self) -> float:
         """Bytes kept of blocks that are not there, for each that could be."""
-        return (self.policy.ghost_bytes + self.requests.ghost_bytes) / self.blocks_max
+        asked = self.requests.ghost_bytes if self.policy.name in LISTENERS else 0
+        return (self.policy.ghost_bytes + asked) / self.blocks_max
 
     @property
     def decision_us(self) -> float:

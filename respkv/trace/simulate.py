@@ -17,12 +17,11 @@ from respkv.trace.belady import Belady, last_requests, next_uses
 from respkv.trace.file_shelf import FileShelf
 from respkv.trace.flops import DEFAULT_MODEL, Model
 from respkv.trace.format import Request, Trace
-from respkv.trace.shelf import Shelf
+from respkv.trace.shelf import LISTENERS, Shelf
 
 BELADY = "belady"
 NAMES = (*POLICIES, BELADY)
 MODES: tuple[Mode, ...] = ("all", "second", "tinylfu")
-HINTED = ("survival",)  # the policies that hints change anything for
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ def cells_of(
         Cell(
             name,
             capacity,
-            has_end_hints=has_end_hints and name in HINTED,
+            has_end_hints=has_end_hints and name in LISTENERS,
             files_max=files_max,
             admission=way,
         )
@@ -183,13 +182,12 @@ class _Counts:
 
 
 def _modes(names: str) -> tuple[Mode, ...]:
-    found: tuple[Mode, ...] = ()
-    for name in names.split(","):
-        matching: tuple[Mode, ...] = tuple(mode for mode in MODES if mode == name.strip())
-        if not matching:
-            raise ConfigError(f"admission {name!r} is none of {', '.join(MODES)}")
-        found += matching
-    return found
+    by_name: dict[str, Mode] = {mode: mode for mode in MODES}
+    words = [name.strip() for name in names.split(",")]
+    for word in words:
+        if word not in by_name:
+            raise ConfigError(f"admission {word!r} is none of {', '.join(MODES)}")
+    return tuple(by_name[word] for word in words)
 
 
 def _shelf(cell: Cell, block_tokens: int) -> Shelf:
@@ -223,6 +221,7 @@ def _cached(cell: Cell, trace: Trace, model: Model) -> Outcome:
         num_verdicts=shelf.num_verdicts,
         decision_us=shelf.decision_us,
         slowest_us=shelf.slowest_s * 1e6,
+        ghost_bytes=shelf.ghost_bytes,
     )
 
 

@@ -211,7 +211,7 @@ def test_a_lower_quota_holds_at_once_or_is_refused() -> None:
     limit(cache, 2000)
     assert keys_of(cache) == {b"ns:b", b"ns:c"}
     cache.pin(cache.entries[b"ns:b"], clock.now + 9)
-    with pytest.raises(QuotaExceeded, match="may keep 500 bytes and has 1000|has 2000"):
+    with pytest.raises(QuotaExceeded, match="may keep 500 bytes and has 2000"):
         limit(cache, 0, 500)
     assert keys_of(cache) == {b"ns:b", b"ns:c"}
     assert cache.accounts.limits_of(b"ns").max_bytes == 2000
@@ -494,12 +494,8 @@ class AccountMachine(RuleBasedStateMachine):
                 found = accounts.find(namespace, tenant)
                 assert own == (0 if found is None else found.nbytes)
                 assert own <= (limits.of(tenant) or own)
-        pinned = [
-            entry.nbytes
-            for namespace in NAMESPACES
-            for entry in self.pages(namespace)
-            if entry.pinned_until > self.clock.now
-        ]
+        entries = self.cache.entries.values()
+        pinned = [each.nbytes for each in entries if each.pinned_until > self.clock.now]
         assert (self.cache.pins.nbytes, len(self.cache.pins)) == (sum(pinned), len(pinned))
 
     def teardown(self) -> None:

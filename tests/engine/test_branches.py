@@ -43,6 +43,18 @@ def test_the_longest_common_beginning_is_found(
     assert branches.find(b"other", pack_tokens(wanted)) == (None, 0)
 
 
+@given(st.sets(pages, max_size=12), pages, st.integers(1, 12))
+def test_the_nearest_are_those_with_the_longest_common_beginnings(
+    present: set[tuple[int, ...]], wanted: tuple[int, ...], count_max: int
+) -> None:
+    branches = branches_of(present)
+    near = branches.near(b"branch", pack_tokens(wanted), count_max)
+    expected = sorted(filter(None, (common(each, wanted) for each in present)), reverse=True)
+    assert [count for _, count in near] == expected[:count_max]
+    assert len({entry.token_ids for entry, _ in near}) == len(near)
+    assert all(entry.token_ids[: 4 * count] == pack_tokens(wanted[:count]) for entry, count in near)
+
+
 @given(st.sets(pages, min_size=1, max_size=12))
 def test_all_beginnings_and_a_continuation_are_found(present: set[tuple[int, ...]]) -> None:
     branches = branches_of(present)

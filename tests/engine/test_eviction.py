@@ -459,7 +459,8 @@ def test_check_finds_an_entry_that_was_forgotten_and_a_leaf_left_parked() -> Non
 
 
 def test_unknown_policies_are_refused() -> None:
-    assert POLICIES == ("lru", "lfu", "fifo", "sieve", "s3fifo")
+    assert POLICIES[:5] == ("lru", "lfu", "fifo", "sieve", "s3fifo")
+    assert POLICIES[5:] == ("arc", "wtinylfu", "gdsf", "survival")
     with pytest.raises(KeyError):
         make_policy("random")
 

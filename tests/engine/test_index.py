@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 
 from respkv.engine.entry import Entry
 from respkv.engine.index import Index
+from respkv.page import Part
 
 KEYS = [b"k%d" % number for number in range(12)]
 WALL_MAX = 40
@@ -74,6 +75,42 @@ def test_linking_elsewhere_names_the_old_parent_that_became_a_leaf() -> None:
     assert index.link(child, b"new") is None  # nothing changes
     assert index.link(child, b"") is new
     assert child.parent_key == b""
+    index.check()
+
+
+def test_parts_hang_on_a_page_beside_its_children() -> None:
+    index = Index()
+    page, child = add(index, b"page"), add(index, b"child", b"page")
+    parts = [Entry(name, "kvpage", 1, 0.0) for name in (b"a", b"b")]
+    for part in parts:
+        part.part = Part.BOUND
+        index.insert(part)
+        assert index.link(part, b"page") is None
+    assert (page.children, page.parts) == ({child}, set(parts))
+    index.check()
+    assert index.is_circle(page, b"a")
+    assert index.link(page, b"a") is None
+    assert page.parent is None
+    assert index.remove(parts[0]) is None
+    assert index.remove(child) is page
+    assert index.remove(parts[1]) is None, "a page without parts has not become a leaf by that"
+    assert page.parts is None
+    index.check()
+
+
+def test_a_part_waits_for_its_page_as_a_child_does() -> None:
+    index = Index()
+    part = Entry(b"part", "kvpage", 1, 0.0)
+    part.part = Part.FREE
+    index.insert(part)
+    index.link(part, b"page")
+    page = add(index, b"page")
+    assert (page.children, page.parts) == (None, {part})
+    index.remove(page)
+    assert part.parent is None
+    assert add(index, b"page").parts == {part}
+    index.check()
+    index.clear()
     index.check()
 
 

@@ -32,6 +32,8 @@ def test_a_page_that_is_overwritten_deleted_or_flushed_is_counted_as_it_is() -> 
     cache.put(b"ns:a", b"x" * 3000, page())
     assert cache.pins.nbytes == 3000, "the pin is of the key"
     cache.put(b"ns:a", b"a string")
+    assert cache.pins.nbytes == 8
+    cache.delete(cache.entries[b"ns:a"])
     assert cache.pins.nbytes == 0
     entry = cache.put(b"ns:b", b"x" * 1000, page(clock.now + 5))
     cache.delete(entry)
@@ -41,8 +43,14 @@ def test_a_page_that_is_overwritten_deleted_or_flushed_is_counted_as_it_is() -> 
     assert (cache.pins.nbytes, len(cache.pins)) == (0, 0)
 
 
-def test_a_string_that_is_pinned_takes_no_share() -> None:
+def test_an_ordinary_value_that_is_pinned_counts_as_well() -> None:
     cache, clock = make_cache()
     entry = cache.put(b"k", b"x" * 1000)
     cache.pin(entry, clock.now + 5)
-    assert cache.pins.nbytes == 0
+    assert cache.pins.nbytes == 1000
+    cache.put(b"k", b"x" * 20)
+    assert cache.pins.nbytes == 20
+    cache.put(b"k", b"x" * 600, page())
+    assert cache.pins.nbytes == 600
+    cache.delete(cache.entries[b"k"])
+    assert (cache.pins.nbytes, len(cache.pins)) == (0, 0)

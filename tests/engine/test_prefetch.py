@@ -1,6 +1,7 @@
 """Bets on pages: the budget holds, the books add up, and a source that does not pay is left alone."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def make_page(number: int, nbytes: int = PAGE) -> Entry:
 
 
 def link(pages: list[Entry]) -> None:
-    for front, behind in zip(pages, pages[1:], strict=False):
+    for front, behind in pairwise(pages):
         behind.parent = front
         front.children = {*(front.children or ()), behind}
 
@@ -229,7 +230,7 @@ def test_whatever_happens_the_budget_holds_and_the_books_add_up(
             assert page not in book
         elif what == "left":
             book.left(page, now)
-            assert page not in book or pages and book.find(page).is_trial  # type: ignore[union-attr]
+            assert (open_ := book.find(page)) is None or open_.is_trial
         elif what == "gone":
             page.position = -1
             book.left(page, now)

@@ -142,6 +142,21 @@ async def test_a_hint_raises_shortly_before_its_time() -> None:
         assert prefetcher.book.tallies[Source.HINT].num_raised == 3
 
 
+async def test_a_page_is_raised_with_the_parts_that_it_is_of_no_use_without() -> None:
+    async with prefetched() as (cache, clock, mover, _, prefetcher):
+        page_key = b"ns:" + b"ab" * 32
+        page = cache.put(page_key, bytes(PAGE_BYTES), Put("kvpage", tokens=16))
+        how = Put("kvpage", tokens=16, parent=page_key)
+        bound, free = (
+            cache.put(page_key + suffix, bytes(PAGE_BYTES), how) for suffix in (b".g.w", b".logits")
+        )
+        await make_cold(cache, mover)
+        assert prefetcher.expect([page], clock.now) == 2
+        await until(lambda: num_warm([page, bound]) == 2)
+        await idle(mover)
+        assert free.is_cold
+
+
 async def test_a_hint_that_was_taken_back_raises_nothing() -> None:
     async with prefetched() as (cache, clock, mover, tier, prefetcher):
         pages = put_chain(cache, "a", 3)
@@ -220,7 +235,7 @@ async def test_what_is_hotter_stays_in_memory() -> None:
 
 
 async def test_what_has_no_copy_never_makes_room() -> None:
-    async with prefetched(arena_bytes=1 << 20) as (cache, clock, mover, tier, prefetcher):
+    async with prefetched(arena_bytes=1 << 20) as (cache, clock, mover, tier, _):
         pages = put_chain(cache, "a", 2)
         await make_cold(cache, mover)
         full = await fill(cache, mover)

@@ -155,6 +155,6 @@ class SequencesMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_match_is_what_a_look_at_everything_finds(policy: str) -> None:
     machine = type("Machine", (SequencesMachine,), {"policy": policy})
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine, settings=settings(max_examples=20, stateful_step_count=40, deadline=None)
     )

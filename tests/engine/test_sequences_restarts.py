@@ -193,6 +193,6 @@ class RestartMachine(RuleBasedStateMachine):
 
 
 def test_a_match_after_a_restart_is_what_a_look_at_everything_finds() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         RestartMachine, settings=settings(max_examples=25, stateful_step_count=30, deadline=None)
     )

@@ -75,3 +75,20 @@ async def test_a_session_is_demoted_where_there_are_files() -> None:
         clock.advance(1)
         assert hints.demote(b"ns", b"s", mover.demotions)[:2] == ("accepted", 3)
         await until(lambda: all(entry.is_cold for entry in cache.entries.values()))
+
+
+def test_the_pages_of_an_ended_session_are_evicted_first_for_memory_too() -> None:
+    cache, clock = make_cache(arena_bytes=256 << 10, policy="survival")
+    cache.namespaces.put(Schema(b"ns", Geometry(1, 1, 125, 2, "float16")))
+    hints = Hints(cache)
+    talk(cache, b"s", 0, 2)
+    clock.advance(60)
+    talk(cache, b"t", 2, 2)
+    assert "does not look" not in hints.end(b"ns", b"t").reason
+    number = 0
+    while cache.entries.keys() >= set(KEYS[:4]):
+        number += 1
+        clock.advance(60)
+        cache.put(b"ns:%064x" % number, b"x" * 1000, Put("kvpage"))
+    assert KEYS[3] not in cache.entries
+    assert set(KEYS[:2]) < cache.entries.keys()

@@ -88,9 +88,12 @@ def test_hazards_are_worked_out_after_so_many_observations() -> None:
 
 def test_what_is_forgotten_teaches_nothing() -> None:
     model = Survival()
-    tickets = [model.begin(3, float(now)) for now in range(0, 600, 7)]
-    for ticket in tickets:
-        model.forget(3, ticket)
+    times = [float(now) for now in range(0, 600, 7)]
+    for now in times:
+        model.begin(3, now)
+        model.moved(3, now, now + 40.0)
+    for now in times:
+        model.forget(3, now + 40.0)
     fresh = Survival()
     model.learn(1000.0)
     assert not model.curves[3].waiting

@@ -107,6 +107,7 @@ def test_attention_and_recurrent_states_like_jamba(client: Client) -> None:
         assert bytes(found.logits or b"") == b"logits of the end"
     other = tokens[:21] + prompt_of(3, 30)
     client.seq.put("ns", other, kv_of(4, 2, 2, 51, 2, 8))
+    assert client.seq.match("ns", other).tokens == 21, "by the sibling that has all groups"
     client.seq.put("ns", other, kv_of(5, 1, 2, 51, 4, 8, dtype="uint8"), group="full")
     assert client.seq.match("ns", other).tokens == 21, "the state is that of a sibling's page"
 
@@ -262,6 +263,53 @@ def test_a_restart_finds_groups_states_and_tails(
         assert client.seq.match("ns", tokens).tokens == 29
         with client.seq.get("ns", tokens) as found:
             assert_equal(found, main)
+
+
+def test_each_tail_and_group_comes_back_through_the_codec_of_its_tier(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    files = {"nvme_path": str(tmp_path / "nvme"), "nvme_bytes": "64mb"}
+    shape: dict[str, Any] = {"layers": 2, "heads": 2, "dim": 64, "tokens": 16, "dtype": "float32"}
+    full = LayerGroup("full", layers=1, heads=2, dim=64)
+    index = LayerGroup("mla", layers=3, dim=64)
+    groups, tokens = {"full": full, "index": index, "mamba": MAMBA}, prompt_of(3, 39)
+    random = numpy.random.default_rng(4)
+
+    def normal(*shape: int) -> Array:
+        return random.normal(size=shape).astype("float32")
+
+    kept = {
+        "": normal(2, 2, 39, 2, 64),
+        "full": normal(1, 2, 39, 2, 64),
+        "index": normal(3, 1, 39, 1, 64),
+    }
+    server = start_server(**files)
+    with Client(server.url) as client:
+        client.schema_set(
+            "ns", **shape, groups=groups, codecs={"nvme": "i8"}, durability="written", exact=(3, 2)
+        )
+        for name, kv in kept.items():
+            client.seq.put("ns", tokens, kv, group=name or None)
+        client.seq.put("ns", tokens, bytes(range(250)) * 4, group="mamba")
+    server.stop()
+    server = start_server(**files)
+    with Client(server.url) as client:
+        for name, kv in kept.items():
+            with client.seq.get("ns", tokens, group=name or None) as found:
+                back = numpy.stack(layers_of(found, kv))
+            error = numpy.linalg.norm(back - kv) / numpy.linalg.norm(kv)
+            if name == "index":
+                assert error == 0, "latents are stored without loss"
+                continue
+            assert 0.001 < error < 0.01
+            numpy.testing.assert_array_equal(back[:, :, :3], kv[:, :, :3])
+            numpy.testing.assert_array_equal(back[:, :, -2:], kv[:, :, -2:])
+        with client.seq.get("ns", tokens, group="mamba") as found:
+            assert [bytes(each) for each in found] == [bytes(range(250)) * 4]
+        for key in ask(client, "KEYS", "ns:*"):
+            stored = b"i8" in str(ask(client, "KV.INFO", key)).encode()
+            assert stored == (key[67:] in (b"", b".g.full")), key
 
 
 @pytest.mark.parametrize("with_files", [False, True])

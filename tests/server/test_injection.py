@@ -14,7 +14,10 @@ from tests.server.test_authentication import spellings
 from tests.server_process import ServerProcess
 
 # These change whether, or in which protocol, what follows is answered; others test them.
-APART = {"quit", "shutdown", "client|reply", "client|kill", "hello", "reset", "auth", "config|set"}
+APART = {
+    *("quit", "shutdown", "client|reply", "client|kill", "hello", "reset", "auth", "config|set"),
+    *("subscribe", "unsubscribe", "psubscribe", "punsubscribe"),
+}
 
 
 def leaves() -> list[Command]:
@@ -55,8 +58,11 @@ NASTY = st.one_of(
     ),
 )
 LEAF = st.sampled_from(leaves())
-# Hypothesis takes constants out of our own source, these too, which close the connection.
-CLOSING = {b"post", b"host:", b"quit", b"shutdown"}
+# Hypothesis takes constants out of our own source, these too, which close the connection or are
+# answered once for each argument.
+CLOSING = {b"post", b"host:", b"quit", b"shutdown"} | {
+    *(b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe"),
+}
 
 
 @settings(max_examples=600, deadline=None)

@@ -175,3 +175,15 @@ def test_a_tenant_of_prompts_pays_for_them(own: Raw) -> None:
     refused = error_of(own.ask(*put(too_long, "TENANT", "t", namespace=NS)))
     assert refused.startswith("KVQUOTA")
     own.ask("KV.QUOTA", NS, "TENANTBYTES", 0)
+
+
+def test_a_page_in_rectangles_is_refused_when_it_is_whole(own: Raw) -> None:
+    own.ask("KV.QUOTA", NS, "MAXBYTES", PAGE_BYTES // 2)
+    prompt = text(TOKENS, 22)
+    halves = [Text(prompt.tokens, prompt.part((0, 4), (4 * half, 4))) for half in range(2)]
+    assert own.ask(*put(halves[0], "HEADS", 0, 4, namespace=NS)) == [0, 0]
+    refused = error_of(own.ask(*put(halves[1], "HEADS", 4, 4, namespace=NS)))
+    assert refused.startswith("KVQUOTA")
+    fields = info_of(own, "kv")
+    assert (fields["kv_assemblies"], fields["kv_landings"]) == ("0", "0")
+    own.ask("KV.QUOTA", NS, "MAXBYTES", 0)

@@ -305,3 +305,44 @@ def test_info_names_so_many_namespaces_and_no_more(raw: Raw) -> None:
     assert len(named) == 100
     assert "kv_namespace_many149" in named
     assert int(fields["kv_spaces"]) >= 150
+
+
+def test_counters_begin_again_with_resetstat(raw: Raw, ns: str) -> None:
+    raw.ask("KV.QUOTA", ns, "MAXBYTES", 1500)
+    raw.ask("KV.PUT", f"{ns}:a", PAGE)
+    raw.ask("KV.PUT", f"{ns}:b", PAGE)
+    raw.ask("KV.PUT", f"{ns}:c", b"x" * 2000)
+    raw.ask("KV.HINT", ns, "nobody", "END")
+    fields = info_of(raw, "kv")
+    assert int(fields["kv_quota_evictions"]) >= 1
+    assert int(fields["kv_quota_refusals"]) >= 1
+    assert int(fields["kv_wishes_rejected"]) >= 1
+    raw.ask("CONFIG", "RESETSTAT")
+    fields = info_of(raw, "kv")
+    names = ("kv_quota_evictions", "kv_quota_refusals", "kv_wishes_rejected")
+    assert [fields[name] for name in names] == ["0", "0", "0"]
+
+
+def test_a_large_page_that_is_refused_leaves_no_slot_behind(start_server: StartServer) -> None:
+    with Raw(start_server(maxmemory="16mb", check_interval=1).connect()) as raw:
+        page = b"x" * (1 << 20)
+        raw.ask("KV.QUOTA", "n", "MAXBYTES", 2_500_000)
+        for number in range(40):
+            reply = raw.ask("KV.PUT", f"n:{number}", page, "PIN", 60_000)
+            assert reply == b"OK" if number < 2 else error_of(reply).startswith("KVQUOTA")
+        fields = info_of(raw, "kv")
+        assert fields["kv_landings"] == "0"
+        assert int(fields["kv_arena_used_bytes"]) < 3 << 20
+        assert raw.ask("KV.GET", "n:1") == page
+
+
+def test_a_page_in_shared_memory_is_refused_at_its_commit(start_server: StartServer) -> None:
+    with Raw(start_server(maxmemory="16mb", shm="rw").connect()) as raw:
+        raw.ask("KV.QUOTA", "n", "TENANTBYTES", 1500)
+        lease, _ = raw.ask("KV.RESERVE", "n:a", 1000)
+        assert raw.ask("KV.COMMIT", lease, "TENANT", "t", "PIN", 60_000) == b"OK"
+        lease, _ = raw.ask("KV.RESERVE", "n:b", 1000)
+        refused = error_of(raw.ask("KV.COMMIT", lease, "TENANT", "t"))
+        assert refused.startswith("KVQUOTA tenant 't'")
+        assert raw.ask("EXISTS", "n:b") == 0
+        assert info_of(raw, "kv")["kv_landings"] == "0"

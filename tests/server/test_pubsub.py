@@ -6,11 +6,15 @@ from socket import create_connection
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from respkv.wire.commands import COMMANDS
 from tests.conftest import StartServer
 from tests.redis_server import RedisServer
 from tests.server.conftest import Connect
-from tests.server.raw import Raw, error_of, pipeline, request
+from tests.server.raw import Raw, error_of, parsed, pipeline, request
+from tests.server.test_injection import NASTY
 from tests.server.watching import wait_for
 from tests.server_process import ServerProcess
 
@@ -118,8 +122,6 @@ def test_who_listens_may_call_what_redis_allows(line: str, crowd: Crowd) -> None
 
 
 def test_every_command_but_a_few_is_refused_in_resp2(redis: RedisServer, raw: Raw) -> None:
-    from respkv.wire.commands import COMMANDS
-
     with Raw(create_connection(("127.0.0.1", redis.port))) as theirs:
         known = [name for name in COMMANDS if theirs.ask("COMMAND", "INFO", name) != [None]]
         theirs.ask("SUBSCRIBE", "a")
@@ -325,6 +327,36 @@ def test_a_pattern_that_is_too_long_is_an_error_and_leaves_no_trace(raw: Raw) ->
     assert "too long" in error_of(raw.ask("PSUBSCRIBE", "x" * 70_000))
     assert raw.ask("GET", "k") is None
     assert raw.ask("PUBSUB", "NUMPAT") == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.sampled_from(["SUBSCRIBE", "PSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "PUBLISH"]),
+            st.lists(NASTY, min_size=1, max_size=4),
+        ),
+        max_size=20,
+    ),
+    protocol=st.sampled_from([2, 3]),
+)
+def test_no_name_and_no_message_breaks_out_of_its_push(
+    calls: list[tuple[str, list[bytes]]], protocol: int, server: ServerProcess
+) -> None:
+    with Raw(server.connect()) as raw, Raw(server.connect()) as talker:
+        raw.ask("HELLO", protocol)
+        for name, words in calls:
+            if name == "PUBLISH":
+                told = talker.ask("PUBLISH", words[0], words[-1])
+                for _ in range(told):
+                    *_, channel, message = parsed(raw.next_raw())
+                    assert (channel, message) == (words[0], words[-1])
+                continue
+            raw.send(name, *words)
+            for word in words:
+                kind, channel, _ = parsed(raw.next_raw())
+                assert (kind, channel) == (name.lower().encode(), word)
+        assert _all_of(raw) == b""
 
 
 def test_messages_in_one_pipeline_keep_their_order(raw: Raw, connect: Connect) -> None:

@@ -7,11 +7,13 @@ import anyio
 import pytest
 
 from respkv.engine.namespaces import Group, Kind, Namespaces, Schema
+from respkv.engine.spaces import Limits
 from respkv.errors import PageCorrupt, TierError
 from respkv.kernels.layout import Codec
 from respkv.page import Geometry, Latents
 from respkv.server.schema_files import FILE_NAME, SchemaFiles, checksum, decode, encode
 from respkv.tiers.record import Level
+from tests.fakes import make_cache
 
 pytestmark = pytest.mark.anyio
 
@@ -169,3 +171,17 @@ async def test_those_who_save_at_once_share_writes_and_each_is_saved_when_told_s
         for number in range(50):
             tasks.start_soon(add, number)
     assert shelf.num_saves <= 3
+
+
+async def test_quotas_are_saved_with_the_schemas_and_files_without_any_have_none() -> None:
+    cache, _ = make_cache()
+    shelf = Shelf("nvme", encode(3, SCHEMAS[:1]))
+    files = SchemaFiles(cache.namespaces, [shelf], cache.accounts)  # type: ignore[list-item]
+    await files.load()
+    assert cache.accounts.saved() == []
+    cache.accounts.set_limits(b"\xff:", Limits(7, 5, {b"\x00": 3, b"u": 0}))
+    await files.save()
+    other, _ = make_cache()
+    await SchemaFiles(other.namespaces, [shelf], other.accounts).load()  # type: ignore[list-item]
+    assert other.accounts.saved() == cache.accounts.saved()
+    assert other.accounts.limits_of(b"\xff:") == Limits(7, 5, {b"\x00": 3, b"u": 0})

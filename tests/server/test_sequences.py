@@ -378,6 +378,23 @@ def test_pages_of_a_small_put_do_not_push_out_each_other(start_server: StartServ
         assert error.startswith("OOM")
 
 
+def test_a_put_makes_no_room_out_of_the_pages_in_front(start_server: StartServer) -> None:
+    server = start_server(maxmemory="4mb", answer_lease=0)
+    with Raw(server.connect()) as raw:
+        raw.ask("KV.SCHEMA", "SET", "s", *SHAPE)
+        prompt = text(140 * TOKENS, 91)
+        for start in range(0, 140, 10):
+            reply = raw.ask(*put(prompt.head((start + 10) * TOKENS), first=start * TOKENS))
+            if isinstance(reply, Exception):
+                assert error_of(reply).startswith(("OOM", "KVGAP"))
+                break
+            assert reply == [10, 0]
+            count, *got = raw.ask(*get(prompt))
+            assert count == (start + 10) * TOKENS
+            assert got == layers(prompt.head(count))
+        assert raw.ask("DBSIZE") * TOKENS == raw.ask(*match(prompt))[0], "there is no hole"
+
+
 def test_options_of_a_put_are_those_of_its_pages(own: Raw) -> None:
     prompt = text(TOKENS + 2, 100)
     own.ask(*put(prompt, "PX", 60_000, "PRIORITY", 3, "PIN", 50_000, "SESSION", "chat"))
@@ -406,11 +423,11 @@ def test_a_page_that_is_not_completed_is_dropped_and_counted(start_server: Start
         raw.ask("KV.SCHEMA", "SET", "s", *SHAPE)
         prompt = text(2 * TOKENS, 110)
         assert raw.ask(*half(prompt, 0)) == [0, 0]
-        assert server.info()["kv_assembly_bytes"] == str(2 * PAGE_BYTES)
-        wait_for(server, "kv_assemblies", 0)
+        wait_for(server, "kv_assemblies_dropped", 2)
         info = server.info()
         assert (info["kv_assemblies_dropped"], info["kv_assembly_bytes"]) == ("2", "0")
         wait_for(server, "kv_arena_used_bytes", 0)
+        raw.ask("CONFIG", "SET", "assembly-timeout", 60_000)
         assert raw.ask(*half(prompt, 1)) == [0, 0]
         assert raw.ask(*half(prompt, 0)) == [2, 0]
 
@@ -427,7 +444,7 @@ def test_a_flush_and_a_deleted_schema_drop_what_is_put_together(own: Raw) -> Non
 
 
 def test_pages_put_together_are_bounded(start_server: StartServer) -> None:
-    server = start_server(assembly_memory="64kb")
+    server = start_server(assembly_memory="64kb", reserve_timeout=100)
     with Raw(server.connect()) as raw:
         raw.ask("KV.SCHEMA", "SET", "s", *SHAPE)
         prompt = text(10 * TOKENS, 112)
@@ -438,6 +455,25 @@ def test_pages_put_together_are_bounded(start_server: StartServer) -> None:
         raw.ask("CONFIG", "SET", "assembly-memory", "1mb")
         raw.ask(*half(prompt, 0))
         assert raw.ask(*half(prompt, 1)) == [10, 0]
+
+
+def test_a_worker_that_is_ahead_waits_for_the_others(
+    start_server: StartServer, connect: Connect
+) -> None:
+    server = start_server(assembly_memory=str(3 * PAGE_BYTES), reserve_timeout=20_000)
+    ahead, behind = connect(server), connect(server)
+    ahead.ask("KV.SCHEMA", "SET", "s", *SHAPE)
+    prompt = text(20 * TOKENS, 115)
+    ahead.send(*half(prompt, 0))
+    wait_for(server, "kv_assemblies", 3)
+    for count in range(1, 21):
+        part = Text(prompt.tokens[: count * TOKENS], prompt.part((0, 4), (4, 4)))
+        part.kv = part.kv[:, :, : count * TOKENS]
+        words = put(part, "HEADS", 4, 4, first=(count - 1) * TOKENS)
+        assert sum(behind.ask(*words)) <= 1
+    assert sum(ahead.next()) <= 20
+    assert behind.ask(*get(prompt)) == [320, *layers(prompt)]
+    assert server.info()["kv_assemblies"] == "0"
 
 
 def test_a_page_waits_for_the_one_in_front(own: Raw) -> None:

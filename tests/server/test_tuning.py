@@ -142,6 +142,24 @@ async def test_pages_behind_many_other_keys_are_found(
         assert found[found.index(b"pages") + 1] == 2
 
 
+async def test_tails_and_parts_are_not_measured_even_when_they_are_as_long_as_pages(
+    meter: Meter,
+) -> None:
+    meter.gate.set()
+    async with cold_server() as cold:
+        put_pages(cold, 2)
+        page = b"ns:" + b"0" * 64
+        for suffix in (b".g.full", b".s.mamba", b".logits"):
+            cold.cache.put(page + suffix, PAGE, Put("kvpage", parent=page))
+        tail = Put("kvpage", tokens=5)
+        cold.cache.put(page, bytes(SHAPE.page_bytes // SHAPE.tokens * 5), tail)
+        wire = FakeWire(cold.server)
+        wire.feed(QUALITY)
+        (found,) = await replies(wire, 1)
+        assert found[found.index(b"pages") + 1] == 2
+        assert meter.given == [2]
+
+
 async def test_codecs_are_chosen_and_pages_of_other_namespaces_do_not_count(
     meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

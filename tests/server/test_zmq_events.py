@@ -47,21 +47,23 @@ def subscribe(connect: Connect) -> Iterator[Subscribe]:
     """Return what subscribes to a server, and waits until it hears."""
     with context() as opened:
 
-        def open_subscriber(server: ServerProcess, topic: bytes = b"") -> Subscriber:
+        def open_subscriber(
+            server: ServerProcess, topic: bytes = b"", hello: bytes = b""
+        ) -> Subscriber:
+            """hello: the topic of namespace hello, where ``topic`` does not cover it."""
             subscriber = Subscriber(opened, server.info(), topic)
             raw = connect(server)
-            # PUB forgets what is said before the subscription has reached it.
-            hello = f"hello:{1:064x}"
-            if topic:
-                time.sleep(0.3)
-            else:
-                raw.ask("KV.PUT", hello, b"x")
-                while subscriber.is_quiet():
-                    raw.ask("DEL", hello)
-                    raw.ask("KV.PUT", hello, b"x")
-                raw.ask("DEL", hello)
+            key = f"hello:{1:064x}"
+            # Subscriptions arrive in their order: who hears the last hears the first.
+            subscriber.subscribe(hello)
+            raw.ask("KV.PUT", key, b"x")
+            while subscriber.is_quiet():
+                raw.ask("DEL", key)
+                raw.ask("KV.PUT", key, b"x")
+            raw.ask("DEL", key)
             while not subscriber.is_quiet():
                 subscriber.next()
+            subscriber.unsubscribe(hello)
             return subscriber
 
         yield open_subscriber
@@ -109,13 +111,9 @@ def test_a_batch_is_plain_msgpack(
     publishing: Publishing, subscribe: Subscribe, connect: Connect
 ) -> None:
     server = publishing(events_replay_endpoint="")
-    with context() as opened:
-        socket_ = opened.open(zmq.SUB)
-        socket_.connect(server.info()["kv_events_endpoint"])
-        socket_.subscribe(b"kv@")
-        time.sleep(0.3)
-        (page_id,) = put_chain(connect(server), "model", 1)
-        _, _, data = socket_.recv_multipart()
+    subscriber = subscribe(server)
+    (page_id,) = put_chain(connect(server), "model", 1)
+    _, _, data = subscriber.frames()
     _, events, rank = msgspec.msgpack.decode(data)
     assert rank is None
     assert events == [
@@ -194,7 +192,7 @@ def test_a_replay_may_be_of_one_topic(
         for number in range(3):
             raw.ask("KV.PUT", f"{name}:{number:064x}", b"x" * (1 + number))
             raw.ask("DEL", f"{name}:{number:064x}")
-    subscriber = subscribe(server, b"a")
+    subscriber = subscribe(server, b"a", b"hello")
     every = [number for number, _ in subscriber.replay(0)]
     some = [number for number, _ in subscriber.replay(0, b"b")]
     assert every == list(range(len(every)))
@@ -246,7 +244,8 @@ def test_pages_that_go_to_files_and_come_back_change_their_medium(
         **{"nvme_path": tmp_path / "files", "nvme_bytes": "64mb"},
     }
     server = publishing(**settings)
-    subscriber, raw = subscribe(server, b"kv@respkv@ns"), connect(server)
+    raw = connect(server)
+    subscriber = subscribe(server, b"kv@respkv@ns", b"kv@respkv@hello")
     media: dict[Hash, str | None] = {}
 
     def follow(until: Callable[[], bool]) -> None:
@@ -272,7 +271,7 @@ def test_pages_that_go_to_files_and_come_back_change_their_medium(
 
     # What files hold is told of first after a start, behind the news that all before is void.
     again = publishing(**settings)
-    later = subscribe(again, b"kv@respkv@ns")
+    later = subscribe(again, b"kv@respkv@ns", b"kv@respkv@hello")
     (number, batch), *others = [each for each in later.replay(0, b"kv@respkv@ns") if each[1].events]
     assert batch.events == [AllBlocksCleared()]
     every = [event for _, each in others for event in each.events]

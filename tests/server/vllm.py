@@ -92,10 +92,22 @@ class Subscriber:
         if info["kv_events_replay_endpoint"]:
             self._asking.connect(info["kv_events_replay_endpoint"])
 
-    def next(self, timeout_ms: int = 10_000) -> tuple[bytes, int, KVEventBatch]:
-        """Return topic, number and contents of the next batch."""
+    def subscribe(self, topic: bytes) -> None:
+        """Hear one more topic."""
+        self._socket.subscribe(topic)
+
+    def unsubscribe(self, topic: bytes) -> None:
+        """Hear a topic no more."""
+        self._socket.unsubscribe(topic)
+
+    def frames(self, timeout_ms: int = 10_000) -> list[bytes]:
+        """Return the frames of the next batch."""
         assert self._socket.poll(timeout_ms), "no batch came"
-        topic, number, batch = self._socket.recv_multipart()
+        return self._socket.recv_multipart()
+
+    def next(self) -> tuple[bytes, int, KVEventBatch]:
+        """Return topic, number and contents of the next batch."""
+        topic, number, batch = self.frames()
         assert len(number) == 8
         return topic, int.from_bytes(number, "big"), DECODER.decode(batch)
 

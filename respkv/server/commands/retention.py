@@ -21,6 +21,7 @@ from respkv.tiers.record import Level
 from respkv.wire.parser import Args
 
 NAMESPACE_BYTES_MAX = 256
+NAMESPACES_MAX = 4096  # that have quotas
 TENANTS_MAX = 65_536  # of a namespace, that have a limit of their own
 
 Wishes = dict[bytes, Any]
@@ -57,8 +58,15 @@ def kv_quota(session: Session, args: Args) -> Awaitable[None] | None:
         else:
             raise words.unexpected()
     if len(limits.tenants) > TENANTS_MAX:
-        raise CommandError(f"{TENANTS_MAX} tenants of {shown(namespace)} have quotas already")
+        raise CommandError(
+            f"{TENANTS_MAX} tenants of {shown(namespace)} have quotas; set one of them to DEFAULT first"
+        )
     if is_change and limits != accounts.limits_of(namespace):
+        others = (space for name, space in accounts.spaces.items() if name != namespace)
+        if limits and sum(bool(space.limits) for space in others) >= NAMESPACES_MAX:
+            raise CommandError(
+                f"{NAMESPACES_MAX} namespaces have quotas; KV.QUOTA one of them MAXBYTES 0 first"
+            )
         accounts.set_limits(namespace, limits)
         if session.server.schema_files is not None:
             return _saved_quota(session, namespace, tenant)

@@ -31,6 +31,8 @@ def kv_seq_match(session: Session, args: Args) -> None:
     found = sequences.match(prompt, until, session=chain.session)
     entries = found.entries
     parts = session.server.groups.use(prompt, found, until)
+    if parts and cache.copies.num_cold:
+        cache.on_match(parts)
     has_logits = False
     if found.tokens and found.tokens == prompt.num_tokens:
         logits = sequences.find_part(prompt, b"logits")
@@ -59,11 +61,12 @@ def kv_seq_put(session: Session, args: Args) -> "Later | None":
 def kv_seq_get(session: Session, args: Args) -> Later:
     """Answer with the tokens of a prompt, layer by layer."""
     wanted = _wanted(session, args)
+    found = session.server.sequences.find(wanted.prompt)
     if session.cache.copies.num_cold:
-        needed = entries_needed(session, wanted)
+        needed = entries_needed(session, wanted, found)
         if any(is_cold(entry) for entry in needed):
             return load_and_send(session, wanted, needed)
-    return send_layers(session, wanted)
+    return send_layers(session, wanted, found)
 
 
 def _wanted(session: Session, args: Args) -> Wanted:

@@ -9,6 +9,7 @@ _GROUPS = {
     "connection": "Connection",
     "string": "Values",
     "generic": "Keys",
+    "pubsub": "Pub/sub",
     "server": "Server",
     "kv": "KV pages",
 }

@@ -1,0 +1,128 @@
+"""W-TinyLFU against its definition with lists, and its sketch against exact counts."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from respkv.engine.sketch import COUNT_MAX, SAMPLE, WIDTH_MIN, Sketch
+from respkv.engine.tinylfu import LOOKS_AHEAD, PROTECTED_SHARE
+from tests.engine.test_eviction import Shelf
+
+
+class NaiveTinyLfu:
+    """A window of one, a segmented lru, and exact counts; lists, coldest first.
+
+    Uses move entries when somebody has to go, in the order in which they were used last.
+    """
+
+    def __init__(self) -> None:
+        self.window: list[str] = []
+        self.probation: list[str] = []
+        self.protected: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.used: list[str] = []
+
+    def put(self, key: str) -> None:
+        self.counts[key] += 1
+        self.window.append(key)
+        while len(self.window) > 1:
+            spilt = self.coldest_of_window()
+            self.window.remove(spilt)
+            self.probation.append(spilt)
+            self.used = [key for key in self.used if key != spilt]
+
+    def use(self, key: str) -> None:
+        self.counts[key] += 1
+        self.used = [*(each for each in self.used if each != key), key]
+
+    def coldest_of_window(self) -> str:
+        unused = [key for key in self.window if key not in self.used]
+        return unused[0] if unused else min(self.window, key=self.used.index)
+
+    def settle(self) -> None:
+        for key in self.used:
+            for part in (self.window, self.probation, self.protected):
+                if key in part:
+                    part.remove(key)
+                    (self.window if part is self.window else self.protected).append(key)
+        self.used.clear()
+        protected_max = int((len(self.probation) + len(self.protected)) * PROTECTED_SHARE)
+        while len(self.protected) > protected_max:
+            self.probation.append(self.protected.pop(0))
+
+    def evict(self) -> str:
+        self.settle()
+        main = self.probation or self.protected
+        if not main:
+            return self.window.pop(0)
+        if not self.window:
+            return main.pop(0)
+        if min(self.counts[self.window[0]], COUNT_MAX) <= min(self.counts[main[0]], COUNT_MAX):
+            return self.window.pop(0)
+        key = main.pop(0)
+        self.probation.append(self.window.pop(0))
+        return key
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    accesses=st.lists(st.integers(0, 20).map(str), max_size=150),
+    capacity=st.integers(1, 15),
+)
+def test_random_traces_go_as_defined(accesses: list[str], capacity: int) -> None:
+    shelf, naive = Shelf("wtinylfu"), NaiveTinyLfu()
+    assert capacity <= LOOKS_AHEAD
+    for key in accesses:
+        if key in shelf.entries:
+            shelf.use(shelf.entries[key])
+            naive.use(key)
+            continue
+        if len(shelf.entries) == capacity:
+            assert shelf.evict() == naive.evict()
+        shelf.put(key)
+        naive.put(key)
+    shelf.check()
+
+
+def test_a_newcomer_has_to_be_used_more_than_what_it_would_replace() -> None:
+    shelf = Shelf("wtinylfu")
+    for key in "abcd":
+        shelf.put(key)
+        shelf.use(shelf.entries[key])
+    for number in range(10):
+        shelf.evict()
+        shelf.put(f"once{number}")
+    assert set("abc") <= shelf.entries.keys()
+    for _ in range(5):  # what comes again and again is let in
+        if "e" not in shelf.entries:
+            shelf.evict()
+            shelf.put("e")
+        shelf.evict()
+        shelf.put("other")
+        shelf.evict()
+        shelf.put("another")
+    assert "e" in shelf.entries
+
+
+@settings(max_examples=100, deadline=None)
+@given(names=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=300))
+def test_a_sketch_never_counts_too_little(names: list[int]) -> None:
+    sketch, exact = Sketch(), Counter(names)
+    sketch.grow(10)
+    for name in names:
+        sketch.add(name, 1)
+    assert all(sketch.count(name) >= min(exact[name], COUNT_MAX) for name in exact)
+
+
+def test_a_sketch_keeps_its_counts_when_it_grows_and_halves_them_in_time() -> None:
+    sketch = Sketch()
+    assert (sketch.count(5), sketch.nbytes) == (0, 0)
+    sketch.grow(10)
+    sketch.add(5, 8)
+    sketch.grow(3 * WIDTH_MIN)
+    assert sketch.width == 4 * WIDTH_MIN
+    assert sketch.count(5) == 8
+    sketch.add(6, SAMPLE * sketch.width - 8)
+    assert sketch.count(5) == 4
+    assert sketch.count(6) == COUNT_MAX // 2
