@@ -85,10 +85,20 @@ bench-gpu: $(ALL) ## Kernels, attention and eviction on a GPU, in under 10 minut
 gpu-test: $(ALL) ## The tests that need a GPU, and those of the kernels, on it
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
+# What computes and waits for nobody may share the machine; tests with servers have it to themselves.
+COMPUTING := tests/kernels tests/wire tests/engine tests/tiers
+
 .PHONY: test
 test: lint types $(ALL) redis fio ## What the gate checks: ruff, mypy, pyright, pytest
+ifeq ($(strip $(ARGS)),)
+	@$(call title,pytest: $(COMPUTING) on two cores)
+	@$(BIN)/python -m pytest -n 2 $(COMPUTING)
+	@$(call title,pytest: all others)
+	@$(BIN)/python -m pytest $(COMPUTING:%=--ignore=%)
+else
 	@$(call title,pytest)
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 .PHONY: lint
 lint: $(ALL) ## ruff check and ruff format --check

@@ -184,7 +184,14 @@ def put(
     shape = yield from find_shape(core, namespace, group)
     if not shape.tokens:
         return (yield from _put_state(core, namespace, data, kv, shape, group, options))
-    pages = Pages(shape, len(data) // 4, first, kv, layers, heads)
+    try:
+        pages = Pages(shape, len(data) // 4, first, kv, layers, heads)
+    except ValueError:
+        core.shapes.clear()  # the namespace may have another schema by now
+        now = yield from find_shape(core, namespace, group)
+        if now == shape:
+            raise
+        pages = Pages(now, len(data) // 4, first, kv, layers, heads)
     for attempt in range(TRIES):
         if match is None:
             match = yield from core.call(_match_again(namespace, data, options))

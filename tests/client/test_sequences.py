@@ -182,6 +182,19 @@ def test_kv_that_does_not_fit_is_refused_by_name(
         assert client.seq.match("client-shapes", list(range(20))).tokens == 0
 
 
+def test_a_namespace_that_was_declared_anew_is_asked_again(client: Any, namespace: str) -> None:
+    declare(client, namespace)
+    client.seq.put(namespace, [1], bytes(2048))
+    client.command("KV.SCHEMA", "DEL", namespace)
+    declare(client, namespace, dim=2 * DIM)
+    assert client.seq.put(namespace, [1], bytes(4096)).stored == 1
+    client.command("KV.SCHEMA", "DEL", namespace)
+    declare(client, namespace, layers=2 * LAYERS)
+    with pytest.raises(ValueError, match="take 4096"):
+        client.seq.put(namespace, [2], bytes(4095))
+    assert client.seq.put(namespace, [2], bytes(4096)).stored == 1
+
+
 def test_a_put_into_no_schema_says_so(client: Any, namespace: str) -> None:
     with pytest.raises(ConfigError, match="has no schema"):
         client.seq.put(namespace, [1], bytes(10))

@@ -169,6 +169,7 @@ def test_latents_are_one_plane_and_as_long_as_two_of_half_the_dim() -> None:
     assert replace(latents, tokens=2) == Latents(3, 1, 10, 2, "float16")
     halves = latents.halves
     assert halves == Geometry(3, 1, 5, 7, "float16")
+    assert halves is not None
     assert halves.page_bytes == latents.page_bytes
     assert replace(latents, dim=9).halves is None
     with pytest.raises(ValueError, match="heads is 1, not 2"):

@@ -27,25 +27,20 @@ class NaiveTinyLfu:
         self.counts[key] += 1
         self.window.append(key)
         while len(self.window) > 1:
-            spilt = self.coldest_of_window()
-            self.window.remove(spilt)
-            self.probation.append(spilt)
-            self.used = [key for key in self.used if key != spilt]
+            self.probation.append(self.window.pop(0))
 
     def use(self, key: str) -> None:
         self.counts[key] += 1
-        self.used = [*(each for each in self.used if each != key), key]
-
-    def coldest_of_window(self) -> str:
-        unused = [key for key in self.window if key not in self.used]
-        return unused[0] if unused else min(self.window, key=self.used.index)
+        if key in self.window:
+            self.window.remove(key)
+            self.window.append(key)
+        else:
+            self.used = [*(each for each in self.used if each != key), key]
 
     def settle(self) -> None:
         for key in self.used:
-            for part in (self.window, self.probation, self.protected):
-                if key in part:
-                    part.remove(key)
-                    (self.window if part is self.window else self.protected).append(key)
+            (self.probation if key in self.probation else self.protected).remove(key)
+            self.protected.append(key)
         self.used.clear()
         protected_max = int((len(self.probation) + len(self.protected)) * PROTECTED_SHARE)
         while len(self.protected) > protected_max:
@@ -94,14 +89,11 @@ def test_a_newcomer_has_to_be_used_more_than_what_it_would_replace() -> None:
         shelf.evict()
         shelf.put(f"once{number}")
     assert set("abc") <= shelf.entries.keys()
-    for _ in range(5):  # what comes again and again is let in
-        if "e" not in shelf.entries:
-            shelf.evict()
-            shelf.put("e")
-        shelf.evict()
-        shelf.put("other")
-        shelf.evict()
-        shelf.put("another")
+    for number in range(6):  # what comes again and again is let in
+        for key in ("e", f"other{number}"):
+            if key not in shelf.entries:
+                shelf.evict()
+                shelf.put(key)
     assert "e" in shelf.entries
 
 
