@@ -17,7 +17,7 @@ from respkv.engine.entry import Entry
 from respkv.engine.line import Line
 from respkv.engine.queues import LOOKS_MAX, Lru, Queue, Shared
 
-LOOKS_AHEAD = 32  # entries of T1 that are asked for each victim whether they were used
+LOOKS_AHEAD = 16  # entries of T1 that are asked for each victim whether they were used
 
 
 class Arc(Queue):

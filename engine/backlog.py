@@ -33,6 +33,7 @@ class Backlog(Burials):
         self.writing_bytes = 0  # of those on their way, both kinds
         self.hurried_bytes = 0  # of those that eviction has passed over
         self.writing: dict[Entry, Writing] = {}
+        self.lost_from = 0  # which tier had the last copy of the entry that is lost now
         self.given_up: dict[Entry, None] = {}  # in memory, and reclaim has dropped their copies
         self.admission = Admission(clock)
         self.marks, self.small_marks = Watermarks(), Watermarks()

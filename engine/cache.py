@@ -176,6 +176,7 @@ class Cache(Residents):
         entry = self.entries.get(key)
         is_new = entry is None or entry.kind != how.kind
         if entry is not None and not is_new and entry.branch[:TAG_BYTES] != tag_of(schema):
+            self._remove_parts(entry, "schema")
             self.watchers.removed(entry, "schema")  # what this key was under another schema
             entry.branch = entry.token_ids = b""
             is_new = True

@@ -284,6 +284,7 @@ class Copies(Backlog):
             return
         if entry.is_cold:
             self.raised(entry)
+            self.lost_from = record.tier
             self.lose(entry, reason)
         elif entry in self.writing:
             pass  # there will be another copy

@@ -143,7 +143,8 @@ class Events(Watcher):
     def stored(self, entry: Entry, *, is_new: bool) -> None:
         """Tell that a page can be fetched."""
         if self._is_on:
-            self._tell("stored", entry, MEMORY_TIER, "new" if is_new else "replaced")
+            # One that has only got its tokens now may be in a file.
+            self._tell("stored", entry, self.tier_of(entry), "new" if is_new else "replaced")
 
     def demoted(self, entry: Entry) -> None:
         """Tell that a page has left memory for a file."""
@@ -181,9 +182,9 @@ class Events(Watcher):
 
     def tier_of(self, entry: Entry) -> str:
         """Return the name of the fastest tier, the gpu's aside, that has a page."""
-        if not entry.is_cold or not entry.records:
+        if not entry.is_cold:
             return MEMORY_TIER
-        number = entry.records[0].tier
+        number = entry.records[0].tier if entry.records else self._cache.copies.lost_from
         return self.file_tiers[number] if number < len(self.file_tiers) else ""
 
     def describe(self, kind: Kind, entry: Entry, tier: str, reason: str, number: int) -> Event:

@@ -124,6 +124,13 @@ class Groups:
             count = min(count, rest)
             yield Found(tokens + count, found.pages[:index], page, count)
 
+    def is_whole(self, page: Entry) -> bool:
+        """Whether a page has the pages of all groups that have any."""
+        schema = self._cache.namespaces.find(page.namespace)
+        groups = () if schema is None else schema.groups
+        find = self._cache.find
+        return all(group.kind is Kind.STATE or has_page(page, group, find) for group in groups)
+
     def use(self, prompt: Prompt, found: Found, until: float) -> list[Entry]:
         """Use what all groups need at the position that was found, and keep it until then.
 

@@ -47,8 +47,8 @@ from respkv.engine.survival import (
 from respkv.engine.watch import Watcher
 
 PAGES_A_RECORD = 6
-RECORDS_MIN = 64
-RECORD_BYTES = 260  # of a request, its numbers and its place in line; measured with tracemalloc
+RECORDS_MIN = 16
+RECORD_BYTES = 264  # of a request, its numbers and its place in line; measured with tracemalloc
 NAME_BYTES = 36
 LAPSE = 2.0  # an expected session that did not come in so many times the time named is as any other
 

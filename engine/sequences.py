@@ -80,12 +80,14 @@ class Sequences(Watcher):
     """The prompts of all namespaces.
 
     serve: cuts what was found to what can be used, where that is not for the pages alone to say.
+    is_whole: says whether a page can stand for shorter ones; else those are stored beside it.
     """
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self.branches = Branches()
         self.serve: Callable[[Prompt, Found], Found] | None = None
+        self.is_whole: Callable[[Entry], bool] | None = None
         self._prompts = Prompts(cache.namespaces)
         self._replaced: list[tuple[Entry, Entry]] = []  # a tail, and what begins with it
         for entry in cache.entries.values():
@@ -205,6 +207,7 @@ class Sequences(Watcher):
         assert entry is not None
         if entry.key == piece.key:
             self._cache.describe(entry, self.put_options(piece, how))
+            self._note(entry)
             return
         expires_ms = how.expires_ms
         if expires_ms is not None and (not entry.expires_ms or 0 < expires_ms < entry.expires_ms):
@@ -260,13 +263,9 @@ class Sequences(Watcher):
         page = page_of(entry)
         if not page.token_ids or page.part is not None:
             return
-        self._replaced += ((tail, page) for tail in self.branches.beginnings(page))
-        if page is not entry:
-            return  # and they may have waited for this part of it
-        self.branches.insert(entry)
-        longer = self.branches.continuation(entry)
-        if longer is not None:
-            self._replaced.append((entry, longer))
+        if page is entry:
+            self.branches.insert(entry)
+        self._note(page)  # tails may have waited for this part of it
 
     def restored(self, entry: Entry) -> None:
         """A page of the last run is here."""
@@ -330,7 +329,8 @@ class Sequences(Watcher):
             there = None
         if there is None and num_tokens < prompt.page_tokens:
             longest, count = self._longest(prompt, index)
-            there = longest if count == num_tokens else None
+            is_there = longest is not None and count == num_tokens and self._is_whole(longest)
+            there = longest if is_there else None
         return Piece(
             key,
             index,
@@ -343,6 +343,16 @@ class Sequences(Watcher):
             there,
         )
 
+    def _is_whole(self, page: Entry) -> bool:
+        return self.is_whole is None or self.is_whole(page)
+
+    def _note(self, page: Entry) -> None:
+        """Note which tails may be of no use any more, for ``tidy``."""
+        self._replaced += ((tail, page) for tail in self.branches.beginnings(page))
+        longer = self.branches.continuation(page)
+        if longer is not None:
+            self._replaced.append((page, longer))
+
     def _may_go(self, tail: Entry, longer: Entry) -> bool:
         """Whether a tail is of no use: what begins with it is here, and for at least as long."""
         if tail.position < 0 or longer.position < 0 or tail.branch != longer.branch:
@@ -354,6 +364,7 @@ class Sequences(Watcher):
         now = self._cache.clock.now
         return (
             has_bound_parts_of(longer, tail)
+            and self._is_whole(longer)
             and longer.level >= tail.level
             and longer.priority >= tail.priority
             and (not longer.expires_ms or 0 < tail.expires_ms <= longer.expires_ms)

@@ -7,11 +7,17 @@ share of those still waiting then that were continued then; it needs no request 
 its end, which is why it is right for a cache, that forgets. Ages are log-spaced: seconds matter
 after a few of them, minutes after an hour.
 
-A kind of which little was seen borrows from all kinds: the pooled hazard counts as PSEUDO_COUNT more
-observations. The pooled hazard itself starts as one that falls with age, the same for all, under
-which the oldest is always the least likely one: a cache that has learned nothing is an lru.
+A kind of which little was seen borrows the shape from all kinds: its prior is the pooled hazard times
+one ratio, of what was continued of the kind to what the pooled hazard says of it (proportional
+hazards), and counts as PSEUDO_COUNT observations in each bin. One ratio is known long before 64 bins
+are. Where nothing at all was seen odds fall as 1 / age, the same for all, under which the oldest is
+always the least likely one: a cache that has learned nothing is an lru.
 
-Source: Kaplan and Meier, Nonparametric Estimation from Incomplete Observations, JASA 1958; that
+Those that wait still count as lost sight of at the age they have now. Without them the first to be
+counted would be those that came back, and what never does would be known only CENSOR_S later.
+
+Source: Kaplan and Meier, Nonparametric Estimation from Incomplete Observations, JASA 1958; Cox,
+Regression Models and Life-Tables, JRSS B 1972 (proportional hazards); that
 the reuse of a prompt's KV follows its turn and its age: Wang et al., KVCache Cache in the Wild,
 USENIX ATC 2025, arXiv:2506.02634.
 """
@@ -24,8 +30,8 @@ from typing import Any
 FIRST_BIN_S = 4.0
 BIN_RATIO = 1.18
 NUM_BINS = 64
-PSEUDO_COUNT = 64.0
-RATIO_COUNT = 4.0
+PSEUDO_COUNT = 64.0  # observations that a prior counts as in each bin
+RATIO_COUNT = 4.0  # and that a ratio of 1 counts as
 CENSOR_S = 900.0
 TURN_MAX = 4
 LENGTHS = (1024, 8192)  # borders between short, middle and long prompts, in tokens
@@ -36,7 +42,7 @@ TAIL = NUM_KINDS + 1  # of the partial page at the end of a request
 LEFT = NUM_KINDS + 2  # of what a request that was continued left behind
 NOTICES_MAX = 4096
 TICK_S = 16.0
-LEARN_EVERY = 64  # observations after which the hazards are worked out anew
+LEARN_EVERY = 64  # observations after which the hazards are worked out anew, more as there are more
 _PRIOR_SHARE = 0.25  # of requests, continued in the first bin, before anything was learned
 _PER_LOG = 1.0 / log(BIN_RATIO)
 
@@ -191,16 +197,20 @@ class Survival:
         lost = [curve.lost_by(now) for curve in self.curves]
         pooled = Curve()
         kinds = [curve.continued for curve in self.curves[:NUM_KINDS]]
-        pooled.continued = [*map(sum, zip(*kinds, strict=True))]
-        prior = pooled.rates([*map(sum, zip(*lost[:NUM_KINDS], strict=True))], None)
+        pooled.continued = _sums(kinds)
+        prior = pooled.rates(_sums(lost[:NUM_KINDS]), None)
         for curve, lost_of_it in zip(self.curves, lost, strict=True):
             curve.hazard = _cumulated(curve.rates(lost_of_it, prior))
 
     def _observed(self, now: float) -> None:
         self.num_observed += 1
         self._num_new += 1
-        if self._num_new >= LEARN_EVERY:
+        if self._num_new >= LEARN_EVERY + self.num_observed // LEARN_EVERY:
             self.learn(now)
+
+
+def _sums(rows: list[list[float]]) -> list[float]:
+    return [sum(column, 0.0) for column in zip(*rows, strict=True)]
 
 
 def _bin(age: float) -> int:

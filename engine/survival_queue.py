@@ -81,7 +81,8 @@ class SurvivalQueue(Queue):
         self._num_paged = 0
         self._noticed = survival.num_notices
         self._chosen: Bucket | Singles | Entry | None = None
-        self._chosen_until = 0.0
+        self._waits: dict[int, float] = {}  # of each line; infinite where it has to be found out
+        self._waits_until = -inf
         self._looks_left = 0
         self._coldest: Entry | None = None
 
@@ -125,13 +126,11 @@ class SurvivalQueue(Queue):
             self._place(entry)
             self._looks_left -= 1
         chosen = self._chosen
-        if chosen is None or now >= self._chosen_until or not self._is_good(chosen):
+        if chosen is None or now >= self._waits_until or not self._is_good(chosen):
             chosen = self._chosen = self._choose(now)
-            self._chosen_until = now + CHOICE_S
         if isinstance(chosen, Bucket):
             return next(reversed(chosen.pages))
         if isinstance(chosen, Entry):
-            self._chosen_until = now
             return chosen
         found = None if chosen is None else chosen.candidate(now)
         if found is None and self._fresh:
@@ -170,6 +169,7 @@ class SurvivalQueue(Queue):
         if request is None:
             entry.mark = _SINGLE
             self._singles.add(entry)
+            self._waits.setdefault(SINGLE, inf)
             return
         entry.mark = request.number
         bucket = self._buckets.get(request.number)
@@ -184,12 +184,14 @@ class SurvivalQueue(Queue):
         self._num_paged += 1
         if is_partial(entry):
             heapq.heappush(self._tails, (entry.touched, next(self.shared.numbers), entry))
+            self._waits.setdefault(TAIL, inf)
 
     def _rank(self, bucket: Bucket) -> None:
         """Put a bucket into its line; where it was, its item is void."""
         line, key = _line_of(bucket.request)
         bucket.line, bucket.key = line, key
         bucket.stamp = next(self.shared.numbers)
+        self._waits.setdefault(line, inf)
         item = key, bucket.stamp, bucket
         heapq.heappush(self._lines.setdefault(line, []), item)
         self._num_items += 1
@@ -217,34 +219,44 @@ class SurvivalQueue(Queue):
             bucket = self._buckets.get(survival.notices[at].number)
             if bucket is not None:
                 self._rank(bucket)
+                self._waits[bucket.line] = inf
         self._chosen = None
 
     # -- choosing -----------------------------------------------------------------------------
 
     def _choose(self, now: float) -> Bucket | Singles | Entry | None:
-        self._lapse(now)
+        """Choose who waits longest. Lines are compared by what their heads waited a moment ago.
+
+        Only the winner is looked at again, until it has won with what it waits now.
+        """
+        waits = self._waits
+        if now >= self._waits_until:
+            self._lapse(now)
+            self._waits_until = now + CHOICE_S
+            waits.update(dict.fromkeys((*self._lines, SINGLE, TAIL), inf))
         window = max(self.shared.residence_s, FIRST_BIN_S)
-        longest = -inf
         chosen: Bucket | Singles | Entry | None = None
-        for line in list(self._lines):
-            bucket = self._head(line)
-            if bucket is None:
+        for _ in range(2 * len(waits)):
+            if not waits:
+                break
+            line = max(waits, key=waits.__getitem__)
+            before, found = waits[line], self._first(line, now)
+            if self._looks_left <= 0:
+                self._waits_until = -inf  # it goes on from here the next time
+                break
+            if found is None:
+                del waits[line]
                 continue
-            wait = self._wait(line, now, window, bucket.request)
-            if wait > longest:
-                longest, chosen = wait, bucket
-        if len(self._singles):
-            single = self._singles.candidate(now)
-            assert single is not None
-            hazard = self._survival.hazard(SINGLE, max(now - single.touched, 0.0), window)
-            if window / max(hazard, _HAZARD_MIN) > longest:
-                return self._singles
-        tail = self._tail()
-        if tail is not None:
-            hazard = self._survival.hazard(TAIL, max(now - tail.touched, 0.0), window)
-            if window / max(hazard, _HAZARD_MIN) > longest:
-                return tail
+            chosen = found
+            wait = waits[line] = self._wait(line, now, window, found)
+            if wait >= before or wait >= max(waits.values()):
+                break
         return chosen
+
+    def _first(self, line: int, now: float) -> Bucket | Singles | Entry | None:
+        if line == SINGLE:
+            return self._singles if self._singles.candidate(now) is not None else None
+        return self._tail() if line == TAIL else self._head(line)
 
     def _tail(self) -> Entry | None:
         """Return the partial page idle longest of those that are here."""
@@ -256,12 +268,18 @@ class SurvivalQueue(Queue):
             heapq.heappop(self._tails)
         return None
 
-    def _wait(self, line: int, now: float, window: float, request: Request) -> float:
+    def _wait(self, line: int, now: float, window: float, first: Bucket | Singles | Entry) -> float:
         if line == ENDED:
             return inf
-        if line == EXPECTED:
-            return max(request.expected_at - now, window * _EXPECTED_SHARE)
-        hazard = self._survival.hazard(line, max(now - request.touched, 0.0), window)
+        if isinstance(first, Bucket):
+            touched = first.request.touched
+            if line == EXPECTED:
+                return max(first.request.expected_at - now, window * _EXPECTED_SHARE)
+        else:
+            single = first if isinstance(first, Entry) else first.candidate(now)
+            assert single is not None
+            touched = single.touched
+        hazard = self._survival.hazard(line, max(now - touched, 0.0), window)
         return window / max(hazard, _HAZARD_MIN)
 
     def _head(self, line: int) -> Bucket | None:
@@ -285,7 +303,8 @@ class SurvivalQueue(Queue):
     def _is_good(self, chosen: Bucket | Singles | Entry) -> bool:
         """Whether the last page of a bucket belongs there; if not, it is put where it does."""
         if isinstance(chosen, Entry):
-            return False
+            bucket = self._buckets.get(chosen.mark)
+            return bucket is not None and chosen in bucket.pages
         if isinstance(chosen, Singles):
             return len(chosen) > 0
         if not chosen.stamp:

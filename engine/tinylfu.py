@@ -20,7 +20,7 @@ from respkv.engine.queues import LOOKS_MAX, Lru, Queue, Shared
 
 WINDOW_SHARE = 100  # the window holds one in so many
 PROTECTED_SHARE = 0.8  # of the main part
-LOOKS_AHEAD = 32  # entries on probation that are asked for each victim whether they were used
+LOOKS_AHEAD = 16  # entries on probation that are asked for each victim whether they were used
 SPILLS_MAX = 2
 
 

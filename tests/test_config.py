@@ -10,6 +10,7 @@ from respkv.config import FIXED, RUNTIME, SETTINGS, Config
 from respkv.config.events import Endpoint
 from respkv.config.gpu import Device
 from respkv.config.kinds import Choice, Count, Flag, Kind, Mode, size_bytes, size_text
+from respkv.engine.eviction import POLICIES
 from respkv.errors import ConfigError
 
 MIB = 1 << 20
@@ -124,7 +125,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.port, config.maxmemory, config.protected_mode) == (2, 2 * MIB, False)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "sieve", "s3fifo"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_redis_names_of_policies_are_accepted(policy: str) -> None:
     config = Config().with_value("maxmemory-policy", f"allkeys-{policy}".upper())
     assert config.maxmemory_policy == policy
@@ -161,11 +162,13 @@ def test_every_value_reads_back_as_config_get_prints_it(name: str) -> None:
     [
         (
             'maxmemory-policy = "lfru"',
-            "maxmemory-policy = 'lfru': accepted are lru, lfu, fifo, sieve, s3fifo",
+            "maxmemory-policy = 'lfru': accepted are lru, lfu, fifo, sieve, s3fifo, arc, "
+            "wtinylfu, gdsf, survival",
         ),
         (
             "maxmemory-policy = 3",
-            "maxmemory-policy = 3: accepted are lru, lfu, fifo, sieve, s3fifo",
+            "maxmemory-policy = 3: accepted are lru, lfu, fifo, sieve, s3fifo, arc, wtinylfu, "
+            "gdsf, survival",
         ),
         ("port = 65536", "port = 65536: accepted are -1 to 65535"),
         ("port = true", "port = True: accepted are -1 to 65535"),

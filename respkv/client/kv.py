@@ -9,7 +9,7 @@ from respkv.errors import ConfigError
 from respkv.page import DTYPE_BYTES
 
 COMMAND_BYTES = 32 << 20  # of pages in one command: they wait in the server's memory for its end
-COMMAND_PAGES = 16_384
+COMMAND_PAGES = 512  # the server stores them in one turn
 
 Range: TypeAlias = tuple[int, int]
 

@@ -53,6 +53,8 @@ def schema_set(
     mla: bool = False,
     groups: Mapping[str, LayerGroup] | None = None,
     fingerprint: bytes | str | None = None,
+    algorithm: str | None = None,
+    seed: bytes | str | None = None,
     codecs: Mapping[str, str] | None = None,
     exact: tuple[int, int] | None = None,
     max_error: float | None = None,
@@ -66,6 +68,8 @@ def schema_set(
 
     mla:        they are of latents, ``[layers, tokens, dim]``; heads is 1 then.
     groups:     by name, the other layers of a hybrid model.
+    algorithm, seed: how the ids of its pages are made, see respkv.chain; blake3 if None.
+                ``sha256_cbor`` with the seed of vLLM's workers makes those that vLLM makes.
     codecs:     of each tier a codec, of keys and values one each, or ``auto``:
                 ``{"nvme": "xs", "disk": "rh4/rh3"}``. Tiers that are not named store without loss.
     exact:      so many tokens stay exact: the first ones of pages without a parent, and the last.
@@ -74,7 +78,8 @@ def schema_set(
     durability: what its pages survive once their put is answered; by the server's default if None.
     max_bytes, tenant_bytes: what the namespace, and each tenant in it, may keep; 0 for no limit,
                 None: as it was.
-    Raises ServerError KVSCHEMA when it was declared with another geometry or fingerprint.
+    Raises ServerError KVSCHEMA when it was declared with another geometry, fingerprint,
+    algorithm or seed.
     """
     args: list[Arg] = ["KV.SCHEMA", "SET", namespace, *(["MLA"] if mla else [])]
     args += ["LAYERS", layers, "HEADS", heads]
@@ -82,6 +87,8 @@ def schema_set(
     for name, group in (groups or {}).items():
         args += ["GROUP", name, *group.words()]
     option(args, "FINGERPRINT", fingerprint)
+    option(args, "HASH", algorithm)
+    option(args, "SEED", seed)
     for tier, codec in (codecs or {}).items():
         args += ("CODEC", tier, codec)
     if exact is not None:

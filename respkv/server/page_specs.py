@@ -10,7 +10,7 @@ from respkv.engine.namespaces import AUTO, Namespaces, Schema, shape_of
 from respkv.kernels.layout import Codec
 from respkv.page import Geometry, Latents, group_of, namespace_of
 from respkv.tiers import lossy
-from respkv.tiers.codec import PageSpec, has_torch, load_lossless, parse_codec
+from respkv.tiers.codec import PageSpec, has_torch, load_lossless, parse_codec, takes_dtype
 from respkv.tiers.record import Meta
 
 Chosen = tuple[tuple[Codec, Codec], ...]
@@ -79,7 +79,8 @@ def spec_of(
 
     chosen: the codecs of its layers, where measuring is to choose them; None: not yet, so lossless.
     shape:  of the page: of a full one or a tail, of the namespace's own geometry or of a group's.
-            Groups are not measured, and latents have no K and V: they have lossless codecs then.
+            Groups are not measured, their numbers may be codes, and latents have no K and V: they
+            have lossless codecs then.
     """
     text = dict(schema.codecs).get(tier.encode())
     if text is None:
@@ -90,6 +91,8 @@ def spec_of(
         if isinstance(shape, Latents):
             halves = shape.halves
             return None if halves is None else PageSpec.of(halves, *pair).without_loss()
+        if group and not all(takes_dtype(codec, shape.dtype) for codec in pair):
+            pair = Codec.XS, Codec.XS  # the codec was said for the namespace's own dtype
         codecs = (pair,) * shape.layers
         if text == AUTO and chosen is not None and not group:
             codecs = chosen

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUBSCRIPTIONS_MAX = 1 << 20  # of all connections together
+SUBSCRIPTION_BYTES_MAX = 256 << 20  # of their names, as _cost counts them
 SESSIONS_PER_STEP = 64  # are written to before others have a turn
 
 
@@ -63,7 +64,7 @@ class PubSub:
         self._server = server
         self._channels: dict[bytes, dict[Session, None]] = {}
         self._patterns: dict[bytes, Pattern] = {}
-        self._num = 0
+        self._num = self._nbytes = 0  # of all subscriptions
         self._waiting: dict[Session, None] = {}  # have pushes that nobody has looked at
         self._news: anyio.Event | None = None
         self._is_running = False
@@ -104,7 +105,7 @@ class PubSub:
         own = session.subscriptions
         if own is not None and channel in own.channels:
             return
-        self._count()
+        self._count(_cost(channel))
         _subscriptions(session).channels[channel] = None
         listeners = self._channels.get(channel)
         if listeners is None:
@@ -119,7 +120,7 @@ class PubSub:
         if own is not None and pattern in own.patterns:
             return
         known = self._patterns.get(pattern) or Pattern(pattern)
-        self._count()
+        self._count(_cost(pattern, is_pattern=True))
         _subscriptions(session).patterns[pattern] = None
         known.listeners[session] = None
         if pattern not in self._patterns:
@@ -133,6 +134,7 @@ class PubSub:
             return
         del own.channels[channel]
         self._num -= 1
+        self._nbytes -= _cost(channel)
         listeners = self._channels[channel]
         del listeners[session]
         if not listeners:
@@ -147,6 +149,7 @@ class PubSub:
             return
         del own.patterns[pattern]
         self._num -= 1
+        self._nbytes -= _cost(pattern, is_pattern=True)
         known = self._patterns[pattern]
         del known.listeners[session]
         if not known.listeners:
@@ -165,13 +168,15 @@ class PubSub:
         session.drop_pushes()
         self._waiting.pop(session, None)
 
-    def _count(self) -> None:
-        if self._num >= SUBSCRIPTIONS_MAX:
+    def _count(self, nbytes: int) -> None:
+        if self._num >= SUBSCRIPTIONS_MAX or self._nbytes + nbytes > SUBSCRIPTION_BYTES_MAX:
             raise Busy(
-                f"all connections together listen to {self._num} channels and patterns, which is"
-                " the most; unsubscribe from some"
+                f"all connections together listen to {self._num} channels and patterns, whose"
+                f" names take {self._nbytes} bytes, and this one would be more than the most;"
+                " unsubscribe from some"
             )
         self._num += 1
+        self._nbytes += nbytes
         if not self._is_running:
             self._is_running = True
             self._server.spawn(contain, self._run, self._crashed)
@@ -243,6 +248,11 @@ class PubSub:
 def push_of(words: Sequence[bytes], protocol: int) -> bytes:
     """Write a push of bulk strings."""
     return reply.push_header(len(words), protocol) + b"".join(map(reply.bulk, words))
+
+
+def _cost(name: bytes, *, is_pattern: bool = False) -> int:
+    """Return what a subscription takes on the heap at most, a compiled pattern many times its length."""
+    return 200 + len(name) * (40 if is_pattern else 1)
 
 
 def _subscriptions(session: "Session") -> Subscriptions:

@@ -63,6 +63,7 @@ class Server:
         self.sequences = Sequences(cache)
         self.groups = Groups(cache, self.sequences.branches)
         self.sequences.serve = self.groups.serve
+        self.sequences.is_whole = self.groups.is_whole
         self.assemblies = Assemblies(cache)
         self.hints = Hints(cache)
         self.budget = Budget(config.move_bytes_max, arena.nbytes)

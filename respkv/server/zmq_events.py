@@ -16,7 +16,6 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +41,9 @@ REPLAY_BATCHES_PER_STEP = 32
 STALL_S = 5.0  # an asker that takes nothing for so long is not answered further
 PAUSE_S = 0.01
 LOOK_S = 1.0
+KEPT_BYTES_MAX = 256 << 20  # of the batches that can be sent again
+ANSWERS_MAX = 64  # batches that wait for one asker; a batch may have half a megabyte
+REQUEST_BYTES_MAX = 4096  # of a frame, or a stranger could fill the memory with one
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -61,13 +63,16 @@ class Publisher:
             has_files=config.has_files,
         )
         self._encoder = msgspec.msgpack.Encoder()
-        self._kept: deque[_Kept] = deque(maxlen=config.events_buffer)
+        self._kept: deque[_Kept] = deque()
+        self._kept_max, self._kept_bytes = config.events_buffer, 0
         self._number = 0  # of the next batch
         self._missed = 0  # events that have already cost a number
         self.num_events = self.num_batches = self.num_replays = self.num_bad_requests = 0
         self._news = anyio.Event()
-        self.listener = Listener(self._wants, lambda: self._namespaces, lambda: self._news.set())
+        self._named = set(self._namespaces)  # namespaces that have been told of by their names
+        self.listener = Listener(self._wants, lambda: self._named, lambda: self._news.set())
         self._context = zmq.Context()
+        self._context.setsockopt(zmq.MAXMSGSIZE, REQUEST_BYTES_MAX)
         self._replays: zmq.Socket[bytes] | None = None
         self.replay_endpoint = ""
         try:
@@ -79,6 +84,7 @@ class Publisher:
                 self._replays.setsockopt(
                     zmq.ROUTER_MANDATORY, 1
                 )  # a full queue is an error, not a loss
+                self._replays.setsockopt(zmq.SNDHWM, ANSWERS_MAX)
                 self.replay_endpoint = _open(
                     self._replays, "events-replay-endpoint", config.events_replay_endpoint
                 )
@@ -133,7 +139,8 @@ class Publisher:
         names = {namespace_of(each.key) for each in entries}.union(
             cache.namespaces.names(), self._namespaces
         )
-        self._publish([Event("cleared", name, 0) for name in sorted(names) if self._wants(name)])
+        self._named.update(filter(self._wants, names))
+        self._publish([Event("cleared", name, 0) for name in sorted(self._named)])
         for start in range(0, len(entries), EVENTS_PER_STEP):
             await anyio.lowlevel.checkpoint()
             self._publish(
@@ -167,6 +174,9 @@ class Publisher:
         self._number += 1
         self.num_batches += 1
         self._kept.append(_Kept(number, topic, batch))
+        self._kept_bytes += len(batch)
+        while len(self._kept) > self._kept_max or self._kept_bytes > KEPT_BYTES_MAX:
+            self._kept_bytes -= len(self._kept.popleft().batch)
         self._publisher.send_multipart([topic, number.to_bytes(8, "big"), batch], zmq.NOBLOCK)
 
     # -- sending again ------------------------------------------------------------------------
@@ -180,6 +190,8 @@ class Publisher:
                 asked = None
                 while asked is None:
                     asked = self._read(await _receive(socket))
+                    # Or a flood of what is no request would hold up the whole server.
+                    await anyio.lowlevel.checkpoint()
                 tasks.start_soon(self._answer, socket, asked, places)
 
     def _read(self, frames: list[bytes]) -> "_Asked | None":
@@ -196,11 +208,14 @@ class Publisher:
     async def _answer(
         self, socket: "zmq.Socket[bytes]", asked: "_Asked", places: anyio.Semaphore
     ) -> None:
-        """Send what is kept from a number on, then the end. Who takes nothing is left alone."""
+        """Send what is kept from a number on, then the end. Who takes nothing is left alone.
+
+        What is published meanwhile is not sent again, or there might never be an end.
+        """
         self.num_replays += 1
         try:
-            following = asked.number
-            while kept := self._kept_from(following):
+            following, until = asked.number, self._number
+            while kept := self._kept_from(following, until):
                 for each in kept:
                     if each.topic.startswith(asked.topic) and not await _push(
                         socket, [*asked.envelope, each.number.to_bytes(8, "big"), each.batch]
@@ -212,10 +227,13 @@ class Publisher:
         finally:
             places.release()
 
-    def _kept_from(self, number: int) -> list["_Kept"]:
+    def _kept_from(self, number: int, until: int) -> list["_Kept"]:
         """Return some batches from a number on. It is looked for anew, as old ones go meanwhile."""
-        start = bisect_left(self._kept, number, key=attrgetter("number"))
-        return list(islice(self._kept, start, start + REPLAY_BATCHES_PER_STEP))
+        kept = self._kept
+        start = bisect_left(kept, number, key=attrgetter("number"))
+        stop = min(start + REPLAY_BATCHES_PER_STEP, len(kept))
+        # Each by its place: to come to it from the first would take long in a long buffer.
+        return [each for at in range(start, stop) if (each := kept[at]).number < until]
 
 
 class _Kept(NamedTuple):
@@ -257,6 +275,8 @@ async def _push(socket: "zmq.Socket[bytes]", frames: list[bytes]) -> bool:
 
 def _open(socket: "zmq.Socket[bytes]", name: str, endpoint: str) -> str:
     """Bind or connect a socket; return where it is."""
+    if "[" in endpoint:
+        socket.setsockopt(zmq.IPV6, 1)
     try:
         if endpoint.startswith(">"):
             socket.connect(endpoint[1:])

@@ -29,7 +29,8 @@ from tests.cli.conftest import Cli
         (("--port", "-1"), "command line: port = -1: without TCP, unixsocket must be set"),
         (
             ("--set", "maxmemory-policy=lfru"),
-            "command line: maxmemory-policy = 'lfru': accepted are lru, lfu, fifo, sieve, s3fifo",
+            "command line: maxmemory-policy = 'lfru': accepted are lru, lfu, fifo, sieve, s3fifo, "
+            "arc, wtinylfu, gdsf, survival",
         ),
         (
             ("--set", "max-memory=1gb"),
@@ -54,7 +55,8 @@ def test_a_wrong_file_names_itself(tmp_path: Path, cli: Cli) -> None:
     done = cli("serve", "--config", str(path), "--port", "0")
     assert done.returncode == 2
     assert done.stderr == (
-        f"respkv: {path}: maxmemory-policy = 'lfru': accepted are lru, lfu, fifo, sieve, s3fifo\n"
+        f"respkv: {path}: maxmemory-policy = 'lfru': accepted are lru, lfu, fifo, sieve, s3fifo, "
+        "arc, wtinylfu, gdsf, survival\n"
     )
 
 

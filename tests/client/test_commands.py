@@ -94,3 +94,10 @@ def test_groups_of_a_schema_are_said_behind_its_own_shape() -> None:
     )
     assert " ".join(map(str, args)) == f"{front} {behind}"
     assert "MLA" not in schemas.schema_set("ns", **shape).args
+
+
+def test_how_ids_are_made_is_said_if_it_is_given() -> None:
+    shape: Any = {"layers": 2, "heads": 1, "dim": 8, "tokens": 4, "dtype": "int8"}
+    args = schemas.schema_set("ns", **shape, algorithm="sha256_cbor", seed="0").args
+    assert args[-4:] == ["HASH", "sha256_cbor", "SEED", "0"]
+    assert "HASH" not in schemas.schema_set("ns", **shape).args

@@ -126,6 +126,7 @@ class World:
         prompt, orphans = self.prompt(context, tokens), self.orphans()
         size = prompt.page_tokens
         before, gap = self.expected(context, tokens), ""
+        pieces: list[Piece] = []
         try:
             pieces = self.sequences.plan(prompt, first, until=self.cache.clock.now + 1)
         except SequenceGap as error:
@@ -212,11 +213,17 @@ class World:
     # -- what always holds ------------------------------------------------------------------------
 
     def orphans(self) -> set[bytes]:
-        """Pages whose chain has a hole right in front of them."""
+        """Pages whose chain has a hole right in front of them, or will when it is noticed."""
+        wall_ms = self.cache.clock.wall_ms
+        there = {
+            entry.key
+            for entry in self.cache.entries.values()
+            if not 0 < entry.expires_ms <= wall_ms
+        }
         return {
             entry.key
             for entry in self.cache.entries.values()
-            if entry.parent_key and entry.parent_key not in self.cache.entries
+            if entry.parent_key and entry.parent_key not in there
         }
 
     def check(self) -> None:

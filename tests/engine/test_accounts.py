@@ -203,6 +203,28 @@ def test_a_page_is_not_given_up_for_its_tenant_while_others_stand_behind_it() ->
     cache.check()
 
 
+def test_a_page_goes_with_its_parts_and_never_without_the_bound_ones() -> None:
+    cache, clock = make_cache()
+    limit(cache, 4000)
+    old, new = b"ns:" + b"a" * 64, b"ns:" + b"b" * 64
+    cache.put(old, b"x" * 1000, page())
+    clock.advance(1)
+    bound = cache.put(old + b".g.local", b"x" * 1000, page(parent=old))
+    cache.put(old + b".logits", b"x" * 500, page(parent=old))
+    cache.put(new, b"x" * 1000, page())
+    assert cache.accounts.spaces[b"ns"].nbytes == 3500
+    bound.touched = 0.0  # it goes when its page goes, however long it was not used
+    cache.pin(cache.entries[old + b".logits"], clock.now + 5)
+    cache.put(b"ns:c", b"x" * 1500, page())  # new goes: a pinned part holds its page
+    assert keys_of(cache) == {old, old + b".g.local", old + b".logits", b"ns:c"}
+    clock.advance(6)
+    cache.put(b"ns:d", b"x" * 100, page())
+    assert keys_of(cache) <= {old, old + b".g.local", b"ns:c", b"ns:d"}
+    cache.put(b"ns:e", b"x" * 2000, page())
+    assert keys_of(cache) == {b"ns:c", b"ns:d", b"ns:e"}
+    cache.check()
+
+
 def test_a_lower_quota_holds_at_once_or_is_refused() -> None:
     cache, clock = make_cache()
     for name in b"abc":

@@ -10,6 +10,7 @@ from respkv.engine.admission import Admission, Mode
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.mover import Mover
+from respkv.errors import OutOfMemory
 from respkv.tiers.record import Level
 from tests.engine.fake_tier import FakeLog, FakeTier
 from tests.engine.files import DURABLE, PAGE, make_cold, opened, settled, until
@@ -209,7 +210,11 @@ async def test_random_trees_keep_their_books_and_have_no_holes(seed: int, mode: 
             level = rng.choice([None, None, None, Level.WRITTEN])
             how = Put("kvpage", parent=parent or None, level=level)
             since = cache.copies.ticket
-            cache.put(b"p%d" % number, VALUE, how)
+            try:
+                cache.put(b"p%d" % number, VALUE, how)
+            except OutOfMemory:  # all that could go is promised, or has still to be written
+                await decide(cache, mover)
+                continue
             await settled(cache, mover, since)
             if cache.entries and rng.random() < 0.4:
                 cache.use(rng.choice(list(cache.entries)))

@@ -48,7 +48,7 @@ async def test_a_page_that_is_pinned_or_read_leaves_when_that_has_ended() -> Non
         cache.borrow(slot)
         mover.demotions.ask([pinned, read])
         mover.demotions.look()
-        assert not (pinned.is_cold or read.is_cold)
+        assert [pinned.is_cold, read.is_cold] == [False, False]
         clock.advance(6)
         cache.restore(slot)
         mover.poke()

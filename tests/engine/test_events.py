@@ -299,3 +299,43 @@ async def test_pages_that_move_are_told_of_with_the_tier_they_are_in() -> None:
         ("removed", key_of(0), tier.name),
         ("removed", key_of(1), "cpu"),
     ]
+
+
+@pytest.mark.anyio
+async def test_a_page_whose_last_copy_went_from_a_file_is_told_to_have_been_there() -> None:
+    cache, _ = make_cache()
+    events, listener = listening(cache)
+    tier = FakeTier()
+    events.file_tiers = ("nvme", "disk")
+    async with opened(cache, tier) as mover:
+        for number in range(2):
+            cache.put(key_of(number), b"x" * 600, PAGE)
+        await make_cold(cache, mover)
+        listener.take(99)
+        for number, reason in ((0, "evicted"), (1, "corrupt")):
+            entry = cache.find(key_of(number))
+            assert entry is not None
+            tier.drop(entry.records[0], reason)
+        got = [(each.kind, each.key, each.tier, each.reason) for each in listener.take(99)]
+    assert got == [
+        ("removed", key_of(0), "nvme", "evicted"),
+        ("removed", key_of(1), "nvme", "corrupt"),
+    ]
+
+
+@pytest.mark.anyio
+async def test_a_page_that_gets_its_tokens_while_it_is_in_a_file_is_told_to_be_there() -> None:
+    cache, _ = make_cache()
+    events, listener = listening(cache)
+    tier = FakeTier()
+    events.file_tiers = (tier.name,)
+    async with opened(cache, tier) as mover:
+        cache.put(key_of(1), b"x" * 600, PAGE)
+        await make_cold(cache, mover)
+        entry = cache.find(key_of(1))
+        assert entry is not None
+        listener.take(99)
+        cache.describe(entry, Put("kvpage", tokens=16, token_ids=b"\1\0\0\0" * 16))
+        assert entry.is_cold
+        (event,) = listener.take(99)
+    assert (event.kind, event.tier, event.tokens) == ("stored", tier.name, 16)

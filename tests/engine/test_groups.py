@@ -90,7 +90,7 @@ def make_model(*groups: Group) -> Model:
     cache.namespaces.put(schema)
     sequences = Sequences(cache)
     found = Groups(cache, sequences.branches)
-    sequences.serve = found.serve
+    sequences.serve, sequences.is_whole = found.serve, found.is_whole
     return Model(cache, schema, sequences, found)
 
 
@@ -352,3 +352,25 @@ def test_what_a_match_needs_of_all_groups_is_kept() -> None:
     assert [entry.key[67:] for entry in used] == [b".g.local", b".s.mamba"]
     assert all(entry.held_until == clock.now + 1 for entry in used)
     assert model.groups.use(prompt, Found(0, []), clock.now + 1) == []
+
+
+def test_a_tail_is_stored_beside_what_is_longer_and_lacks_a_group() -> None:
+    model = make_model(FULL, STATE)
+    model.put((1, 2, 3))
+    model.put((1, 2))
+    assert [entry.tokens for entry in model.pages((1, 2)).entries] in ([2], [3])
+    piece = model.sequences.plan(model.prompt((1, 2)))[0]
+    assert piece.there is not None
+    assert piece.there.tokens == 2
+    key = bound_key(piece.key, FULL.name)
+    options = bound_options(piece.there, Put())
+    model.cache.put(key, bytes(FULL.piece_bytes(2)), options)
+    model.put_state((1, 2), STATE)
+    assert model.sequences.find(model.prompt((1, 2))).tokens == 2
+    longer = next(entry for entry in model.cache.entries.values() if entry.tokens == 3)
+    options = bound_options(longer, Put())
+    model.cache.put(bound_key(longer.key, FULL.name), bytes(FULL.piece_bytes(3)), options)
+    assert model.sequences.tidy() == 1, "now it is of no use"
+    assert model.sequences.find(model.prompt((1, 2))).tokens == 2
+    piece = model.sequences.plan(model.prompt((1,)))[0]
+    assert piece.there is longer

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.eviction import POLICIES, Verdict
 from respkv.engine.nodes import descendants, page_of, right_behind, with_descendants
-from respkv.errors import OutOfMemory
+from respkv.engine.spaces import Limits
+from respkv.errors import OutOfMemory, QuotaExceeded
 from respkv.page import Part, part_of
 from tests.engine.fake_tier import FakeTier
 from tests.engine.files import clean, get, make_cold, opened, until
@@ -218,7 +220,7 @@ class NodeMachine(RuleBasedStateMachine):
             self.cache.promise(parent, self.clock.now + 0.1)  # as a put of a sequence does
         try:
             put_page(self.cache, number, behind if parent else None, priority=priority)
-        except OutOfMemory:
+        except (OutOfMemory, QuotaExceeded):
             return
         self.whole[page_name(number)] = set()
 
@@ -239,7 +241,7 @@ class NodeMachine(RuleBasedStateMachine):
         self.cache.promise(page, self.clock.now + 0.1)
         try:
             put_part(self.cache, number, suffix, nbytes)
-        except OutOfMemory:
+        except (OutOfMemory, QuotaExceeded):
             return
         if part_of(key + suffix) is Part.BOUND:
             self.whole[key].add(key + suffix)
@@ -291,6 +293,11 @@ class NodeMachine(RuleBasedStateMachine):
     def change_budget(self, share: float) -> None:
         self.cache.slabs.budget_bytes = int(share * self.cache.slabs.capacity_bytes)
         self.cache.room.shrink()
+
+    @rule(nbytes=st.sampled_from([0, 200_000, 450_000]))
+    def limit(self, nbytes: int) -> None:
+        with suppress(QuotaExceeded):
+            self.cache.accounts.set_limits(b"ns", Limits(nbytes))
 
     def chosen(self, choice: int) -> Entry | None:
         entries = list(self.cache.entries.values())

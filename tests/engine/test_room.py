@@ -12,7 +12,8 @@ import pytest
 from respkv.engine.cache import Cache
 from respkv.engine.entry import ENTRY_BYTES, Entry, Put
 from respkv.engine.eviction import POLICIES, Verdict
-from respkv.engine.room import ASK_AGAIN_S, small_cost, with_descendants
+from respkv.engine.nodes import with_descendants
+from respkv.engine.room import ASK_AGAIN_S, small_cost
 from respkv.errors import OutOfMemory
 from tests.fakes import ManualClock, make_cache
 
@@ -241,7 +242,8 @@ def test_the_policy_may_change_while_entries_are_parked_held_and_ranked(policy: 
         cache.put(b"r%d" % number, b"v" * 100_000, PAGE)
         clock.advance(0.01)
         cache.check()
-    assert not any(entry.key in cache.entries for entry in entries)
+    # wtinylfu keeps what is as good as the newcomers.
+    assert policy == "wtinylfu" or not any(entry.key in cache.entries for entry in entries)
 
 
 def test_a_class_whose_pages_were_all_held_is_asked_again() -> None:

@@ -67,5 +67,5 @@ class SequencesMachine(PromptRules):
 def test_a_match_is_what_a_look_at_everything_finds(policy: str) -> None:
     machine = type("Machine", (SequencesMachine,), {"policy": policy})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None)
+        machine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None)
     )

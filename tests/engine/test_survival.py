@@ -79,7 +79,7 @@ def test_a_kind_of_which_little_was_seen_is_like_all_others() -> None:
 def test_hazards_are_worked_out_after_so_many_observations() -> None:
     model = Survival()
     before = model.chance(0, 0.0, 60.0)
-    for _ in range(LEARN_EVERY - 1):
+    for _ in range(LEARN_EVERY):
         model.lost(0, CENSOR_S, 0.0)
     assert model.chance(0, 0.0, 60.0) == before
     model.lost(0, CENSOR_S, 0.0)

@@ -6,6 +6,7 @@ from typing import Any
 import hiredis
 import pytest
 
+from respkv.server import pubsub
 from respkv.server.state import Server
 from tests.fakes import FakeWire
 from tests.server.cold import cold_server
@@ -100,6 +101,43 @@ async def test_messages_before_an_unsubscribe_come_before_its_answer() -> None:
         first, second = _replies(wire.drain())
         assert first == [b"message", b"a", b"one"]
         assert second == [b"unsubscribe", b"a", 0]
+
+
+async def test_messages_before_a_change_of_the_protocol_come_before_its_answer() -> None:
+    """They are written in the protocol of before, which is not read any more behind it."""
+    async with running() as server:
+        wire = listener(server)
+        server.pubsub.publish(b"a", b"one")
+        wire.feed(request("HELLO", 2))
+        server.pubsub.publish(b"a", b"two")
+        await settle()
+        got = wire.drain()
+        assert got.startswith(message(b"one"))
+        assert got.endswith(b"*" + message(b"two")[1:])
+        assert got.count(b">3") == 1
+
+
+async def test_names_and_patterns_have_so_many_bytes_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pubsub, "SUBSCRIPTION_BYTES_MAX", 1 << 20)
+    async with running() as server:
+        first, second = FakeWire(server), FakeWire(server)
+        for number in range(4):
+            first.feed(request("SUBSCRIBE", b"%d" % number + b"x" * 300_000))
+        refused = _replies(first.drain())[-1]
+        assert isinstance(refused, hiredis.ReplyError)
+        assert "unsubscribe from some" in str(refused)
+        second.feed(request("PSUBSCRIBE", "?" * 60_000))
+        assert isinstance(_replies(second.drain())[0], hiredis.ReplyError)
+        second.feed(request("SUBSCRIBE", "short"))
+        assert _replies(second.drain()) == [[b"subscribe", b"short", 1]]
+        first.feed(request("UNSUBSCRIBE"))
+        first.lose()
+        second.feed(request("SUBSCRIBE", "x" * 900_000))
+        assert _replies(second.drain())[0][0] == b"subscribe"
+        second.lose()
+        assert server.pubsub.num_channels == server.pubsub.num_patterns == 0
 
 
 async def test_all_messages_of_a_turn_leave_with_one_write() -> None:

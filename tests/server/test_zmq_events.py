@@ -175,7 +175,7 @@ def test_requests_that_are_none_are_counted_and_hurt_nobody(
     subscriber = subscribe(server)
     wrong: list[list[bytes]] = [
         *([b""], [b"", b""], [b"", b"1234567"], [b"", b"123456789"]),
-        *([b"", b"12345678", b"", b""], [b"x" * 100_000]),
+        *([b"", b"12345678", b"", b""], [b"x" * 4000]),
     ]
     for frames in wrong:
         subscriber.ask(*frames)

@@ -13,6 +13,7 @@ from typing import Any
 
 import hiredis
 
+from respkv.engine.eviction import POLICIES
 from tests.simulation.keys import Key, Keys
 from tests.simulation.record import Kind, Operation, Record, State, WrongAnswer
 from tests.simulation.socket import SimulatedSocket
@@ -297,7 +298,7 @@ class Client:
 
     def _configure(self) -> None:
         if self.rng.random() < 0.5 or self.keys.maxmemory < 1 << 20:
-            policy = self.rng.choice(("lru", "lfu", "fifo", "sieve", "s3fifo"))
+            policy = self.rng.choice(POLICIES)
             self._send(["CONFIG", "SET", "maxmemory-policy", policy], _ok)
         else:
             nbytes = max(1 << 20, int(self.keys.maxmemory * self.rng.choice((0.6, 0.8, 1, 1))))

@@ -18,6 +18,7 @@ import respkv.server.commands  # noqa: F401  (registers the handlers)
 from respkv.config import Config
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry
+from respkv.engine.eviction import POLICIES
 from respkv.engine.janitor import make_janitor
 from respkv.engine.leases import Mode
 from respkv.engine.supervisor import supervise
@@ -276,7 +277,7 @@ async def _play(rng: random.Random, steps: int, jump: Jump) -> Result:
     config = Config(
         maxmemory=maxmemory,
         small_value_memory=rng.choice((4, 16, 100)) << 10,
-        maxmemory_policy=rng.choice(("lru", "lfu", "fifo", "sieve", "s3fifo")),
+        maxmemory_policy=rng.choice(POLICIES),
         shm="rw",
         answer_lease=rng.choice((0, 50, 5000)),
         reserve_timeout=rng.choice((0, 100, 5000)),

@@ -105,6 +105,7 @@ def hello(session: Session, args: Args) -> None:
             "select the RESP protocol version at the same time",
             "NOAUTH",
         )
+    session.put_pushes()  # those that wait are written in the protocol of before
     session.protocol = protocol
     session.choose_handlers()
     if name is not None:
