@@ -236,13 +236,14 @@ def put_figures(outcomes: list[Outcome]) -> None:
     """Write the table of hit rates, and what follows from it, into docs/retention.md."""
     told = {what: measured for what, measured, _, _ in targets(outcomes)}
     times, lead, gap, *_ = told.values()
+    ahead = "ahead of" if float(lead) >= 0 else "behind"
     text = (DOCS / "retention.md").read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     figures = f"""{matrix(outcomes, "hit_rate")}
 
-At {AT:,} blocks `{DEFAULT}` hits {times} times what lru hits. Of lru, arc and s3fifo, whichever is best at a
-capacity, it is {lead} away at worst. Told of the ends of sessions, it comes {gap} of the way from lru to the
+At {AT:,} blocks `{DEFAULT}` hits {times} times what lru hits. Of lru, arc and s3fifo it is {ahead} whichever is
+best at a capacity, by {lead.lstrip("+-")} where that is closest. Told of the ends of sessions, it comes {gap} of the way from lru to the
 ceiling at {AT:,} blocks.
 """
     (DOCS / "retention.md").write_text(f"{before}{BEGIN}\n\n{figures}\n{END}{after}")

@@ -143,7 +143,10 @@ class Sequences(Watcher):
         if not prompt.num_tokens:
             return None
         entry = self._cache.find(self.part_key(prompt, what))
-        return entry if entry is not None and self.is_fit(entry, prompt) else None
+        if entry is None or entry.parent is None or not self.is_fit(entry, prompt):
+            return None
+        # Its TTL is that of the page that it hangs on; with that it goes.
+        return entry if self._cache.find(entry.parent.key) is not None else None
 
     @staticmethod
     def part_key(prompt: Prompt, what: bytes = b"logits") -> bytes:

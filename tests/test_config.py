@@ -248,7 +248,7 @@ def test_a_wrong_file_names_itself_the_key_the_value_and_what_is_accepted(
 
 def test_a_key_like_no_other_lists_them_all(tmp_path: Path) -> None:
     message = refusal("xyzzy = 1", tmp_path)
-    assert message == f"respkv.toml: 'xyzzy': unknown key; accepted are {', '.join(SETTINGS)}"
+    assert message == "respkv.toml: 'xyzzy': unknown key; docs/config.md has all that there are"
 
 
 def test_the_command_line_is_named_as_such() -> None:
@@ -305,7 +305,7 @@ def test_any_text_is_a_value_or_a_config_error(name: str, text: str) -> None:
 def test_a_client_cannot_make_the_error_long_or_slow() -> None:
     with pytest.raises(ConfigError) as raised:
         Config().with_value("x" * 10_000_000, "1")
-    assert len(str(raised.value)) < 2000
+    assert len(str(raised.value)) < 1000
     with pytest.raises(ConfigError) as raised:
         Config().with_value("port", "x\r\n" * 10_000_000)
     assert len(str(raised.value)) < 1000

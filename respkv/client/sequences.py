@@ -178,9 +178,7 @@ def put(
     Cancelled: any number of the pages may have been stored, from the first on.
     """
     data = token_bytes(tokens)
-    parts: list[Arg] = []
-    option(parts, "LOGITS", None if logits is None else bytes_of(logits))
-    option(parts, "HIDDEN", None if hidden is None else bytes_of(hidden))
+    parts = _parts(logits, hidden)
     shape = yield from find_shape(core, namespace, group)
     if not shape.tokens:
         return (yield from _put_state(core, namespace, data, kv, shape, group, options))
@@ -196,12 +194,9 @@ def put(
         if match is None:
             match = yield from core.call(_match_again(namespace, data, options))
         start = _first_to_send(match, pages, group)
-        commands: list[list[Arg]] = []
-        for begin, end, payloads in pages.commands(start):
-            args: list[Arg] = ["KV.SEQ.PUT", namespace, data[: 4 * end], len(payloads), *payloads]
-            args += ("FROM", begin)
+        commands = _commands(namespace, data, pages, start)
+        for args in commands:
             portion_words(args, layers, heads, group)
-            commands.append(args)
         if parts:
             if not commands:
                 commands.append(["KV.SEQ.PUT", namespace, data, 0])
@@ -220,6 +215,22 @@ def put(
             raise SequenceGap(failure.message) from failure
         match = None
     raise AssertionError("unreachable")
+
+
+def _parts(logits: Buffer | None, hidden: Buffer | None) -> list[Arg]:
+    """Return the words for what belongs to the prompt's end."""
+    parts: list[Arg] = []
+    option(parts, "LOGITS", None if logits is None else bytes_of(logits))
+    option(parts, "HIDDEN", None if hidden is None else bytes_of(hidden))
+    return parts
+
+
+def _commands(namespace: Key, data: bytes, pages: Pages, start: int) -> list[list[Arg]]:
+    """Return the puts of the pages from a token on."""
+    return [
+        ["KV.SEQ.PUT", namespace, data[: 4 * end], len(payloads), *payloads, "FROM", begin]
+        for begin, end, payloads in pages.commands(start)
+    ]
 
 
 def _send_all(

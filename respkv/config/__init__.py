@@ -361,7 +361,7 @@ def _find(name: str) -> Setting:
         return setting
     short = name[:NAME_CHARS_MAX]  # a client may send anything, and the search is quadratic
     close = difflib.get_close_matches(short.lower().replace("_", "-"), SETTINGS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"accepted are {', '.join(SETTINGS)}"
+    hint = f"did you mean {close[0]}?" if close else "docs/config.md has all that there are"
     raise ConfigError(f"{short!r}: unknown key; {hint}")
 
 

@@ -44,8 +44,8 @@ class SequencesMachine(PromptRules):
     @rule(nbytes=st.sampled_from([1000, 20_000, 60_000]), count=st.integers(1, 6))
     def press(self, nbytes: int, count: int) -> None:
         """Others need the room."""
-        orphans = self.world.orphans()
         self.clock.advance(1.5)  # nobody was promised anything
+        orphans = self.world.orphans()
         for number in range(count):
             self.cache.put(b"other:%d" % number, bytes(nbytes))
         assert self.world.orphans() <= orphans, "eviction made a hole in a chain"

@@ -149,7 +149,12 @@ class Players:
 @pytest.mark.parametrize("dim", [D, WIDE], ids=["small", "landed"])
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_get_is_what_was_put_and_nothing_is_lost_count_of(seed: int, dim: int) -> None:
-    async with cold_server(maxmemory=3 << 20, small_value_memory=1 << 19) as cold:
+    limits: dict[str, Any] = {
+        "maxmemory": 3 << 20,
+        "small_value_memory": 1 << 19,
+        "reserve_timeout": 20,
+    }
+    async with cold_server(**limits) as cold:
         tree = Tree(seed, dim)
         players = Players(cold, tree)
         schema: list[Word] = [*SCHEMA[:8], dim, *SCHEMA[9:], "DTYPE", "bfloat16"]

@@ -280,6 +280,38 @@ def test_pages_that_go_to_files_and_come_back_change_their_medium(
     assert {event.medium for event in found} == {"STORAGE"}
     assert {page for event in found for page in event.block_hashes} == set(media)
 
+    # The namespace has no schema, and nothing has become of its pages since the start.
+    assert connect(again).ask("FLUSHALL") == b"OK"
+    assert later.next()[2].events == [AllBlocksCleared()]
+
+
+def test_pages_that_files_drop_leave_the_medium_that_they_were_in(
+    publishing: Publishing, subscribe: Subscribe, connect: Connect, tmp_path: Path
+) -> None:
+    server = publishing(
+        maxmemory="4mb",
+        small_value_memory="1mb",
+        nvme_path=tmp_path / "files",
+        nvme_bytes="16mb",
+        segment_bytes="1mb",
+    )
+    subscriber, raw = subscribe(server, b"kv@respkv@ns", b"kv@respkv@hello"), connect(server)
+    media: dict[Hash, str | None] = {}
+    dropped = 0
+    for number in range(600):
+        assert raw.ask("KV.PUT", f"ns:{number:064x}", b"x" * 50_000, "WRITTEN") == b"OK"
+    assert raw.ask("KV.PUT", f"ns:{600:064x}", b"x" * 50_000, "WRITTEN") == b"OK"
+    while (600).to_bytes(32, "big") not in media:
+        for event in subscriber.next()[2].events:
+            assert not isinstance(event, AllBlocksCleared)
+            for page in event.block_hashes:
+                if isinstance(event, BlockRemoved):
+                    dropped += event.medium == "STORAGE"
+                    assert media.pop(page) == event.medium
+                else:
+                    media[page] = event.medium
+    assert dropped
+
 
 def test_a_subscriber_that_does_not_read_holds_up_nobody(
     publishing: Publishing, connect: Connect
