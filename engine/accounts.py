@@ -14,13 +14,13 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from respkv.engine.clock import Clock
-from respkv.engine.coldest import Coldest
+from respkv.engine.coldest import Coldest, goes_along
 from respkv.engine.entry import Entry
 from respkv.engine.history import Reason
 from respkv.engine.spaces import Account, Limits, Plan, Space
 from respkv.engine.watch import Watcher
 from respkv.errors import QuotaExceeded
-from respkv.page import Part, namespace_of
+from respkv.page import namespace_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Accounts(Watcher):
     def requeue(self, entry: Entry) -> None:
         """Look anew at when a page goes: its pin, priority, children or session changed."""
         account: Account | None = entry.account
-        if account is not None and account.coldest is not None and entry.part is not Part.BOUND:
+        if account is not None and account.coldest is not None and not goes_along(entry):
             account.coldest.add(entry)
 
     # -- quotas -------------------------------------------------------------------------------
@@ -210,8 +210,8 @@ class Accounts(Watcher):
                 assert account.num_pages == len(pages)
                 assert (account.coldest is not None) == space.limits.is_any
                 if account.coldest is not None:
-                    free = {entry for entry in pages if entry.part is not Part.BOUND}
-                    assert set(account.coldest) == free
+                    alone = {entry for entry in pages if not goes_along(entry)}
+                    assert alone <= set(account.coldest) <= set(pages)
         assert not counted
         assert self._num_limited == sum(each.limits.is_any for each in self.spaces.values())
 

@@ -6,18 +6,21 @@ then by when they were last used; a page only after those behind it.
 
 A hit writes ``touched`` and calls nobody, so a page's rank is read again when it comes to the front
 of a heap: one that was used since goes back in. Pages with others behind them are parked until the
-last of those has gone; pinned ones wait for their deadline. Others that may not go are few as a rule
-and are looked at again each time; where they are many they rest for a moment.
+last of those has gone; pinned and promised ones wait for their deadline. Others that may not go are
+few as a rule and are looked at again each time; where they are many they rest, the longer the more
+they are, so that looking never takes all the time there is.
 """
 
 import heapq
 from collections.abc import Callable, Container, Iterable, Iterator
 
 from respkv.engine.entry import Entry
+from respkv.page import Part
 
 SLACK = 1024  # void places in a heap that do not matter
-HELD_FEW = 256
+HELD_FEW = 64
 HELD_REST_S = 0.1
+HELD_REST_EACH_S = 5e-5  # some ten times what a look takes
 
 Rank = tuple[bool, int, float, int]  # is its session alive, priority, last use, minus its ticket
 IsHeld = Callable[[Entry], bool]
@@ -46,7 +49,12 @@ class Coldest:
     def add(self, entry: Entry) -> None:
         """Queue a page, or look at its rank anew: its pin, priority or children changed."""
         self._parked.discard(entry)
-        self._push(entry)
+        if entry.pinned_until:
+            self._renew(entry)
+            self._rest(entry, entry.pinned_until)
+            self._sweep()
+        else:
+            self._push(entry)
 
     def remove(self, entry: Entry) -> None:
         """Forget a page; one that it was behind may be a leaf now."""
@@ -71,7 +79,7 @@ class Coldest:
                 self._push(entry)
         while self._heap:
             rank, entry = self._heap[0]
-            if entry in doomed or not self._is_current(rank, entry):
+            if entry in doomed or not self._is_current(rank, entry) or goes_along(entry):
                 heapq.heappop(self._heap)
             elif entry.children and any(child not in doomed for child in entry.children):
                 heapq.heappop(self._heap)
@@ -90,22 +98,32 @@ class Coldest:
 
     def end_plan(self, spared: Iterable[Entry], now: float) -> None:
         """Take back those that were passed over, and those ``spared`` that did not have to go."""
-        held = [entry for entry in self._passed if entry in self._tickets]
+        held: list[Entry] = []
+        for entry in self._passed:
+            if entry in self._tickets:
+                if entry.held_until > now:
+                    self._rest(entry, entry.held_until)
+                else:
+                    held.append(entry)
         self._passed.clear()
         if len(held) <= HELD_FEW:
             spared = (*held, *spared)
         else:
+            rest_s = max(HELD_REST_S, len(held) * HELD_REST_EACH_S)
             for entry in held:
-                self._rest(entry, now + HELD_REST_S)
+                self._rest(entry, now + rest_s)
         for entry in spared:
             if entry in self._tickets:
                 self._push(entry)
 
     def _push(self, entry: Entry) -> None:
-        self._next += 1  # what stands for it in a heap already is void
-        self._tickets[entry] = self._next
+        self._renew(entry)
         heapq.heappush(self._heap, (rank_of(entry, self._next), entry))
         self._sweep()
+
+    def _renew(self, entry: Entry) -> None:
+        self._next += 1  # what stands for it in a heap already is void
+        self._tickets[entry] = self._next
 
     def _rest(self, entry: Entry, until: float) -> None:
         heapq.heappush(self._waiting, (until, self._tickets[entry], entry))
@@ -124,6 +142,11 @@ class Coldest:
 
     def _is_current(self, rank: Rank, entry: Entry) -> bool:
         return self._tickets.get(entry) == -rank[3]
+
+
+def goes_along(entry: Entry) -> bool:
+    """Whether an entry goes with its page only. A bound part may come before its page, or lose it."""
+    return entry.part is Part.BOUND and entry.parent is not None
 
 
 def rank_of(entry: Entry, ticket: int) -> Rank:

@@ -87,7 +87,7 @@ class Index:
         """
         if parent_key == entry.parent_key or self.is_circle(entry, parent_key):
             return None
-        parent = self.entries.get(parent_key)
+        parent = self.entries.get(parent_key) if parent_key else None  # a string may have no name
         leaf = self._unlink(entry)
         entry.parent_key = parent_key
         if parent is not None:

@@ -7,7 +7,8 @@ used for long. So a wish never delays a load and never pushes out what is hotter
 room, or no time in PATIENCE_S, is dropped.
 
 A match raises at once: its get may be in the same packet. A client's hint raises so long before the
-time it named as the reading takes. Sessions are looked at every LOOK_S.
+time it named as the reading takes, also what leaves memory only after the hint. Sessions are looked
+at every LOOK_S.
 """
 
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from respkv.engine.loads import Load
 from respkv.engine.mover import Mover
 from respkv.engine.prefetch import AHEAD_S, CHANCE_MIN, Book, Limits, Source, chain_of, successors
 from respkv.engine.request import Request
+from respkv.engine.request import Session as Conversation
 from respkv.engine.watch import Watcher
 from respkv.page import Part
 
@@ -65,6 +67,7 @@ class Prefetcher(Watcher):
         self._wanted: dict[Entry, Wish] = {}  # those of the heap that still count
         self._numbers = count()
         self._away: OrderedDict[Request, float] = OrderedDict()  # when last wished for; 0: not yet
+        self._left: set[Conversation] = set()  # they are expected, and pages of theirs left memory
         self._wake = anyio.Event()
         self._next_look = 0.0
         self._is_running = False
@@ -80,6 +83,7 @@ class Prefetcher(Watcher):
         if limits.mode == "off":
             self._wishes.clear()
             self._wanted.clear()
+            self._left.clear()
         self._wake.set()
 
     # -- told by the cache --------------------------------------------------------------------
@@ -128,8 +132,14 @@ class Prefetcher(Watcher):
             self._wanted.pop(entry, None)
 
     def demoted(self, entry: Entry) -> None:
-        self.book.left(entry, self._cache.clock.now)
+        now = self._cache.clock.now
+        was_raised = entry in self.book
+        self.book.left(entry, now)
         request: Request | None = entry.request
+        # What was raised for a hint and had to go again is not raised for it once more.
+        if not was_raised and request is not None and request.expected_at > now:
+            assert request.session is not None
+            self._left.add(request.session)
         if request is not None and request.is_open and request not in self._away:
             self._away[request] = 0.0
             if len(self._away) > AWAY_MAX:
@@ -145,6 +155,7 @@ class Prefetcher(Watcher):
         self._wishes.clear()
         self._wanted.clear()
         self._away.clear()
+        self._left.clear()
         self.book.clear()
 
     # -- work ---------------------------------------------------------------------------------
@@ -168,6 +179,7 @@ class Prefetcher(Watcher):
         if now >= self._next_look:
             self._next_look = now + LOOK_S
             self.book.sweep(now)
+            self._look_at_expected(now)
             self._look_at_sessions(now)
         self._begin()
 
@@ -253,6 +265,14 @@ class Prefetcher(Watcher):
             book.put_off(bet)
             return False
         return True
+
+    def _look_at_expected(self, now: float) -> None:
+        """Wish for the pages that left memory since a client said when they are used again."""
+        while self._left:
+            session = self._left.pop()
+            if session.expected_at > now:
+                pages = self._cache.requests.entries_of(session.name, session.namespace)
+                self.expect(pages, session.expected_at)
 
     def _look_at_sessions(self, now: float) -> None:
         """Wish for the pages of requests that are likely to be continued soon."""

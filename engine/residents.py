@@ -183,6 +183,7 @@ class Residents(Memory):
         if kind == "string":
             if entry.parts:
                 self._remove_parts(entry, "deleted")
+            self._unlink(entry)
             entry.branch = entry.token_ids = b""
         if self.gpu.is_on:
             self.gpu.drop(entry)
@@ -246,6 +247,13 @@ class Residents(Memory):
     def _remove_parts(self, entry: Entry, reason: Reason) -> None:
         for part in tuple(entry.parts or ()):
             self._remove(part, reason)
+
+    def _unlink(self, entry: Entry) -> None:
+        """Take a page out of its chain: it becomes a string, and its page is free to go again."""
+        leaf = self.index.link(entry, b"")
+        entry.part = None
+        if leaf is not None:
+            self._requeue_leaf(leaf)
 
     def _requeue_leaf(self, leaf: Entry) -> None:
         """Queue a page that has become a leaf, and the parts that had to wait for that."""

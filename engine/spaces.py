@@ -127,9 +127,13 @@ class Plan:
     def end(self, *, is_final: bool) -> list[Entry]:
         """Return who goes, each before the page it is behind; nobody unless the plan is final."""
         going = list(self.doomed) if is_final else []
-        spared = () if is_final else self.doomed
-        for coldest in self._asked:
-            coldest.end_plan([entry for entry in spared if entry in coldest], self._now)
+        spared: dict[Coldest, list[Entry]] = {coldest: [] for coldest in self._asked}
+        for entry in () if is_final else self.doomed:
+            coldest = None if entry.account is None else entry.account.coldest
+            if coldest in spared:
+                spared[coldest].append(entry)
+        for coldest, entries in spared.items():
+            coldest.end_plan(entries, self._now)
         return going
 
     def _doom(self, entry: Entry, scope: Container[Account]) -> int:

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -374,3 +375,24 @@ def test_a_tail_is_stored_beside_what_is_longer_and_lacks_a_group() -> None:
     assert model.sequences.find(model.prompt((1, 2))).tokens == 2
     piece = model.sequences.plan(model.prompt((1,)))[0]
     assert piece.there is longer
+
+
+@pytest.mark.parametrize("group", [FULL, SLIDING, LATENT, STATE], ids=lambda group: str(group.name))
+def test_what_a_group_stored_under_another_schema_serves_nothing(group: Group) -> None:
+    def put_group() -> None:
+        if group is STATE:
+            model.put_state(tokens, group)
+        else:
+            model.put_part(tokens, group, 0)
+
+    model, tokens = make_model(group), (1, 2, 3, 4)
+    model.put(tokens)
+    put_group()
+    assert model.sequences.find(model.prompt(tokens)).tokens == 4
+    model.cache.namespaces.drop(b"ns")
+    model.cache.namespaces.put(replace(model.schema, fingerprint=b"other weights"))
+    model.put(tokens)
+    assert (model.pages(tokens).tokens, len(model.cache.entries)) == (4, 2)
+    assert model.sequences.find(model.prompt(tokens)).tokens == 0
+    put_group()
+    assert model.sequences.find(model.prompt(tokens)).tokens == 4
