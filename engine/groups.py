@@ -20,7 +20,7 @@ from respkv.engine.branches import Branches
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.history import Reason
-from respkv.engine.namespaces import Group, Kind, Schema
+from respkv.engine.namespaces import TAG_BYTES, Group, Kind, Schema
 from respkv.engine.sequences import Found, Piece
 from respkv.engine.watch import Watcher
 from respkv.page import Part, group_of, part_key
@@ -264,11 +264,13 @@ class _View:
         if count is not None:
             return count
         find, suffix, full = self._find, bound_key(b"", group.name), self._page_tokens
-        full_bytes, count = group.piece_bytes(full), 0
+        full_bytes, tag, count = group.piece_bytes(full), self._prompt.tag, 0
         for page in self._pages:
             part = find(page.key + suffix)
             nbytes = full_bytes if page.tokens == full else group.piece_bytes(page.tokens)
             if part is None or part.nbytes != nbytes or part.kind != "kvpage":
+                break
+            if part.branch[:TAG_BYTES] != tag:  # it was there before its page, for another schema
                 break
             count += 1
         self._runs[group.name] = count
@@ -288,7 +290,9 @@ class _View:
 def has_page(page: Entry, group: Group, find: Find) -> bool:
     """Whether a page has the page of another group that goes with it."""
     entry = find(bound_key(page.key, group.name))
-    return entry is not None and is_piece(entry, group, page.tokens)
+    if entry is None or not is_piece(entry, group, page.tokens):
+        return False
+    return entry.branch[:TAG_BYTES] == page.branch[:TAG_BYTES]  # else it is another schema's
 
 
 def is_piece(entry: Entry, group: Group, tokens: int) -> bool:

@@ -133,7 +133,8 @@ class Prefetcher(Watcher):
 
     def demoted(self, entry: Entry) -> None:
         now = self._cache.clock.now
-        was_raised = entry in self.book
+        bet = self.book.find(entry)
+        was_raised = bet is not None and not bet.is_trial
         self.book.left(entry, now)
         request: Request | None = entry.request
         # What was raised for a hint and had to go again is not raised for it once more.

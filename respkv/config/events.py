@@ -81,7 +81,7 @@ class EventSettings(PrefetchSettings, kw_only=True, frozen=True, forbid_unknown_
             least=1,
             most=10_000_000,
         ),
-    ] = 100_000
+    ] = 10_000
     events_namespaces: Annotated[
         str,
         Kind(about="Namespaces whose events are published over ZMQ, by commas; empty means all."),

@@ -225,6 +225,46 @@ def test_a_page_goes_with_its_parts_and_never_without_the_bound_ones() -> None:
     cache.check()
 
 
+def test_a_bound_part_without_its_page_goes_for_a_quota_like_any_page() -> None:
+    cache, clock = make_cache()
+    limit(cache, 3000)
+    first, last = b"ns:" + b"a" * 64, b"ns:" + b"b" * 64
+    for key in (first, last):
+        cache.put(key + b".g.local", b"x" * 1000, page(parent=key))
+        clock.advance(1)
+    cache.put(first, b"x" * 1000, page())  # from now on the first goes with its page
+    clock.advance(1)
+    cache.put(b"ns:c", b"x" * 1000, page())
+    assert keys_of(cache) == {first, first + b".g.local", b"ns:c"}
+    cache.put(b"ns:d", b"x" * 1000, page())
+    assert keys_of(cache) == {b"ns:c", b"ns:d"}
+    cache.check()
+
+
+def test_a_page_is_a_leaf_again_when_the_string_in_place_of_its_child_has_gone() -> None:
+    cache, clock = make_cache()
+    limit(cache, 2000)
+    cache.put(b"ns:root", b"x" * 1000, page())
+    cache.put(b"ns:leaf", b"x" * 500, page(parent=b"ns:root"))
+    clock.advance(1)
+    cache.put(b"ns:leaf", b"a string now")
+    assert cache.entries[b"ns:root"].children is None
+    cache.put(b"ns:b", b"x" * 2000, page())
+    assert keys_of(cache) == {b"ns:leaf", b"ns:b"}
+    cache.check()
+
+
+def test_a_string_in_place_of_a_part_stands_alone() -> None:
+    cache, _ = make_cache()
+    key = b"ns:" + b"a" * 64
+    cache.put(key, b"x" * 1000, page())
+    cache.put(key + b".logits", b"x" * 1000, page(parent=key))
+    cache.put(key + b".logits", b"a string now")
+    cache.delete(cache.entries[key])
+    assert keys_of(cache) == {key + b".logits"}
+    cache.check()
+
+
 def test_a_lower_quota_holds_at_once_or_is_refused() -> None:
     cache, clock = make_cache()
     for name in b"abc":

@@ -1,6 +1,6 @@
 """The order in which a quota gives up pages: one at a time, as a plan asks for them."""
 
-from respkv.engine.coldest import HELD_FEW, HELD_REST_S, SLACK, Coldest
+from respkv.engine.coldest import HELD_FEW, HELD_REST_EACH_S, HELD_REST_S, SLACK, Coldest
 from respkv.engine.entry import Entry
 
 
@@ -86,6 +86,47 @@ def test_many_held_pages_rest_and_are_not_forgotten() -> None:
         coldest.remove(each)
     assert list(coldest) == [free]
     assert order(coldest) == ["free"]
+
+
+def test_promised_pages_rest_until_their_promise_ends() -> None:
+    coldest = Coldest()
+    pages = [page(f"{number}", float(number)) for number in range(10)]
+    looks: list[Entry] = []
+
+    def is_held(entry: Entry) -> bool:
+        looks.append(entry)
+        return entry.held_until > now
+
+    for each in pages:
+        each.held_until = 15.0
+        coldest.add(each)
+    for now in (10.0, 11.0, 14.0):
+        assert coldest.first({}, is_held, now) is None
+        coldest.end_plan((), now)
+    assert len(looks) == len(pages)
+    assert order(coldest, now=15.0) == [f"{number}" for number in range(10)]
+
+
+def test_the_more_pages_are_held_the_longer_they_rest() -> None:
+    coldest = Coldest()
+    pages = [page(f"{number}") for number in range(4000)]
+    for each in pages:
+        coldest.add(each)
+    assert order(coldest, now=10.0, held=set(pages)) == []
+    assert order(coldest, now=10.0 + HELD_REST_S) == []
+    assert len(order(coldest, now=10.0 + HELD_REST_EACH_S * len(pages))) == len(pages)
+
+
+def test_a_search_never_looks_at_pages_that_came_pinned() -> None:
+    coldest, free = Coldest(), page("free", 1e9)
+    for number in range(1000):
+        each = page(f"{number}")
+        each.pinned_until = 50.0
+        coldest.add(each)
+    coldest.add(free)
+    assert len(coldest._heap) == 1
+    assert order(coldest, now=10.0) == ["free"]
+    assert len(order(coldest, now=50.0)) == 1001
 
 
 def test_pages_that_are_looked_at_anew_again_and_again_take_no_more_memory() -> None:

@@ -1,6 +1,7 @@
 """Pins: how many bytes are pinned, whatever becomes of the pages."""
 
 from respkv.engine.entry import Put
+from respkv.engine.pins import SLACK
 from tests.fakes import make_cache
 
 
@@ -24,6 +25,18 @@ def test_a_pin_counts_until_it_ends_or_is_taken_away() -> None:
     cache.pin(b, clock.now + 60)  # later; the first deadline means nothing then
     clock.advance(30)
     assert cache.pins.nbytes == 2000
+
+
+def test_pins_that_are_renewed_or_whose_pages_go_take_no_more_memory() -> None:
+    cache, clock = make_cache()
+    a = cache.put(b"ns:a", b"x" * 1000, page(clock.now + 3600))
+    for number in range(3 * SLACK):
+        cache.pin(a, clock.now + 3600 + number)
+        cache.delete(cache.put(b"ns:b", b"x" * 1000, page(clock.now + 7200)))
+    assert len(cache.pins._ends) <= SLACK + 3
+    assert (cache.pins.nbytes, len(cache.pins)) == (1000, 1)
+    clock.advance(3600 + 3 * SLACK)
+    assert (cache.pins.nbytes, len(cache.pins)) == (0, 0)
 
 
 def test_a_page_that_is_overwritten_deleted_or_flushed_is_counted_as_it_is() -> None:

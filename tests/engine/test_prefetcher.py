@@ -37,12 +37,14 @@ async def prefetched(
         prefetcher.check()
 
 
-def put_chain(cache: Cache, name: str, num_pages: int, parent: bytes = b"") -> list[Entry]:
+def put_chain(
+    cache: Cache, name: str, num_pages: int, parent: bytes = b"", session: bytes = b""
+) -> list[Entry]:
     """Store a chain of pages, and return them."""
     pages: list[Entry] = []
     for number in range(num_pages):
         key = b"ns:%s-%d" % (name.encode(), number)
-        how = Put("kvpage", tokens=16, parent=parent or None)
+        how = Put("kvpage", tokens=16, parent=parent or None, session=session)
         pages.append(cache.put(key, (key * 10).ljust(PAGE_BYTES), how))
         parent = key
     return pages
@@ -163,6 +165,39 @@ async def test_a_hint_that_was_taken_back_raises_nothing() -> None:
         await make_cold(cache, mover)
         prefetcher.expect(pages, clock.now + 3)
         prefetcher.forget(pages)
+        clock.advance(3)
+        prefetcher.look()
+        await idle(mover)
+        assert tier.reads == []
+
+
+async def test_what_leaves_memory_after_a_hint_is_raised_for_it_too() -> None:
+    async with prefetched() as (cache, clock, mover, tier, prefetcher):
+        pages = put_chain(cache, "a", 3, session=b"s")
+        cache.requests.expect(b"s", b"ns", clock.now + 30)
+        assert prefetcher.expect(pages, clock.now + 30) == 0, "they are in memory"
+        await make_cold(cache, mover)
+        clock.advance(20)
+        prefetcher.look()
+        await idle(mover)
+        assert tier.reads == []
+        clock.advance(9.95)
+        prefetcher.look()
+        await until(lambda: num_warm(pages) == 3)
+        assert sorted(tier.reads) == [page.key for page in pages]
+        await make_cold(cache, mover)
+        clock.advance(LOOK_S)
+        prefetcher.look()
+        await idle(mover)
+        assert len(tier.reads) == 3, "what had to go again is not raised for the same hint"
+
+
+async def test_what_leaves_memory_after_a_hint_was_void_stays_out() -> None:
+    async with prefetched() as (cache, clock, mover, tier, prefetcher):
+        pages = put_chain(cache, "a", 3, session=b"s")
+        cache.requests.expect(b"s", b"ns", clock.now + 3)
+        await make_cold(cache, mover)
+        cache.requests.end(b"s", b"ns")
         clock.advance(3)
         prefetcher.look()
         await idle(mover)

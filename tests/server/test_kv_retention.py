@@ -282,6 +282,25 @@ def test_a_demoted_session_leaves_memory_and_is_read_back(
     raw.close()
 
 
+def test_a_demoted_session_is_back_in_memory_when_it_is_expected(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(nvme_path=str(tmp_path), nvme_bytes=64 << 20)
+    raw = Raw(server.connect())
+    set_schema(raw, "n", "LAYERS 1 HEADS 1 DIM 125 TOKENS 2 DTYPE float16")
+    key = "n:" + "a" * 64
+    raw.ask("KV.PUT", key, PAGE, "SESSION", "s")
+    assert raw.ask("KV.HINT", "n", "s", "EXPECT", 1500)[0] == b"accepted"
+    assert raw.ask("KV.HINT", "n", "s", "DEMOTE")[0] == b"accepted"
+    for tier in (b"nvme", b"cpu"):
+        deadline = time.monotonic() + 10
+        while described(raw, key)[b"tier"] != tier:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert info_of(raw, "kv")["kv_prefetch_hint_raised"] == "1"
+    raw.close()
+
+
 # -- INFO -------------------------------------------------------------------------------------
 
 
@@ -346,3 +365,24 @@ def test_a_page_in_shared_memory_is_refused_at_its_commit(start_server: StartSer
         assert refused.startswith("KVQUOTA tenant 't'")
         assert raw.ask("EXISTS", "n:b") == 0
         assert info_of(raw, "kv")["kv_landings"] == "0"
+
+
+def test_commits_at_the_same_time_pin_no_more_together_than_one_may(
+    start_server: StartServer,
+) -> None:
+    server = start_server(maxmemory="64mb", shm="rw", pinned_share_max=25)
+    raws = [Raw(server.connect()) for _ in range(8)]
+    leases = [
+        raw.ask("KV.RESERVE", f"n:{number}", 4 << 20)[0] for number, raw in enumerate(raws)
+    ]  # so large that they are hashed beside the loop, all at once
+    for raw, lease in zip(raws, leases, strict=True):
+        raw.send("KV.COMMIT", lease, "PIN", 60_000)
+    answers = [raw.read() for raw in raws]
+    refused = [answer for answer in answers if answer != b"OK"]
+    assert refused
+    assert all(error_of(answer).startswith("KVPIN ") for answer in refused)
+    fields = info_of(raws[0], "kv")
+    assert int(fields["kv_pinned_bytes"]) <= 16 << 20
+    assert fields["kv_landings"] == "0"
+    for raw in raws:
+        raw.close()

@@ -22,7 +22,13 @@ from respkv.tiers.batch import (
 )
 from respkv.tiers.batch_reader import check_image, decode_head, head_used_bytes
 from respkv.tiers.format import HEADER_BYTES, Header, check_page, hash64, write_header
-from respkv.tiers.meta import KEY_BYTES_MAX, MORE_BYTES_MAX, is_content_addressed, pack_meta, unpack_meta
+from respkv.tiers.meta import (
+    KEY_BYTES_MAX,
+    MORE_BYTES_MAX,
+    is_content_addressed,
+    pack_meta,
+    unpack_meta,
+)
 from respkv.tiers.record import Level, Meta
 
 NONCE = b"8 random"

@@ -198,7 +198,7 @@ async def test_all_who_wait_for_a_segment_are_told_at_once_that_the_tier_gives_u
     device = FaultyDevice(MemoryDevice())
     async with running(make(device)) as (shelf, _):
         parts = parts_of(shelf.tier)
-        parts.reclaimer._has_work = lambda: False
+        monkeypatch.setattr(parts.reclaimer, "_has_work", lambda: False)
         with anyio.fail_after(5):
             async with anyio.create_task_group() as group:
                 for number in range(20):
