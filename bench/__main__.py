@@ -31,6 +31,7 @@ from bench.rows import (
     reserved_writes,
     small_values,
 )
+from bench.sequences import sequence_match
 from bench.servers import BenchError
 from bench.table import markdown, write
 
@@ -53,6 +54,7 @@ ROWS: dict[int, Callable[[Bench], Iterator[Result]]] = {
     9: restarts,
     10: cold_gets,
     11: mixed_work,
+    12: sequence_match,
 }
 ROUNDS = 7
 RESULTS = Path(__file__).parent / "results" / "comparison.json"

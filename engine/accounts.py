@@ -285,7 +285,11 @@ class Accounts(Watcher):
             return _refusal(space, tenant, own_max, used, nbytes)
         if freed < whole_over:
             others = [each for each in space.accounts.values() if each is not account]
-            if freed + plan.doom(others, whole_over - freed) < whole_over:
+            for some in space.in_turn(others):
+                freed += plan.doom(some, whole_over - freed)
+                if freed >= whole_over:
+                    break
+            if freed < whole_over:
                 return _refusal(space, b"", whole_max, space.nbytes, nbytes)
         return ""
 
@@ -314,7 +318,7 @@ def _refusal(space: Space, tenant: bytes, limit: int, used: int, nbytes: int) ->
         words += f" TENANT {_shown(tenant)}"
     if nbytes > limit:
         return (
-            f"{owner} may keep {limit} bytes, and a page of {nbytes} never fits; raise the quota "
+            f"{owner} may keep {limit} bytes, and a put of {nbytes} never fits; raise the quota "
             f"with {words} MAXBYTES"
         )
     more = f", {nbytes} more do not fit" if nbytes else ""

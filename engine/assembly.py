@@ -11,18 +11,21 @@ between other commands (tiers/rectangles.py), so a step looks first whether the 
 ``needs`` it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.landing import Landing
+from respkv.engine.namespaces import TAG_BYTES, tag_of
 from respkv.engine.watch import Watcher
 from respkv.errors import CacheError, OutOfMemory
 from respkv.page import Geometry, namespace_of
 from respkv.tiers.rectangles import all_cells
 
 HASH_BYTES = 1 << 20  # no more is hashed at a time
+
+Pin = Callable[[Entry, int], None]
 
 
 class Assembly:
@@ -31,13 +34,15 @@ class Assembly:
     parent_key: of the page in front of it; empty: there is none.
     shape:      of the page, with the tokens that it has.
     how:        how it is to be kept: as the last part said, at the highest level that one did.
-    pin_s:      for how long it is pinned once it is there.
+    pin_ms:     for how long it is to be pinned once it is there.
+    failure:    why it, its pin or a part of it could not be had once it was whole.
     is_open:    it was neither published nor dropped.
     is_ready:   it is whole and hashed.
     """
 
     __slots__ = (
         "_missing",
+        "failure",
         "how",
         "identity",
         "is_open",
@@ -46,7 +51,7 @@ class Assembly:
         "landing",
         "parent_key",
         "parts",
-        "pin_s",
+        "pin_ms",
         "shape",
         "touched",
     )
@@ -59,7 +64,8 @@ class Assembly:
         self.shape = shape
         self.landing = landing
         self.how = how
-        self.pin_s = 0.0
+        self.pin_ms = 0
+        self.failure: CacheError | None = None
         self.identity: object = None
         self.parts: list[tuple[bytes, Landing, Put]] = []
         self.touched = 0.0
@@ -163,20 +169,25 @@ class Assemblies(Watcher):
         if assembly.is_ready:
             self._ready[assembly] = None
 
-    def publish(self) -> list[Entry]:
+    def publish(self, pin: Pin | None = None) -> list[Entry]:
         """Make all pages visible that are ready and whose page in front is there; return them.
 
-        Raises QuotaExceeded; the page that has no room is dropped.
+        A page that its owner may not keep is dropped, and ``failure`` says so to all who put it.
+
+        pin: pins a page for so many milliseconds, or raises PinRefused; the page stays then. None:
+             no page is pinned.
         """
         published: list[Entry] = []
         again = True
         while again:
             again = False
             for assembly in list(self._ready):
-                if assembly.parent_key and self._cache.find(assembly.parent_key) is None:
+                if assembly.parent_key and not self._has_parent(assembly):
                     continue
-                published.append(self._publish(assembly))
-                again = bool(self._ready)
+                entry = self._publish(assembly, pin)
+                if entry is not None:
+                    published.append(entry)
+                    again = bool(self._ready)
         return published
 
     def expire(self) -> None:
@@ -220,7 +231,15 @@ class Assemblies(Watcher):
             )
         return self._cache.reserve(nbytes, is_last=False)
 
-    def _publish(self, assembly: Assembly) -> Entry:
+    def _has_parent(self, assembly: Assembly) -> bool:
+        """Whether the page in front is there, under the schema that is in force."""
+        parent = self._cache.find(assembly.parent_key)
+        if parent is None or parent.kind != "kvpage":
+            return False
+        schema = self._cache.namespaces.of_key(assembly.key)
+        return parent.branch[:TAG_BYTES] == tag_of(schema)
+
+    def _publish(self, assembly: Assembly, pin: Pin | None) -> Entry | None:
         cache, key = self._cache, assembly.key
         there = cache.has_page(key, assembly.landing.nbytes)
         try:
@@ -230,16 +249,16 @@ class Assemblies(Watcher):
             else:
                 there = cache.commit(key, assembly.landing, assembly.how)
                 cache.stats.pages_put += 1
+            if pin is not None and assembly.pin_ms:
+                assembly.failure = _failure(pin, there, assembly.pin_ms)
             for part_key, landing, how in assembly.parts:
                 if cache.has_page(part_key, landing.nbytes) is None:
                     cache.commit(part_key, landing, how)
-        except CacheError:
-            self.num_dropped += 1
-            raise
+        except CacheError as error:
+            assembly.failure = error
+            self.num_dropped += there is None
         finally:
             self._close(assembly)
-        if assembly.pin_s:
-            cache.pin(there, cache.clock.now + assembly.pin_s)
         return there
 
     def _close(self, assembly: Assembly) -> None:
@@ -249,3 +268,11 @@ class Assemblies(Watcher):
         self._ready.pop(assembly, None)
         for landing in (assembly.landing, *(part for _, part, _ in assembly.parts)):
             self._cache.abandon(landing)  # harmless for one that was committed
+
+
+def _failure(pin: Pin, entry: Entry, ms: int) -> CacheError | None:
+    try:
+        pin(entry, ms)
+    except CacheError as error:
+        return error
+    return None

@@ -17,9 +17,13 @@ from respkv.engine.entry import Entry
 
 
 class Branches:
-    """All pages that came with their tokens, by branch, each branch in the order of their tokens."""
+    """All pages that came with their tokens, by branch, each branch in the order of their tokens.
+
+    nbytes: of these tokens, and of the names of the branches with each page.
+    """
 
     def __init__(self) -> None:
+        self.nbytes = 0
         self._branches: dict[bytes, list[Entry]] = {}
 
     def __len__(self) -> int:
@@ -32,6 +36,9 @@ class Branches:
             self._branches[entry.branch] = [entry]
         elif self._find(siblings, entry) is None:
             insort(siblings, entry, key=_token_ids)
+        else:
+            return
+        self.nbytes += _bytes_of(entry)
 
     def remove(self, entry: Entry) -> None:
         """Take a page out; nothing happens if it is not there."""
@@ -41,12 +48,14 @@ class Branches:
             return
         assert siblings is not None
         del siblings[at]
+        self.nbytes -= _bytes_of(entry)
         if not siblings:
             del self._branches[entry.branch]
 
     def clear(self) -> None:
         """Forget all pages."""
         self._branches.clear()
+        self.nbytes = 0
 
     def find(self, branch: bytes, token_ids: bytes) -> tuple[Entry | None, int]:
         """Return the page with the longest beginning in common, and how many tokens that is.
@@ -126,6 +135,7 @@ class Branches:
             tokens = [entry.token_ids for entry in siblings]
             assert tokens == sorted(tokens)
             assert len({entry.key for entry in siblings}) == len(siblings)
+        assert self.nbytes == sum(map(_bytes_of, self.all()))
 
     @staticmethod
     def _find(siblings: list[Entry], entry: Entry) -> int | None:
@@ -140,6 +150,10 @@ class Branches:
 
 def _token_ids(entry: Entry) -> bytes:
     return entry.token_ids
+
+
+def _bytes_of(entry: Entry) -> int:
+    return len(entry.token_ids) + len(entry.branch)
 
 
 def _common_bytes(one: bytes, other: bytes) -> int:

@@ -87,7 +87,8 @@ class Cache(Residents):
         for entry in run:
             entry.touched = now
             entry.hits += 1
-            entry.held_until = until
+            if entry.held_until < until:  # another may have been promised more
+                entry.held_until = until
             if entry.parts:
                 touch_parts(entry, now)
         self._promised_until = max(self._promised_until, until)

@@ -61,7 +61,8 @@ class Event(NamedTuple):
     @property
     def part(self) -> str:
         """Which part of a prompt's cache it is: page, tail, or what hangs on a page by its name."""
-        return suffix_of(self.key) or ("tail" if self.tokens < self.page_tokens else "page")
+        is_tail = 0 < self.tokens < self.page_tokens  # 0: nobody said how many
+        return suffix_of(self.key) or ("tail" if is_tail else "page")
 
 
 class Listener:

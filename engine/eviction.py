@@ -236,6 +236,7 @@ class PriorityPolicy:
             priority = self._priorities[0]
             entry = self._queues[priority].candidate(now)
             if entry is None:
+                assert not self._queues[priority], "a queue that offers nobody is empty"
                 del self._queues[priority], self._priorities[0]
             elif entry.priority == priority:
                 return entry

@@ -124,6 +124,14 @@ class Groups:
             count = min(count, rest)
             yield Found(tokens + count, found.pages[:index], page, count)
 
+    def limits(self, prompt: Prompt, found: Found) -> dict[bytes, int]:
+        """Return up to which token each group serves what was found, of those that do not serve all."""
+        schema = self._cache.namespaces.find(prompt.namespace)
+        view = _View(prompt, found, self._cache.find, self.states)
+        groups = () if schema is None else schema.groups
+        ends = {group.name: view.last(group, found.tokens) for group in groups}
+        return {name: end for name, end in ends.items() if end < found.tokens}
+
     def is_whole(self, page: Entry) -> bool:
         """Whether a page has the pages of all groups that have any."""
         schema = self._cache.namespaces.find(page.namespace)

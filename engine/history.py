@@ -9,7 +9,9 @@ from typing import Literal
 
 from xxhash import xxh3_64_intdigest
 
-Reason = Literal["evicted", "quota", "expired", "deleted", "flushed", "schema", "corrupt", "lost", "replaced"]
+Reason = Literal[
+    "evicted", "quota", "expired", "deleted", "flushed", "schema", "corrupt", "lost", "replaced"
+]
 
 
 class History:

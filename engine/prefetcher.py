@@ -14,7 +14,7 @@ at every LOOK_S.
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ LEAD, LEAD_S_MIN = 2.0, 0.1  # a hint's pages are raised so many times their rea
 WISHES_MAX = 16_384
 PAGES_MAX = 1024  # of one session, the last ones
 AWAY_MAX, AWAY_STEP = 4096, 256  # requests that left memory, and how many are looked at in a turn
+_AT_ONCE = (Source.MATCH, Source.CHAIN)
 OBSERVED_MIN = 50  # requests, before what was learned of them is believed
 
 
@@ -218,13 +219,14 @@ class Prefetcher(Watcher):
     def _wish(
         self, entry: Entry, source: Source, due: float, chance: float, wait_s: float = 0.0
     ) -> None:
-        if (
-            not entry.is_cold
-            or entry in self._wanted
-            or entry in self.book
-            or len(self._wishes) >= WISHES_MAX
-        ):
+        if not entry.is_cold or entry in self._wanted or entry in self.book:
             return
+        # What is due at some time leaves half of the room to what is due at once.
+        if len(self._wanted) >= (WISHES_MAX if source in _AT_ONCE else WISHES_MAX // 2):
+            return
+        if len(self._wishes) >= 2 * WISHES_MAX:  # most of them were dropped or replaced
+            self._wishes = [each for each in self._wishes if self._wanted.get(each.entry) is each]
+            heapify(self._wishes)
         wish = Wish(due, next(self._numbers), entry, source, chance, wait_s)
         self._wanted[entry] = wish
         heappush(self._wishes, wish)

@@ -144,17 +144,22 @@ def leave(session: Session, request: Request) -> None:
 
 
 def requests_of(session: Session) -> Iterator[Request]:
-    """Yield the requests that hold pages of a session, each once in a chain."""
+    """Yield the requests that hold pages of a session; one may come more than once."""
+    seen: set[Entry] = set()
     for tail in session.tails:
         previous: Request | None = None
-        for page in chain_of(tail, session):
+        for page in chain_of(tail, session, seen):
             if page.request is not previous:
                 previous = page.request
                 yield page.request
 
 
-def chain_of(tail: Entry, session: Session) -> Iterator[Entry]:
+def chain_of(tail: Entry, session: Session, seen: set[Entry]) -> Iterator[Entry]:
+    """Yield a page of a session and those in front of it, up to one that was seen; add them to those."""
     page: Entry | None = tail
     while page is not None and page.request is not None and page.request.session is session:
+        if page in seen:
+            return
+        seen.add(page)
         yield page
         page = page.parent

@@ -45,6 +45,7 @@ from respkv.engine.survival import (
     kind_of,
 )
 from respkv.engine.watch import Watcher
+from respkv.page import namespace_of
 
 PAGES_A_RECORD = 6
 RECORDS_MIN = 16
@@ -234,12 +235,12 @@ class Requests(Watcher):
         found = self.find(namespace, session)
         if found is None:
             return []
-        pages: dict[Entry, None] = {}
-        for tail in sorted(found.tails, key=_depth):
-            chain = dict.fromkeys(chain_of(tail, found))
-            # A page of two chains comes behind both.
-            pages = {page: None for page in pages if page not in chain} | chain
-        return list(pages)
+        # A page of two chains comes with the first of them, and the chains come last to first; so it
+        # comes behind both, and no page is passed twice, however many chains there are.
+        seen: set[Entry] = set()
+        tails = sorted(found.tails, key=_depth, reverse=True)
+        chains = [list(chain_of(tail, found, seen)) for tail in tails]
+        return [page for chain in reversed(chains) for page in chain]
 
     def chance(self, request: Request, now: float, within_s: float) -> float:
         """Return the probability that a request is continued in the next ``within_s``."""
@@ -340,7 +341,7 @@ class Requests(Watcher):
                     self.survival.lost(TAIL, now - request.touched, now)
 
     def _join(self, request: Request, last: Entry, name: bytes) -> None:
-        key = (last.namespace, name)
+        key = (namespace_of(last.key), name)  # an entry has one only where there is a schema
         session = self._sessions.get(key)
         if session is None:
             session = self._sessions[key] = Session(*key)

@@ -160,11 +160,19 @@ class Sequences(Watcher):
 
     # -- putting ------------------------------------------------------------------------------
 
-    def plan(self, prompt: Prompt, first_token: int = 0, *, until: float = 0.0) -> list[Piece]:
+    def plan(
+        self,
+        prompt: Prompt,
+        first_token: int = 0,
+        *,
+        until: float = 0.0,
+        is_coming: Callable[[bytes], bool] | None = None,
+    ) -> list[Piece]:
         """Return the pieces that the tokens from ``first_token`` on consist of, in order.
 
         until: what is here already is kept until then, so that room for the others does not come
                out of their own chain.
+        is_coming: of a page's key, whether it will be here first, so that its absence is no gap.
         Raises CommandError when no page begins at ``first_token``, and SequenceGap when not all
         pages in front of it are here.
         """
@@ -176,7 +184,8 @@ class Sequences(Watcher):
                 f"not {first_token}"
             )
         front = self._run(prompt, first)
-        if len(front) < first:
+        missing = map(prompt.key, range(len(front), first))
+        if len(front) < first and (is_coming is None or not all(map(is_coming, missing))):
             raise SequenceGap(
                 f"only {len(front) * prompt.page_tokens} of the {first_token} tokens in front are "
                 f"here; put them first, FROM {len(front) * prompt.page_tokens}"

@@ -45,7 +45,7 @@ class Hints:
         """
         requests, accounts = self._cache.requests, self._cache.accounts
         if requests.find(namespace, session) is None:
-            return self.count(_unknown(namespace, session))
+            return self._unknown(namespace, session)
         pages = self._pages(namespace, session)
         requests.end(session, namespace)
         for page in pages:
@@ -57,7 +57,7 @@ class Hints:
     def expect(self, namespace: bytes, session: bytes, ms: int, ms_max: int) -> Answer:
         """Keep a session's pages for its return in ``ms``, or bring them back ahead of it."""
         if self._cache.requests.find(namespace, session) is None:
-            return self.count(_unknown(namespace, session))
+            return self._unknown(namespace, session)
         in_force = min(ms, ms_max)
         at = self._cache.clock.now + in_force / 1000
         self._cache.requests.expect(session, namespace, at)
@@ -72,7 +72,7 @@ class Hints:
         Returns how many these are.
         """
         if self._cache.requests.find(namespace, session) is None:
-            return self.count(_unknown(namespace, session))
+            return self._unknown(namespace, session)
         if demotions is None:
             return self.count(Answer("rejected", 0, "this server has no file tier to demote to"))
         if not self._cache.copies.can_write:
@@ -95,12 +95,10 @@ class Hints:
         entries = self._cache.requests.entries_of(session, namespace)
         return [entry for entry in entries if entry.part is None]
 
-
-def _unknown(namespace: bytes, session: bytes) -> Answer:
-    shown, where = (name[:64].decode(errors="replace") for name in (session, namespace))
-    return Answer(
-        "rejected",
-        0,
-        f"no page of namespace {where!r} was put or matched with SESSION {shown!r}, or all of them"
-        " have gone",
-    )
+    def _unknown(self, namespace: bytes, session: bytes) -> Answer:
+        shown, where = (name[:64].decode(errors="replace") for name in (session, namespace))
+        reason = (
+            f"no page of namespace {where!r} was put or matched with SESSION {shown!r}, or all of "
+            "them have gone"
+        )
+        return self.count(Answer("rejected", 0, reason))

@@ -4,11 +4,13 @@ Pure: nothing here changes the cache. ``Plan`` names victims, and either all of 
 """
 
 import heapq
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from respkv.engine.coldest import Coldest, rank_of
 from respkv.engine.entry import Entry
+
+OTHERS_MAX = 256  # accounts among which the coldest page goes for somebody else's
 
 
 class Account:
@@ -60,7 +62,16 @@ class Limits:
 class Space:
     """A namespace: its tenants' accounts and their sum."""
 
-    __slots__ = ("accounts", "limits", "name", "nbytes", "num_evicted", "num_pages", "num_refused")
+    __slots__ = (
+        "accounts",
+        "limits",
+        "name",
+        "nbytes",
+        "num_evicted",
+        "num_pages",
+        "num_refused",
+        "turn",
+    )
 
     def __init__(self, name: bytes) -> None:
         self.name = name
@@ -70,6 +81,15 @@ class Space:
         self.num_pages = 0
         self.num_evicted = 0
         self.num_refused = 0
+        self.turn = 0
+
+    def in_turn(self, accounts: Sequence[Account]) -> Iterator[Sequence[Account]]:
+        """Yield so many accounts at a time as may be compared for one put, each time others first."""
+        self.turn = start = self.turn % max(1, len(accounts))
+        rotated = (*accounts[start:], *accounts[:start])
+        for first in range(0, len(rotated), OTHERS_MAX):
+            self.turn += OTHERS_MAX
+            yield rotated[first : first + OTHERS_MAX]
 
     def over(self, tenant: bytes, nbytes: int) -> tuple[int, int]:
         """By how much ``nbytes`` more would pass the tenant's limit, and the namespace's."""

@@ -121,10 +121,10 @@ class SurvivalQueue(Queue):
         self._looks_left = LOOKS_MAX
         self._coldest = None
         self._hear()
-        while self._fresh and self._looks_left:
+        # Looks of their own: with none left for a choice, nobody would be chosen of all that wait.
+        for _ in range(min(len(self._fresh), LOOKS_MAX)):
             entry, _ = self._fresh.popitem(last=False)
             self._place(entry)
-            self._looks_left -= 1
         chosen = self._chosen
         if chosen is None or now >= self._waits_until or not self._is_good(chosen):
             chosen = self._chosen = self._choose(now)
@@ -184,6 +184,9 @@ class SurvivalQueue(Queue):
         self._num_paged += 1
         if is_partial(entry):
             heapq.heappush(self._tails, (entry.touched, next(self.shared.numbers), entry))
+            if len(self._tails) > 2 * self._num_paged + HEAP_SLACK:
+                self._tails = [item for item in self._tails if self._is_waiting(item)]
+                heapq.heapify(self._tails)
             self._waits.setdefault(TAIL, inf)
 
     def _rank(self, bucket: Bucket) -> None:
@@ -261,12 +264,16 @@ class SurvivalQueue(Queue):
     def _tail(self) -> Entry | None:
         """Return the partial page idle longest of those that are here."""
         while self._tails:
-            touched, _, entry = self._tails[0]
-            bucket = self._buckets.get(entry.mark)
-            if bucket is not None and entry in bucket.pages and entry.touched == touched:
-                return entry
+            if self._is_waiting(self._tails[0]):
+                return self._tails[0][2]
             heapq.heappop(self._tails)
         return None
+
+    def _is_waiting(self, item: tuple[float, int, Entry]) -> bool:
+        """Whether a partial page is here still, and was not used since."""
+        touched, _, entry = item
+        bucket = self._buckets.get(entry.mark)
+        return bucket is not None and entry in bucket.pages and entry.touched == touched
 
     def _wait(self, line: int, now: float, window: float, first: Bucket | Singles | Entry) -> float:
         if line == ENDED:

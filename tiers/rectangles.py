@@ -49,10 +49,13 @@ class Rectangle:
     def cells(self, shape: Geometry) -> int:
         """Return a mask with a bit for each head of each layer."""
         row = ((1 << self.num_heads) - 1) << self.first_head
-        mask = 0
-        for layer in range(self.first_layer, self.first_layer + self.num_layers):
-            mask |= row << (layer * shape.heads)
-        return mask
+        mask, num_layers = 0, 0
+        for digit in f"{self.num_layers:b}":  # by doubling: a layer at a time would be quadratic
+            mask |= mask << (num_layers * shape.heads)
+            num_layers *= 2
+            if digit == "1":
+                mask, num_layers = mask << shape.heads | row, num_layers + 1
+        return mask << (self.first_layer * shape.heads)
 
 
 def all_cells(shape: Geometry) -> int:

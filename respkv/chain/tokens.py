@@ -25,7 +25,8 @@ def check_tokens(tokens: bytes) -> None:
     """Raise ValueError unless these are token ids, int32 little-endian, none of them negative."""
     if len(tokens) % TOKEN_BYTES:
         raise ValueError(
-            f"token ids have {TOKEN_BYTES} bytes each; {len(tokens)} bytes are no multiple of that"
+            f"token ids are int32, little-endian, {TOKEN_BYTES} bytes each; {len(tokens)} bytes are no "
+            "multiple of that"
         )
     if not tokens[3::4].isascii():  # the byte with the sign of each
         position = next(at for at, high in enumerate(tokens[3::4]) if high > 127)

@@ -6,7 +6,7 @@ that is typed by ParamSpec, so names, arguments and results are written once and
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, get_args
 
@@ -220,9 +220,7 @@ def unpin(key: Key) -> Command[bool]:
 
 def put_options(args: list[Arg], options: PutOptions) -> None:
     """Append the options of KV.PUT and KV.COMMIT."""
-    unknown = set(options) - set(PutOptions.__annotations__)
-    if unknown:
-        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    check_options(options, PutOptions.__optional_keys__)
     option(args, "PARENT", options.get("parent"))
     option(args, "TOKENS", options.get("tokens"))
     option(args, "PX", options.get("px_ms"))
@@ -257,6 +255,14 @@ def _counted(keys: Iterable[Key]) -> list[Arg]:
     if not listed:
         raise ValueError("at least one key is needed")
     return [len(listed), *listed]
+
+
+def check_options(options: Mapping[str, object], accepted: frozenset[str]) -> None:
+    """Raise TypeError for options that are none: a misspelled pin must not be taken for a pin."""
+    if unknown := options.keys() - accepted:
+        raise TypeError(
+            f"no such option: {', '.join(sorted(unknown))}; accepted are {', '.join(sorted(accepted))}"
+        )
 
 
 def option(args: list[Arg], word: str, value: Arg | None) -> None:

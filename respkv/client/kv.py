@@ -91,7 +91,8 @@ class Pages:
             self._check_list(self._listed)
         else:
             wanted = (self._rows // shape.planes, shape.planes, num_tokens - first, num_heads)
-            self._plane = self._planes(kv, (*wanted, shape.dim))
+            latents = (self._rows, num_tokens - first)
+            self._plane = self._planes(kv, (*(latents if shape.planes == 1 else wanted), shape.dim))
 
     def count_before(self, token: int) -> int:
         """Return how many pages of kv end before a token."""
@@ -122,8 +123,9 @@ class Pages:
         return Gathered([plane[begin:end] for plane in self._plane])
 
     def _planes(self, kv: Any, wanted: tuple[int, ...]) -> list[memoryview]:
-        shape = tuple(getattr(kv, "shape", ()))
-        if len(shape) > 1 and shape not in (wanted, wanted[1:] if wanted[0] == 1 else wanted):
+        shape: tuple[int, ...] = tuple(getattr(kv, "shape", ()))
+        # Axes of length 1 may be there or not: the bytes lie the same.
+        if len(shape) > 1 and [n for n in shape if n != 1] != [n for n in wanted if n != 1]:
             raise ValueError(f"kv has shape {shape}; tokens {self.first} on take {wanted}")
         view = bytes_of(kv)
         plane_bytes = (self.num_tokens - self.first) * self._row_bytes

@@ -2,7 +2,15 @@
 
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
-from respkv.client.commands import Command, Key, list_of, option, text_of, unexpected
+from respkv.client.commands import (
+    Command,
+    Key,
+    check_options,
+    list_of,
+    option,
+    text_of,
+    unexpected,
+)
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg
 from respkv.client.schemas import map_of
@@ -92,6 +100,7 @@ def demote_session(namespace: Key, session: Key) -> Command[Answer]:
 def retain(key: Key, **options: Unpack[RetainOptions]) -> Command[dict[str, Answer] | None]:
     """Change how a page is kept. Returns what became of each wish; None when it is not there."""
     args: list[Arg] = ["KV.RETAIN", key]
+    check_options(options, RetainOptions.__optional_keys__)
     names = _retain_words(args, options)
 
     def read(reply: Reply) -> dict[str, Answer] | None:
@@ -109,7 +118,7 @@ def retain_prompt(
     Returns: how many tokens are stored, and what became of each wish.
     """
     args: list[Arg] = ["KV.SEQ.RETAIN", namespace, token_bytes(tokens)]
-    chain_words(args, options)  # SESSION is one of them
+    chain_words(args, options, RetainPromptOptions.__optional_keys__)  # SESSION is one of them
     names = ["session"] if options.get("session") is not None else []
     names += _retain_words(args, options, has_session=bool(names))
 

@@ -46,7 +46,7 @@ def schema_set(
     namespace: Key,
     *,
     layers: int,
-    heads: int,
+    heads: int | None = None,
     dim: int,
     tokens: int,
     dtype: str,
@@ -66,7 +66,7 @@ def schema_set(
 ) -> Command[None]:
     """Declare the pages of a namespace, ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
 
-    mla:        they are of latents, ``[layers, tokens, dim]``; heads is 1 then.
+    mla:        they are of latents, ``[layers, tokens, dim]``, and there are no heads to name.
     groups:     by name, the other layers of a hybrid model.
     algorithm, seed: how the ids of its pages are made, see respkv.chain; blake3 if None.
                 ``sha256_cbor`` with the seed of vLLM's workers makes those that vLLM makes.
@@ -81,8 +81,11 @@ def schema_set(
     Raises ServerError KVSCHEMA when it was declared with another geometry, fingerprint,
     algorithm or seed.
     """
+    if heads is None and not mla:
+        raise TypeError("heads is missing; only latents, mla=True, have none to name")
     args: list[Arg] = ["KV.SCHEMA", "SET", namespace, *(["MLA"] if mla else [])]
-    args += ["LAYERS", layers, "HEADS", heads]
+    args += ["LAYERS", layers]
+    option(args, "HEADS", heads)
     args += ["DIM", dim, "TOKENS", tokens, "DTYPE", dtype]
     for name, group in (groups or {}).items():
         args += ["GROUP", name, *group.words()]

@@ -8,7 +8,7 @@ where they lie; and to send long prompts in several commands, one behind the oth
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
-from respkv.client.commands import Command, Key, list_of, option, unexpected
+from respkv.client.commands import Command, Key, check_options, list_of, option, unexpected
 from respkv.client.core import Core
 from respkv.client.effects import Operation
 from respkv.client.kv import Pages, Range, Shape, bytes_of, shape_of
@@ -99,8 +99,13 @@ def token_bytes(tokens: Tokens) -> bytes:
     return pack_tokens(list(tokens))
 
 
-def chain_words(args: list[Arg], options: ChainOptions) -> None:
-    """Append the words of a chain."""
+def chain_words(
+    args: list[Arg],
+    options: ChainOptions,
+    accepted: frozenset[str] = ChainOptions.__optional_keys__,
+) -> None:
+    """Append the words of a chain. Raises TypeError for an option that is not among the accepted."""
+    check_options(options, accepted)
     option(args, "SALT", options.get("salt"))
     option(args, "TENANT", options.get("tenant"))
     option(args, "LORA", options.get("lora"))
@@ -112,7 +117,7 @@ def chain_words(args: list[Arg], options: ChainOptions) -> None:
 
 def keep_words(args: list[Arg], options: KeepOptions) -> None:
     """Append the words of a chain and those that say how its pages are kept."""
-    chain_words(args, options)
+    chain_words(args, options, KeepOptions.__optional_keys__)
     option(args, "PX", options.get("px_ms"))
     option(args, "PRIORITY", options.get("priority"))
     option(args, "PIN", options.get("pin_ms"))
@@ -163,9 +168,9 @@ def put(
     """Store the KV of a prompt; pages that are there are not sent.
 
     tokens:  of the whole prompt, as for ``match``.
-    kv:      ``[layers, 2, n, heads, dim]`` of tokens[first:], contiguous: an array, a CPU tensor or
-             a buffer. Or a list with a buffer for each page. It must not change until the call
-             has returned. None: only logits or hidden are stored.
+    kv:      ``[layers, 2, n, heads, dim]`` of tokens[first:], of latents ``[layers, n, dim]``: a
+             contiguous array, CPU tensor or buffer. Or a list with a buffer for each page. It must
+             not change until the call has returned. None: only logits or hidden are stored.
     first:   the token that kv begins with, a multiple of the tokens of a page; those before it
              must be stored.
     match:   what ``match`` said of this prompt, if that was asked before.
@@ -307,7 +312,7 @@ def _first_to_send(match: SequenceMatch, pages: Pages, group: Key | None) -> int
 
 def _match_again(namespace: Key, data: bytes, options: KeepOptions) -> Command[SequenceMatch]:
     args: list[Arg] = ["KV.SEQ.MATCH", namespace, data]
-    chain_words(args, options)
+    chain_words(args, options, KeepOptions.__optional_keys__)
     return Command(args, _match)
 
 

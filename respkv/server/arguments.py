@@ -23,7 +23,7 @@ def integer(arg: bytes, message: str = NOT_AN_INTEGER) -> int:
 
 def count(arg: bytes, what: str, least: int = 0) -> int:
     """Read an integer that must be at least ``least``. Raises CommandError naming it."""
-    number = integer(arg)
+    number = integer(arg, f"{what} {shown(arg)}: {NOT_AN_INTEGER}")
     if number < least:
         raise CommandError(f"{what} must be at least {least}, not {number}")
     return number

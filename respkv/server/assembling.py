@@ -7,21 +7,26 @@ still waits: what came whole is not thrown away.
 
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 
 from respkv.engine.assembly import Assembly
+from respkv.engine.entry import Entry
 from respkv.engine.landing import Landing
 from respkv.engine.sequences import Piece
-from respkv.errors import OutOfMemory, SequenceGap
-from respkv.server.arguments import value_of
+from respkv.errors import OutOfMemory, SchemaMismatch, SequenceGap
+from respkv.server.arguments import shown, value_of
+from respkv.server.keeping import pinned_until
 from respkv.server.puts import (
     SequencePut,
     Target,
+    check_number,
     check_payloads,
     kept_until,
+    pin_end,
     store_part,
     targets_of,
 )
@@ -40,8 +45,10 @@ def put_rectangles(session: "Session", put: SequencePut, rectangle: Rectangle) -
 
     Returns: what does it; the payloads are held until then.
     """
+    check_number(put)
     targets = targets_of(put, _plan(session, put), session) if put.payloads else []
     check_payloads(session, put, targets)
+    pin_end(session, put, targets)  # not when all but the last of them have come
     for payload in (*put.payloads, *put.parts.values()):
         value_of(payload)  # raises why there was no room for it
     slots: list[Slot] = []
@@ -63,19 +70,14 @@ def _held(session: "Session", payload: Any, slots: list[Slot]) -> memoryview:
 
 def _plan(session: "Session", put: SequencePut) -> Sequence[Piece]:
     """Return the pages of a put, those before which are there or are being put together."""
-    server, until = session.server, kept_until(session)
-    try:
-        return server.sequences.plan(put.prompt, put.first, until=until)
-    except SequenceGap:
-        pieces = server.sequences.plan(put.prompt, 0, until=until)
-        index = put.first // put.prompt.page_tokens
-        if all(_is_coming(session, piece) for piece in pieces[:index]):
-            return pieces[index:]
-        raise
+    server, cache = session.server, session.cache
 
+    def is_coming(key: bytes) -> bool:
+        return server.assemblies.find(key) is not None or cache.has_page(key, nbytes) is not None
 
-def _is_coming(session: "Session", piece: Piece) -> bool:
-    return piece.is_there or session.server.assemblies.find(piece.key) is not None
+    nbytes = put.schema.geometry.page_bytes
+    until = kept_until(session)
+    return server.sequences.plan(put.prompt, put.first, until=until, is_coming=is_coming)
 
 
 async def _assemble(
@@ -88,18 +90,21 @@ async def _assemble(
 ) -> None:
     """Copy rectangles into their pages, publish what is whole, and answer.
 
-    Raises OutOfMemory when a page finds no room for long; the rectangles before it are kept.
+    Raises OutOfMemory when a page finds no room for long; the rectangles before it are kept. Raises
+    QuotaExceeded or PinRefused when that became of one of its pages; the others are stored.
     """
-    server, there = session.server, 0
+    server, there, begun = session.server, 0, list[Assembly]()
     try:
         for target, payload in copies:
             if _is_there(session, target):
                 there += 1
                 continue
-            if put.group.name and not _is_coming(session, target.piece):
-                raise SequenceGap(f"put the page from token {target.piece.first_token} on first")
+            piece = target.piece
+            if put.group.name and not (piece.is_there or server.assemblies.find(piece.key)):
+                raise SequenceGap(f"put the page from token {piece.first_token} on first")
             assembly = await _begin(session, put, target)
-            assembly.pin_s = max(assembly.pin_s, put.pin_s)
+            assembly.pin_ms = max(assembly.pin_ms, put.pin_ms)
+            begun.append(assembly)
             if target is copies[-1][0] and not put.group.name:
                 _add_parts(session, put, assembly, parts)
             await _copy(session, assembly, rectangle, payload)
@@ -110,7 +115,10 @@ async def _assemble(
     keys = {target.key for target, _ in copies}
     with session.promising():
         try:
-            published = server.assemblies.publish()
+            published = server.assemblies.publish(partial(_pin, session))
+            for assembly in begun:
+                if assembly.failure is not None:
+                    raise assembly.failure
             if parts and (not copies or _is_there(session, copies[-1][0])):
                 _put_parts(session, put, parts)
         finally:
@@ -123,11 +131,16 @@ async def _begin(session: "Session", put: SequencePut, target: Target) -> Assemb
     """Return the page that a rectangle is for, once there is room for it.
 
     A worker that is ahead of the others waits here until they have completed some pages, and is not
-    read from meanwhile. Raises OutOfMemory after ``reserve-timeout``.
+    read from meanwhile. Raises OutOfMemory after ``reserve-timeout``, and SchemaMismatch when the
+    schema went meanwhile.
     """
     server = session.server
     give_up = anyio.current_time() + server.config.reserve_timeout / 1000
     while True:
+        schema = session.cache.namespaces.find(put.schema.namespace)
+        if schema is None or schema.identity != put.schema.identity:
+            name = shown(put.schema.namespace)
+            raise SchemaMismatch(f"the schema of namespace {name!r} was deleted meanwhile")
         try:
             return server.assemblies.begin(
                 target.key, target.parent_key, target.shape, target.how, put.schema.identity
@@ -147,7 +160,13 @@ def _most(server: "Server") -> int:
 def _is_there(session: "Session", target: Target) -> bool:
     if target.there is not None and target.there.position >= 0:
         return True
-    return session.cache.find(target.key) is not None
+    # Under a former schema, or as a string, the key says nothing about the page.
+    return session.cache.has_page(target.key, target.shape.page_bytes) is not None
+
+
+def _pin(session: "Session", entry: Entry, ms: int) -> None:
+    """Pin a page that is whole now. Raises PinRefused: others have pinned too much since it began."""
+    session.cache.pin(entry, pinned_until(session, ms, entry.nbytes, entry))
 
 
 def _add_parts(

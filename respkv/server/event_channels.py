@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PREFIX = b"kv:events:"
 EVENTS_PER_STEP = 250  # about a millisecond
+PATTERNS_FREE = 64  # with more, each of which is held against each message, steps are shorter
 
 
 class EventChannels:
@@ -53,10 +54,11 @@ class EventChannels:
 
     async def _send_all(self) -> None:
         """Send what waits, until nothing does."""
-        publish = self._server.pubsub.publish
+        pubsub = self._server.pubsub
         while self.listener.queue:
-            for event in self.listener.take(EVENTS_PER_STEP):
-                publish(PREFIX + event.namespace, message_of(event))
+            count = EVENTS_PER_STEP // (1 + pubsub.num_patterns // PATTERNS_FREE)
+            for event in self.listener.take(max(1, count)):
+                pubsub.publish(PREFIX + event.namespace, message_of(event))
             await anyio.lowlevel.checkpoint()
         self._is_sending = False
 

@@ -41,13 +41,14 @@ def info_text(server: "Server", wanted: list[str]) -> str:
 def used_memory(server: "Server") -> int:
     """Bytes in use: slots, values on the heap, index entries, and what the process began with.
 
-    Of values in files, the entries and what is known of their copies.
+    Of values in files, the entries and what is known of their copies. Of pages that came as tokens,
+    wherever they are, the tokens too.
     """
     cache = server.cache
     in_slots = sum(each.slots_used for each in cache.slabs.classes())
     copies = cache.copies.cold_bytes + cache.copies.num_records * RECORD_BYTES
     values = cache.slabs.used_bytes + cache.room.small_bytes + in_slots * ENTRY_BYTES
-    return server.base_bytes + values + copies
+    return server.base_bytes + values + copies + server.sequences.branches.nbytes
 
 
 def resident_bytes() -> int:

@@ -7,6 +7,7 @@ pins relies on it.
 
 from typing import TYPE_CHECKING
 
+from respkv.engine.entry import Entry
 from respkv.engine.sessions import Answer
 from respkv.errors import PinRefused
 
@@ -47,17 +48,16 @@ def expires_ms(session: "Session", ttl_ms: int) -> int:
     return session.server.clock.wall_ms + ms if ms else 0
 
 
-def pinned_until(session: "Session", ms: int, nbytes: int, key: bytes = b"") -> float:
+def pinned_until(session: "Session", ms: int, nbytes: int, *there: Entry | None) -> float:
     """Return when a pin ends, on the monotonic clock, as it is allowed; 0.0 when ``ms`` is 0.
 
-    nbytes: of all pages that it is for. key: of one that is there, whose pin it replaces.
+    nbytes: of all pages that it is for. there: those of them that are there, whose pins it replaces.
     Raises PinRefused when too much is pinned already.
     """
     if not ms:
         return 0.0
     cache = session.cache
-    there = cache.find(key) if key else None
-    answer = allowed_pin(session, ms, nbytes, cache.pins.nbytes_but(there))
+    answer = allowed_pin(session, ms, nbytes, cache.pins.nbytes_but(*there))
     if answer.status == "rejected":
         raise PinRefused(answer.reason)
     return cache.clock.now + answer.value / 1000

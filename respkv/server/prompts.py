@@ -39,7 +39,10 @@ class ChainWords:
             self.tenant = self._named.get("tenant", b"")
         elif word == b"MM":
             first, count = words.count("MM first"), words.count("MM count", 1)
-            self._media.append(Media(first, count, words.take()))
+            try:
+                self._media.append(Media(first, count, words.take()))
+            except ValueError as error:
+                raise CommandError(str(error)) from None
         elif word == b"SESSION" and not self.session:
             self.session = words.take()
             if not 1 <= len(self.session) <= SESSION_BYTES_MAX:

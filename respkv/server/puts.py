@@ -41,6 +41,7 @@ class SequencePut:
 
     payloads: bytes, full landings, or what stands for those that found no room.
     group:    of layers, whose pages they are; its name is empty for the namespace's own.
+    pin_ms:   for how long its pages are to be pinned, as it was asked for.
     parts:    what belongs to the prompt's end: logits, hidden state, the state of a group.
     """
 
@@ -51,7 +52,7 @@ class SequencePut:
     first: int
     rectangle: Rectangle | None
     how: Put
-    pin_s: float
+    pin_ms: int
     parts: dict[bytes, Any] = field(default_factory=dict)
 
 
@@ -115,10 +116,8 @@ def read_put(session: "Session", args: Args) -> SequencePut:
     payloads = args[FIRST_PAYLOAD : FIRST_PAYLOAD + number]
     group = schema.group(portion.group)
     rectangle = portion.rectangle(schema)
-    nbytes = sum(map(size_of, (*payloads, *parts.values())))
-    pin_ends = pinned_until(session, values.get(b"PIN", 0), nbytes)
-    first, pin_s = values.get(b"FROM", 0), max(0.0, pin_ends - session.cache.clock.now)
-    put = SequencePut(prompt, schema, group, payloads, first, rectangle, how, pin_s, parts)
+    first, pin_ms = values.get(b"FROM", 0), values.get(b"PIN", 0)
+    put = SequencePut(prompt, schema, group, payloads, first, rectangle, how, pin_ms, parts)
     _check_put(put)
     return put
 
@@ -171,13 +170,20 @@ def _target(put: SequencePut, piece: Piece, session: "Session") -> Target:
     return Target(key, piece.key, shape, how, there, piece)
 
 
-def check_payloads(session: "Session", put: SequencePut, targets: Sequence[Target]) -> None:
-    """Raise unless there is a payload of the right size for each page, and no part is empty."""
-    if len(put.payloads) != len(targets):
+def check_number(put: SequencePut) -> None:
+    """Raise CommandError unless there is a payload for each page: before all of them are hashed."""
+    number = -(-(put.prompt.num_tokens - put.first) // put.prompt.page_tokens)
+    if put.payloads and len(put.payloads) != number > 0:
         raise CommandError(
-            f"tokens {put.first} to {put.prompt.num_tokens - 1} are {len(targets)} pages of"
+            f"tokens {put.first} to {put.prompt.num_tokens - 1} are {number} pages of"
             f" {put.prompt.page_tokens} tokens, and {len(put.payloads)} payloads came"
         )
+
+
+def check_payloads(session: "Session", put: SequencePut, targets: Sequence[Target]) -> None:
+    """Raise unless each payload is of the right size for its page, and no part is empty."""
+    if put.payloads and not targets:
+        raise CommandError(f"no tokens are left from {put.first} on, and payloads came")
     for target, payload in zip(targets, put.payloads, strict=True):
         shape = target.shape if put.rectangle is None else put.rectangle.shape(target.shape)
         if size_of(payload) != shape.page_bytes:
@@ -191,6 +197,20 @@ def check_payloads(session: "Session", put: SequencePut, targets: Sequence[Targe
     for what, payload in put.parts.items():
         if not size_of(payload):
             raise CommandError(f"{shown(what).upper()} has at least 1 byte")
+
+
+def pin_end(session: "Session", put: SequencePut, targets: Sequence[Target]) -> float:
+    """Return until when the pages of a put are to be pinned; 0.0: they are not.
+
+    Raises PinRefused when more would be pinned than may be; what is pinned already counts once.
+    """
+    sizes = [
+        target.shape.page_bytes if target.there is None else target.there.nbytes
+        for target in targets
+    ]
+    # Pages of another schema under their keys are replaced.
+    there = (target.there or session.cache.find(target.key) for target in targets)
+    return pinned_until(session, put.pin_ms, sum(sizes), *there)
 
 
 def size_of(payload: Any) -> int:
@@ -214,6 +234,7 @@ def put_pages(session: "Session", put: SequencePut) -> None:
     """
     cache, sequences = session.cache, session.server.sequences
     targets: list[Target] = []
+    check_number(put)
     if put.payloads:
         pieces = sequences.plan(put.prompt, put.first, until=kept_until(session))
         targets = targets_of(put, pieces, session)
@@ -222,13 +243,15 @@ def put_pages(session: "Session", put: SequencePut) -> None:
     check_payloads(session, put, targets)
     for target in targets if put.group.name else ():
         _check_page(target)
-    _make_room(session, put, targets)
+    pinned = pin_end(session, put, targets)
+    theres = [*(target.there for target in targets), *_parts_there(session, put)]
+    _make_room(session, put, targets, theres)
     made: list[Landing] = []
     stored = 0
     try:
-        values, failure = _find_room(session, put, targets, made)
+        values, failure = _find_room(session, put, theres, made)
         for target, value in zip(targets, values, strict=False):
-            stored += _store(session, put, target, value)
+            stored += _store(session, put, target, value, pinned)
         if failure is None:
             for what, value in zip(put.parts, values[len(targets) :], strict=True):
                 store_part(session, put, what, value)
@@ -250,12 +273,30 @@ def _check_page(target: Target) -> None:
         )
 
 
-def _make_room(session: "Session", put: SequencePut, targets: Sequence[Target]) -> None:
-    """Evict for what is new so that its owner may keep all of it. Raises QuotaExceeded."""
-    pairs = zip(targets, put.payloads, strict=True)
-    new = [size_of(payload) for target, payload in pairs if target.there is None]
-    nbytes = sum(new) + sum(map(size_of, put.parts.values()))
-    keep = {target.there for target in targets if target.there is not None}
+def _parts_there(session: "Session", put: SequencePut) -> list[Entry | None]:
+    """Return which of the parts of a put are there, and keep them while there is room made for it."""
+    cache, theres = session.cache, list[Entry | None]()
+    for what, payload in put.parts.items():
+        key = session.server.sequences.part_key(put.prompt, what)
+        theres.append(there := cache.has_page(key, size_of(payload)))
+        if there is not None:
+            cache.promise(there, kept_until(session))
+    return theres
+
+
+def _make_room(
+    session: "Session",
+    put: SequencePut,
+    targets: Sequence[Target],
+    theres: Sequence[Entry | None],
+) -> None:
+    """Evict for what is new so that its owner may keep all of it. Raises QuotaExceeded.
+
+    theres: what is there already of the pages, and then of the parts.
+    """
+    pairs = zip([*put.payloads, *put.parts.values()], theres, strict=True)
+    nbytes = sum(size_of(payload) for payload, there in pairs if there is None)
+    keep = {there for there in theres if there is not None}
     cache = session.cache
     before = cache.find(targets[0].how.parent or b"") if targets else None
     for entry in (before, session.server.sequences.holder(put.prompt)):
@@ -265,14 +306,14 @@ def _make_room(session: "Session", put: SequencePut, targets: Sequence[Target]) 
 
 
 def _find_room(
-    session: "Session", put: SequencePut, targets: Sequence[Target], made: list[Landing]
+    session: "Session", put: SequencePut, theres: Sequence[Entry | None], made: list[Landing]
 ) -> tuple[list[Any], CacheError | None]:
-    """Return a landing for each page that is not there, as far as there is room, and why not.
+    """Return a landing for all that is not there, as far as there is room, and why not.
 
-    Afterwards nothing is evicted any more. made: what was reserved here is added to it.
+    Afterwards nothing is evicted any more. theres: what is there already of the pages, and then of
+    the parts. made: what was reserved here is added to it.
     """
     values: list[Any] = []
-    theres = [target.there for target in targets] + [None] * len(put.parts)
     for payload, there in zip([*put.payloads, *put.parts.values()], theres, strict=True):
         if there is not None or isinstance(payload, Landing):
             values.append(payload)
@@ -287,8 +328,8 @@ def _find_room(
     return values, None
 
 
-def _store(session: "Session", put: SequencePut, target: Target, value: Any) -> bool:
-    """Store a page; return whether it is new."""
+def _store(session: "Session", put: SequencePut, target: Target, value: Any, pinned: float) -> bool:
+    """Store a page, pinned until then if that is not 0.0; return whether it is new."""
     cache, there = session.cache, target.there
     if there is None:
         entry = cache.commit(target.key, value, target.how)
@@ -300,20 +341,25 @@ def _store(session: "Session", put: SequencePut, target: Target, value: Any) -> 
         cache.stats.pages_skipped += 1
         if not put.group.name:
             session.server.sequences.describe(target.piece, put.how)
-    if put.pin_s:
-        cache.pin(entry, cache.clock.now + put.pin_s)
+    if pinned:
+        cache.pin(entry, pinned)
     return there is None
 
 
-def store_part(session: "Session", put: SequencePut, what: bytes, value: Landing) -> None:
-    """Store logits, a hidden state or the state of a group. Raises SequenceGap: its page is absent."""
+def store_part(session: "Session", put: SequencePut, what: bytes, value: Any) -> None:
+    """Store logits, a hidden state or the state of a group. Raises SequenceGap: its page is absent.
+
+    value: a full landing; of what is there already, anything of its size.
+    """
     cache, sequences = session.cache, session.server.sequences
     key = sequences.part_key(put.prompt, what)
     how = sequences.part_options(put.prompt, put.how)
     if what.startswith(STATE):
         how = state_options(put.prompt, how)
-    there = cache.has_page(key, value.nbytes)
+    there = cache.has_page(key, size_of(value))
     if there is not None:
         cache.describe(there, how)
-    else:
+    elif isinstance(value, Landing):
         cache.commit(key, value, how)
+    else:
+        raise CommandError("a part left while its copy arrived; put it again", "BUSY")

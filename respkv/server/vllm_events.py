@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from respkv.chain.tokens import MARKER
 from respkv.engine.events import MEMORY_TIER, Event, page_id_of
 
 CPU, STORAGE = "CPU", "STORAGE"
@@ -105,7 +106,8 @@ class Translator:
         parent_id = page_id_of(event.parent) if event.parent else None
         parent = None if parent_id is None else self._hash_of(parent_id)
         tokens: list[int] = []
-        if self._has_tokens and event.token_ids:
+        # Where media stand among them, an indexer that hashes them would take one image for another.
+        if self._has_tokens and event.token_ids and MARKER not in event.token_ids:
             tokens = memoryview(event.token_ids).cast("i").tolist()
         size = event.page_tokens or event.tokens
         last = told[-1] if told else None

@@ -74,7 +74,8 @@ def mooncake(name: str, lines: Iterable[str]) -> Iterator[Request]:
                 int(record.get("output_length", 0)),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{name}:{number} is no request of a trace: {error!r}") from error
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ConfigError(f"{name}:{number} is no request of a trace: {what}") from error
         yield request
 
 

@@ -47,11 +47,16 @@ class Skipped:
 
 @dataclass(slots=True)
 class Noted:
-    """A command that waits for its reply. fields: of its line, without time and reply."""
+    """A command that waits for its reply.
+
+    fields: of its line, without time and reply.
+    schema: the namespace and the tokens of a page that a KV.SCHEMA SET asks for.
+    """
 
     command: Command | None
     fields: dict[str, Any] = field(default_factory=dict)
     ends_order: bool = False
+    schema: tuple[bytes, int] | None = None
 
 
 def is_tokens(head: Sequence[Any], nbytes: int) -> bool:
@@ -67,7 +72,8 @@ def is_tokens(head: Sequence[Any], nbytes: int) -> bool:
 class Notes:
     """Writes commands down. page_tokens: of namespaces whose schema nobody has told us.
 
-    Learns the tokens of a page from KV.SCHEMA SET as it goes by, and from ``learn``.
+    Learns the tokens of a page from KV.SCHEMA SET as it goes by, and from ``learn``. What is not known
+    yet is believed at once, since sequences may come before the reply.
     """
 
     def __init__(self, page_tokens: int = 0) -> None:
@@ -78,6 +84,11 @@ class Notes:
     def learn(self, namespace: bytes, page_tokens: int) -> None:
         """Remember how many tokens a page of a namespace has."""
         self._schemas[namespace] = page_tokens
+
+    def answered(self, noted: Noted, *, is_error: bool) -> None:
+        """Learn from how the server answered a command."""
+        if noted.schema is not None and not is_error:
+            self.learn(*noted.schema)
 
     def command(self, args: Sequence[Any]) -> Noted:
         """Return what is written of a command. args: bytes, or ``Skipped``."""
@@ -92,7 +103,7 @@ class Notes:
         if command.name == "client|reply":
             noted.ends_order = True
         if command.name == "kv.schema|set":
-            self._learn_schema(args)
+            self._note_schema(noted, args)
         payloads = [args[place] for place in range(1, len(args)) if command.is_payload(place)]
         if command.name == "kv.hint":
             self._note_hint(noted.fields, args)
@@ -165,10 +176,11 @@ class Notes:
             ids.append(parent.hex())
         return ids
 
-    def _learn_schema(self, args: Sequence[Any]) -> None:
+    def _note_schema(self, noted: Noted, args: Sequence[Any]) -> None:
         words = [arg if isinstance(arg, bytes) else b"" for arg in args]
         if len(words) > 2 and (tokens := _option(words, b"TOKENS", 3)):
-            self._schemas[words[2]] = tokens
+            noted.schema = words[2], tokens
+            self._schemas.setdefault(*noted.schema)
 
     def _tokens_of(self, namespace: bytes) -> int:
         return self._schemas.get(namespace, self._page_tokens)

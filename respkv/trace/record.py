@@ -132,6 +132,7 @@ class Ear:
                 self._lose()  # nobody asked for it
                 return
             waiting = self._waiting.popleft()
+            self._notes.answered(waiting.noted, is_error=answer.kind in "-!")
             reply = describe(waiting.noted.command, answer)
             self._recording.write(self._number, waiting.noted, waiting.began, reply)
 

@@ -12,6 +12,7 @@ from respkv.trace.simulate import BELADY, Outcome
 
 PERCENTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 _FLOOR = "lru"
+_LABEL_WIDTH = 28
 
 
 def simulate_table(trace: Trace, outcomes: Sequence[Outcome], block_bytes: int | None) -> str:
@@ -19,28 +20,29 @@ def simulate_table(trace: Trace, outcomes: Sequence[Outcome], block_bytes: int |
     capacities = sorted({outcome.cell.blocks_max for outcome in outcomes})
     labels = list(dict.fromkeys(outcome.cell.label for outcome in outcomes))
     rates = {(each.cell.label, each.cell.blocks_max): each for each in outcomes}
+    width = max(_LABEL_WIDTH, *(len(label) + 1 for label in labels))
     lines = [
         f"{trace.name}: {len(trace.requests)} requests, {trace.num_tokens} tokens, "
         f"blocks of {trace.block_tokens}{_left_out(trace)}",
         "",
-        f"{'token hit rate':28}" + "".join(f"{capacity:>9}" for capacity in capacities),
+        f"{'token hit rate':{width}}" + "".join(f"{capacity:>9}" for capacity in capacities),
     ]
     if block_bytes is not None:
         sizes = (_size(capacity * block_bytes) for capacity in capacities)
-        lines.append(f"{'':28}" + "".join(f"{size:>9}" for size in sizes))
+        lines.append(f"{'':{width}}" + "".join(f"{size:>9}" for size in sizes))
     for label in labels:
         row = (rates.get((label, capacity)) for capacity in capacities)
         cells = ("" if each is None else f"{each.hit_rate:.4f}" for each in row)
-        lines.append(f"{label:28}" + "".join(f"{cell:>9}" for cell in cells))
+        lines.append(f"{label:{width}}" + "".join(f"{cell:>9}" for cell in cells))
     lines += [
         "",
-        f"{'':28}{'blocks':>9}{'of the gap':>12}{'flops saved':>13}{'written/hit':>13}"
+        f"{'':{width}}{'blocks':>9}{'of the gap':>12}{'flops saved':>13}{'written/hit':>13}"
         f"{'us each':>9}{'ghost B':>9}" + (f"{'written':>10}" if block_bytes else ""),
     ]
     for each in outcomes:
         share = gap_closed(each, outcomes)
         lines.append(
-            f"{each.cell.label:28}{each.cell.blocks_max:>9}"
+            f"{each.cell.label:{width}}{each.cell.blocks_max:>9}"
             f"{'' if share is None else f'{share:.1%}':>12}{each.flops_saved:>13.4f}"
             f"{each.written_per_hit:>13.2f}{each.decision_us:>9.2f}{each.ghost_bytes:>9.1f}"
             + (f"{_size(each.num_written * block_bytes):>10}" if block_bytes else "")
@@ -163,7 +165,9 @@ def _trace(trace: Trace) -> dict[str, Any]:
 
 
 def _left_out(trace: Trace) -> str:
-    return f" ({trace.num_left_out} of other pages left out)" if trace.num_left_out else ""
+    if not trace.num_left_out:
+        return ""
+    return f" ({trace.num_left_out} requests with pages of another size are left out)"
 
 
 def _size(nbytes: float) -> str:

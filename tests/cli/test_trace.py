@@ -70,6 +70,7 @@ def test_without_matplotlib_all_but_the_plot_works(
         (("--capacity", "0"), 2, "holds nothing"),
         (("--capacity", "many"), 2, "accepted are numbers"),
         (("--bytes-per-block", "x"), 2, "accepted are sizes"),
+        (("--admission", "second"), 2, "say --files, too"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -86,6 +87,10 @@ def test_a_file_that_is_no_trace_or_has_no_chains_is_refused(cli: Cli, tmp_path:
     done = cli("trace", "simulate", str(path))
     assert done.returncode == 2
     assert "t:1 is no request of a trace" in done.stderr
+    path.write_text("{}\n")
+    assert (
+        "request of a trace: 'timestamp' is missing" in cli("trace", "simulate", str(path)).stderr
+    )
     path.write_text('{"format":"respkv-trace","version":1}\n')
     done = cli("trace", "simulate", str(path))
     assert done.returncode == 1

@@ -87,6 +87,8 @@ def test_groups_of_a_schema_are_said_behind_its_own_shape() -> None:
         "mla": schemas.LayerGroup("mla", layers=3, dim=4, dtype="uint8"),
     }
     args = schemas.schema_set("ns", **shape, mla=True, groups=groups, ttl_ms=5).args
+    with pytest.raises(TypeError, match="heads is missing"):
+        schemas.schema_set("ns", layers=2, dim=8, tokens=4, dtype="int8")
     front = "KV.SCHEMA SET ns MLA LAYERS 2 HEADS 1 DIM 8 TOKENS 4 DTYPE int8"
     behind = (
         "GROUP local SLIDING 12 LAYERS 3 HEADS 1 DIM 4 GROUP mamba STATE BYTES 77 "

@@ -195,6 +195,23 @@ def test_a_namespace_that_was_declared_anew_is_asked_again(client: Any, namespac
     assert client.seq.put(namespace, [2], bytes(4096)).stored == 1
 
 
+def test_an_option_that_is_none_is_refused_by_name(client: Any, namespace: str) -> None:
+    declare(client, namespace)
+    kv = numpy.zeros((LAYERS, 2, 3, HEADS, DIM), "uint16")
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: client.seq.match(namespace, [1, 2, 3], pin_ms=1),
+        lambda: client.seq.put(namespace, [1, 2, 3], kv, pin_ms=1, ttl_ms=1),
+        lambda: client.seq.get(namespace, [1, 2, 3], salts="s"),
+        lambda: client.seq.explain(namespace, [1, 2, 3], priority=1),
+        lambda: client.seq.retain(namespace, [1, 2, 3], pin_ms=1, ttl_ms=1),
+        lambda: client.retain(f"{namespace}:a", salt="s", pin_ms=1),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"no such option: \w+; accepted are .*session"):
+            call()
+    assert client.seq.match(namespace, [1, 2, 3]).tokens == 0
+
+
 def test_a_put_into_no_schema_says_so(client: Any, namespace: str) -> None:
     with pytest.raises(ConfigError, match="has no schema"):
         client.seq.put(namespace, [1], bytes(10))

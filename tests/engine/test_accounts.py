@@ -19,7 +19,7 @@ from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.history import Reason
 from respkv.engine.mover import Mover
-from respkv.engine.spaces import Limits
+from respkv.engine.spaces import OTHERS_MAX, Limits
 from respkv.engine.watch import Watcher
 from respkv.errors import OutOfMemory, QuotaExceeded
 from respkv.page import namespace_of
@@ -262,6 +262,30 @@ def test_a_string_in_place_of_a_part_stands_alone() -> None:
     cache.put(key + b".logits", b"a string now")
     cache.delete(cache.entries[key])
     assert keys_of(cache) == {key + b".logits"}
+    cache.check()
+
+
+def test_where_tenants_are_many_some_are_looked_at_and_all_if_need_be() -> None:
+    cache, clock = make_cache()
+    number = 4 * OTHERS_MAX
+    limit(cache, 100 * number)
+    for each in range(number):
+        cache.put(b"ns:%d" % each, b"x" * 100, page(b"t%d" % each))
+        clock.advance(1)
+    looks: set[Entry] = set()
+
+    def note(entry: Entry) -> bool:
+        looks.add(entry)
+        return False
+
+    cache.accounts.is_held = note
+    cache.put(b"ns:a", b"x" * 100, page(b"new"))
+    assert b"ns:0" not in cache.entries, "the coldest of those who are looked at goes"
+    assert len(looks) == OTHERS_MAX
+    cache.put(b"ns:b", b"x" * 100, page(b"newer"))
+    assert len(looks) == 2 * OTHERS_MAX, "then it is the turn of others"
+    cache.put(b"ns:c", b"x" * 100 * number, page(b"newest"))
+    assert keys_of(cache) == {b"ns:c"}
     cache.check()
 
 

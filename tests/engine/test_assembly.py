@@ -1,13 +1,16 @@
 """Pages that are put together: seen when whole and behind their parent, bounded, dropped in time."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from respkv.engine.assembly import Assemblies, Assembly
 from respkv.engine.cache import Cache
-from respkv.engine.entry import Put
-from respkv.errors import OutOfMemory
+from respkv.engine.entry import Entry, Put
+from respkv.engine.namespaces import Schema
+from respkv.engine.spaces import Limits
+from respkv.errors import OutOfMemory, PinRefused, QuotaExceeded
 from respkv.page import Geometry
 from respkv.tiers.record import Level
 from respkv.tiers.rectangles import Rectangle, write_steps
@@ -76,6 +79,19 @@ def test_pages_appear_behind_their_parents() -> None:
     assert [entry.key for entry in made.publish()] == KEYS[:4]
     assert len(made) == 0
     cache.check()
+
+
+def test_what_stands_under_another_schema_is_no_parent() -> None:
+    made, cache, _ = make()
+    cache.put(KEYS[0], bytes(SHAPE.page_bytes), HOW)
+    cache.namespaces.put(Schema(b"m", SHAPE))
+    complete(made, 1)
+    assert made.publish() == []
+    complete(made, 0)
+    assert [entry.key for entry in made.publish()] == KEYS[:2]
+    cache.put(KEYS[3], b"a string")
+    complete(made, 4)
+    assert made.publish() == []
 
 
 def test_what_nobody_adds_to_is_dropped_and_counted() -> None:
@@ -163,6 +179,50 @@ def test_a_page_that_came_whole_meanwhile_stays() -> None:
     there = cache.put(KEYS[0], bytes(SHAPE.page_bytes), HOW)
     assert made.publish() == [there]
     assert cache.stats.pages_skipped == 0 or cache.find(KEYS[0]) is there
+    cache.check()
+
+
+def test_a_page_that_its_owner_may_not_keep_takes_no_other_with_it() -> None:
+    made, cache, _ = make()
+    cache.accounts.set_limits(b"m", Limits(max_bytes=3 * SHAPE.page_bytes, tenants={b"t": 1}))
+    dropped = begin(made, 0, replace(HOW, tenant=b"t"))
+    write(dropped, WHOLE, 1)
+    finish(made, dropped)
+    other = made.begin(KEYS[3], b"", SHAPE, HOW, 1)
+    write(other, WHOLE, 2)
+    finish(made, other)
+    assert [entry.key for entry in made.publish()] == [KEYS[3]]
+    assert isinstance(dropped.failure, QuotaExceeded)
+    assert other.failure is None
+    assert (len(made), made.num_dropped) == (0, 1)
+    made.check()
+    cache.check()
+
+
+def test_a_page_stays_when_its_pin_or_a_part_is_refused() -> None:
+    made, cache, _ = make()
+    cache.accounts.set_limits(b"m", Limits(max_bytes=2 * SHAPE.page_bytes))
+
+    def refuse(entry: Entry, ms: int) -> None:
+        asked.append((entry.key, ms))
+        raise PinRefused("too much")
+
+    asked: list[tuple[bytes, int]] = []
+    assembly = begin(made, 0)
+    assembly.pin_ms = 5
+    write(assembly, WHOLE, 1)
+    finish(made, assembly)
+    (first,) = made.publish(refuse)
+    assert asked == [(KEYS[0], 5)]
+    assert isinstance(assembly.failure, PinRefused)
+    assembly = begin(made, 1)
+    too_large = bytes(2 * SHAPE.page_bytes)
+    made.add_part(assembly, KEYS[1] + b".logits", too_large, Put("kvpage", 0, parent=KEYS[1]))
+    write(assembly, WHOLE, 1)
+    finish(made, assembly)
+    (second,) = made.publish(refuse)
+    assert isinstance(assembly.failure, QuotaExceeded)
+    assert (first.pinned_until, second.pinned_until, made.num_dropped) == (0.0, 0.0, 0)
     cache.check()
 
 

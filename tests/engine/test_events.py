@@ -339,3 +339,17 @@ async def test_a_page_that_gets_its_tokens_while_it_is_in_a_file_is_told_to_be_t
         assert entry.is_cold
         (event,) = listener.take(99)
     assert (event.kind, event.tier, event.tokens) == ("stored", tier.name, 16)
+
+
+def test_a_page_stays_a_page_when_its_namespace_gets_a_schema() -> None:
+    cache, _ = make_cache()
+    _, listener = listening(cache)
+    cache.put(key_of(1), b"x" * 600, PAGE)
+    cache.namespaces.put(Schema(b"ns", Geometry(1, 1, 8, 4, "float16")))
+    entry = cache.find(key_of(1))
+    assert entry is not None
+    cache.delete(entry)
+    assert [(each.kind, each.part) for each in listener.take(9)] == [
+        ("stored", "page"),
+        ("removed", "page"),
+    ]

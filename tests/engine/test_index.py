@@ -114,6 +114,15 @@ def test_a_part_waits_for_its_page_as_a_child_does() -> None:
     index.check()
 
 
+def test_a_page_that_is_unlinked_is_behind_nobody_though_a_key_is_empty() -> None:
+    index = Index()
+    nameless, root = add(index, b""), add(index, b"root")
+    page = add(index, b"page", b"root")
+    assert index.link(page, b"") is root
+    assert (page.parent, page.parent_key, nameless.children) == (None, b"", None)
+    index.check()
+
+
 def test_a_link_that_would_close_a_circle_is_not_made() -> None:
     index = Index()
     first = add(index, b"a", b"c")  # the circle closes through pages that waited for each other

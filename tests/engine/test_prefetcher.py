@@ -103,6 +103,21 @@ async def test_a_budget_bounds_what_is_raised_and_not_used() -> None:
         assert prefetcher.book.tallies[Source.MATCH].num_missed == 3
 
 
+async def test_plans_for_later_leave_room_for_what_is_asked_for_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("respkv.engine.prefetcher.WISHES_MAX", 8)
+    async with prefetched() as (cache, clock, mover, _, prefetcher):
+        later, now = put_chain(cache, "a", 6), put_chain(cache, "b", 4)
+        await make_cold(cache, mover)
+        for _ in range(20):  # each plan replaces the one before
+            assert prefetcher.expect(later, clock.now + 1000) == 4
+        assert len(prefetcher._wishes) <= 16
+        match(cache, now)
+        await until(lambda: num_warm(now) == 4)
+        assert num_warm(later) == 0
+
+
 async def test_what_most_went_on_to_is_raised_as_well() -> None:
     async with prefetched() as (cache, _, mover, _, prefetcher):
         pages = put_chain(cache, "a", 4)
@@ -194,7 +209,7 @@ async def test_what_leaves_memory_after_a_hint_is_raised_for_it_too() -> None:
 
 async def test_what_leaves_memory_after_a_hint_was_void_stays_out() -> None:
     async with prefetched() as (cache, clock, mover, tier, prefetcher):
-        pages = put_chain(cache, "a", 3, session=b"s")
+        put_chain(cache, "a", 3, session=b"s")
         cache.requests.expect(b"s", b"ns", clock.now + 3)
         await make_cold(cache, mover)
         cache.requests.end(b"s", b"ns")

@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from respkv.engine.clock import Clock
 from respkv.engine.entry import Entry
-from respkv.engine.request import Request
+from respkv.engine.request import Request, chain_of
 from respkv.engine.requests import PAGES_A_RECORD, RECORDS_MIN, Requests
 from respkv.engine.survival import CENSOR_S, LEFT, TAIL, TURN_MAX, kind_of
 
@@ -205,6 +205,17 @@ def test_sessions_end_and_begin_again() -> None:
     assert pages.continued(kind_of(0, 3 * T)) == 0  # what was announced teaches nothing
 
 
+def test_sessions_of_namespaces_without_a_schema_are_told_apart() -> None:
+    requests = Requests(Clock())
+    for key in (b"a:1", b"b:1"):
+        entry = Entry(key, "kvpage", 1, 1.0)
+        requests.stored(entry, is_new=True)
+        requests.belongs(entry, b"s")
+        assert entry.namespace == b""
+        assert requests.entries_of(b"s", key[:1]) == [entry]
+    assert requests.find(b"", b"s") is None
+
+
 def test_an_expected_session_says_when() -> None:
     pages = Pages()
     pages.serve("abc", session=b"s")
@@ -229,6 +240,22 @@ def test_the_pages_of_a_session_come_leaf_first_and_only_those_it_used_last() ->
     for number, key in enumerate(keys):
         assert key[:-1] not in keys[:number]
     assert pages.requests.entries_of(b"3", b"ns") == []
+
+
+def test_pages_that_all_chains_of_a_session_share_are_passed_once() -> None:
+    pages = Pages()
+    for end in "uvwxyz":
+        pages.serve("ab" + end, session=b"A")
+        pages.wait(10)
+    found = pages.requests.entries_of(b"A", b"ns")
+    names = [entry.key.decode()[3:] for entry in found]
+    assert sorted(names) == ["a", "ab", *("ab" + end for end in "uvwxyz")]
+    assert names[-2:] == ["ab", "a"]
+    session = pages.requests.find(b"ns", b"A")
+    assert session is not None
+    seen = {pages.entries["ab"]}
+    assert [*chain_of(pages.entries["abu"], session, seen)] == [pages.entries["abu"]]
+    assert pages.entries["abu"] in seen
 
 
 def test_a_session_is_forgotten_with_its_requests() -> None:

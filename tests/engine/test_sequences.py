@@ -261,6 +261,26 @@ def test_a_schema_whose_pages_cannot_be_chained_is_refused(
         sequences.prompt(b"ns", b"")
 
 
+def test_a_match_keeps_no_page_shorter_than_another_was_promised(world: World) -> None:
+    world.put(CONTEXT, (1, 2, 3, 4), PUT)
+    now = world.cache.clock.now
+    prompt = world.prompt(CONTEXT, (1, 2, 3, 4))
+    (page,) = world.sequences.find(prompt).entries
+    world.cache.promise(page, now + 60)
+    world.sequences.match(prompt, now + 5)
+    assert page.held_until == now + 60
+
+
+def test_a_page_that_is_coming_is_no_gap(world: World) -> None:
+    prompt = world.prompt(CONTEXT, tuple(range(10)))
+    coming = {prompt.key(0), prompt.key(1)}
+    pieces = world.sequences.plan(prompt, 8, is_coming=coming.__contains__)
+    assert [piece.first_token for piece in pieces] == [8]
+    coming.remove(prompt.key(1))
+    with pytest.raises(SequenceGap, match="FROM 0"):
+        world.sequences.plan(prompt, 8, is_coming=coming.__contains__)
+
+
 def test_a_prompt_that_is_none_is_refused(world: World) -> None:
     with pytest.raises(SchemaMismatch, match=r"'other' has no schema.*KV\.SCHEMA SET"):
         world.sequences.prompt(b"other", b"")

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from respkv.engine.clock import Clock
 from respkv.engine.entry import Entry
-from respkv.engine.eviction import Verdict, make_policy
+from respkv.engine.eviction import PriorityPolicy, Verdict, make_policy
+from respkv.engine.queues import LOOKS_MAX
 from respkv.engine.requests import Requests
 from respkv.engine.survival import CENSOR_S
+from respkv.engine.survival_queue import SurvivalQueue
 
 T = 16
 
@@ -227,3 +229,37 @@ def test_its_state_beside_the_pages_is_small(num_requests: int) -> None:
         prompts.serve(chr(0x4E00 + number) + "abc")
     records = prompts.requests.ghost_bytes + prompts.policy.ghost_bytes
     assert records <= 64 * max(len(prompts.entries), 500)
+
+
+@pytest.mark.parametrize("num_pages", [LOOKS_MAX - 1, LOOKS_MAX, LOOKS_MAX + 1, 2 * LOOKS_MAX])
+def test_somebody_is_chosen_however_many_came_at_once(num_pages: int) -> None:
+    requests = Requests(Clock())
+    policy = make_policy("survival", requests.survival)
+    entries = [Entry(b"%d" % at, "kvpage", 1, 1.0 + at) for at in range(num_pages)]
+    for entry in entries:
+        policy.insert(entry)
+    for entry in entries[:3]:
+        assert policy.victim(lambda _: Verdict.EVICT, num_pages + 9.0) is entry
+        policy.remove(entry)
+    policy.check(entries[3:])
+
+
+def test_tails_that_were_replaced_are_forgotten() -> None:
+    prompts = Prompts(1000)
+    prompts.serve("ab", tail=3)  # the oldest tail stays in front of all others
+    for _ in range(500):
+        prompts.clock.now += 1
+        prompts.in_use = prompts.entries["ab"]
+        prompts.store("ab+", 3, b"")
+        tail = prompts.entries.pop("ab+")
+        prompts.policy.age(prompts.clock.now)
+        prompts.requests.removed(tail, "replaced")
+        prompts.policy.remove(tail)
+        assert prompts.in_use is tail
+        assert prompts.entries["ab"].children is not None
+        prompts.entries["ab"].children.remove(tail)
+    assert isinstance(prompts.policy, PriorityPolicy)
+    (queue,) = prompts.policy._queues.values()
+    assert isinstance(queue, SurvivalQueue)
+    assert 0 < len(queue._tails) < 200
+    prompts.check()

@@ -113,7 +113,7 @@ def test_attention_and_recurrent_states_like_jamba(client: Client) -> None:
 
 
 def test_latents_alone_and_with_another_group_of_latents_like_deepseek(client: Client) -> None:
-    shape: dict[str, Any] = {"layers": 3, "heads": 1, "dim": 10, "tokens": T, "dtype": "bfloat16"}
+    shape: dict[str, Any] = {"layers": 3, "dim": 10, "tokens": T, "dtype": "bfloat16"}
     client.schema_set("ns", **shape, mla=True, groups={"index": INDEX})
     info = client.schema_get("ns") or {}
     assert (info["kind"], info["page_bytes"]) == ("mla", 3 * T * 10 * 2)
@@ -121,7 +121,9 @@ def test_latents_alone_and_with_another_group_of_latents_like_deepseek(client: C
     tokens = prompt_of(5, 21)
     latents = kv_of(6, 3, 1, 21, 1, 10, dtype="uint16")
     index = kv_of(7, 2, 1, 21, 1, 6, dtype="uint8")
-    client.seq.put("ns", tokens, latents)
+    with pytest.raises(ValueError, match=r"shape \(3, 20, 10\); tokens 0 on take \(3, 21, 10\)"):
+        client.seq.put("ns", tokens, latents[:, 0, :20, 0].copy())
+    client.seq.put("ns", tokens, latents.reshape(3, 21, 10))
     client.seq.put("ns", tokens[:16], index[:, :, :16].copy(), group="index")
     assert client.seq.match("ns", tokens).tokens == 16
     client.seq.put("ns", tokens, index, group="index")

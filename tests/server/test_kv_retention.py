@@ -217,6 +217,17 @@ def test_a_hint_on_a_session_nobody_knows_is_rejected(raw: Raw, ns: str) -> None
     assert "EXPECT" in error_of(raw.ask("KV.HINT", ns, "s", "EXPECT", 0))
 
 
+def test_a_session_is_known_by_the_names_of_its_pages_without_a_schema_too(
+    raw: Raw, ns: str
+) -> None:
+    raw.ask("KV.PUT", f"{ns}:a", PAGE, "SESSION", "s")
+    raw.ask("KV.PUT", f"{ns}-other:a", PAGE, "SESSION", "s")
+    assert raw.ask("KV.HINT", ns, "s", "END")[:2] == [b"accepted", 1]
+    assert described(raw, f"{ns}:a")[b"is_ended"] == 1
+    assert described(raw, f"{ns}-other:a")[b"is_ended"] == 0, "another conversation"
+    assert raw.ask("KV.HINT", "", "s", "END")[0] == b"rejected"
+
+
 def test_a_session_that_ended_is_the_first_to_go(raw: Raw, ns: str) -> None:
     raw.ask("KV.QUOTA", ns, "MAXBYTES", 4000)
     set_schema(raw, ns, "LAYERS 1 HEADS 1 DIM 125 TOKENS 2 DTYPE float16")
@@ -377,7 +388,7 @@ def test_commits_at_the_same_time_pin_no_more_together_than_one_may(
     ]  # so large that they are hashed beside the loop, all at once
     for raw, lease in zip(raws, leases, strict=True):
         raw.send("KV.COMMIT", lease, "PIN", 60_000)
-    answers = [raw.read() for raw in raws]
+    answers = [raw.next() for raw in raws]
     refused = [answer for answer in answers if answer != b"OK"]
     assert refused
     assert all(error_of(answer).startswith("KVPIN ") for answer in refused)

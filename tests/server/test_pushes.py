@@ -3,9 +3,11 @@
 import random
 from typing import Any
 
+import anyio.lowlevel
 import hiredis
 import pytest
 
+from respkv.engine.entry import Put
 from respkv.server import pubsub
 from respkv.server.state import Server
 from tests.fakes import FakeWire
@@ -101,6 +103,23 @@ async def test_messages_before_an_unsubscribe_come_before_its_answer() -> None:
         first, second = _replies(wire.drain())
         assert first == [b"message", b"a", b"one"]
         assert second == [b"unsubscribe", b"a", 0]
+
+
+async def test_events_leave_in_short_steps_while_there_are_many_patterns() -> None:
+    async with running() as server:
+        wire = FakeWire(server)
+        patterns = [b"*%dx" % number for number in range(2000)]
+        wire.feed(request("SUBSCRIBE", "kv:events:ns") + request("PSUBSCRIBE", *patterns))
+        wire.drain()
+        for number in range(100):
+            server.cache.put(b"ns:%064x" % number, b"x" * 100, Put("kvpage"))
+        queue = server.event_channels.listener.queue
+        while queue:
+            before = len(queue)
+            await anyio.lowlevel.checkpoint()
+            assert before - len(queue) <= 30
+        await settle()
+        assert len(_replies(wire.drain())) == 100
 
 
 async def test_messages_before_a_change_of_the_protocol_come_before_its_answer() -> None:

@@ -54,6 +54,10 @@ def test_a_position_matches_once_every_group_has_it(client: Client) -> None:
     assert client.seq.put("h", prompt.tokens, swa, group="swa").stored == 4
     assert client.seq.put("h", prompt.tokens, mla, group="mla").stored == 4
     assert client.seq.match("h", prompt.tokens).tokens == 0
+    reason, words, served = client.seq.explain("h", prompt.tokens)
+    assert (reason, served) == ("group", 0)
+    assert words.startswith("0 of 53 tokens can be served; tokens 0 to 15, page 0, h:")
+    assert words.endswith("all groups of layers need: group ssm serves 0")
     client.seq.put("h", prompt.tokens, state, group="ssm")
     assert client.seq.match("h", prompt.tokens).tokens == n
     assert client.seq.match("h", [*prompt.tokens, 1, 2]).tokens == n

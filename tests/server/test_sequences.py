@@ -187,6 +187,8 @@ def test_a_gap_is_refused_and_says_where_to_go_on(own: Raw) -> None:
         (["KV.SEQ.MATCH", "s", b"1234", "LORAPATH", "b"], "LORAPATH needs the LORA"),
         (["KV.SEQ.MATCH", "s", b"1234", "SESSION", ""], "SESSION has 1 to 256 bytes"),
         (["KV.SEQ.MATCH", "s", b"1234", "MM", 0, 0, "d"], "MM count must be at least 1"),
+        (["KV.SEQ.MATCH", "s", b"1234", "MM", 0, 1, ""], "1 to 1024 bytes, not 0"),
+        (["KV.SEQ.MATCH", "s", b"1234", "MM", 1 << 31, 1, "d"], "from 2147483648"),
         (["KV.SEQ.MATCH", "s"], "wrong number of arguments"),
         (["KV.SEQ.PUT", "s", b"1234", 0], "wrong number of arguments"),
         (["KV.SEQ.PUT", "s", b"1234", 0, "PX", 5], "numpayloads 0 needs LOGITS"),
@@ -408,6 +410,39 @@ def test_options_of_a_put_are_those_of_its_pages(own: Raw) -> None:
     assert info[b"children"] == 1
 
 
+def test_a_pin_is_renewed_and_counts_once(start_server: StartServer) -> None:
+    # 2 MiB may be pinned, and 5 of these pages have 1.25.
+    with Raw(start_server(maxmemory="8mb", pinned_share_max=25).connect()) as raw:
+        raw.ask("KV.SCHEMA", "SET", "w", *WIDE)
+        prompt = wide(5 * TOKENS, 120)
+        words = put(prompt, "PIN", 60_000, namespace="w")
+        assert raw.ask(*words) == [5, 0]
+        assert raw.ask(*words) == [0, 5]
+        longer = prompt.followed_by(wide(2 * TOKENS, 121))
+        assert raw.ask(*put(longer, "PIN", 60_000, namespace="w")) == [2, 5]
+        refused = error_of(raw.ask(*put(wide(2 * TOKENS, 122), "PIN", 60_000, namespace="w")))
+        assert refused.startswith(f"KVPIN {7 * WIDE_BYTES} bytes are pinned")
+        assert raw.ask("DBSIZE") == 7, "nothing of what was refused is stored"
+
+
+@pytest.mark.parametrize("nbytes", [1000, 100_000])
+def test_an_end_that_is_there_needs_no_room_in_a_quota(own: Raw, nbytes: int) -> None:
+    # Large ones land in slots of their own before the command runs, small ones do not.
+    prompt = text(TOKENS, 123)
+    words = put(prompt, "LOGITS", b"l" * nbytes, "HIDDEN", b"h" * nbytes)
+    other = text(TOKENS, 124)
+    own.ask("KV.QUOTA", "s", "MAXBYTES", 2 * PAGE_BYTES + 2 * nbytes)
+    try:
+        assert own.ask(*put(other)) == [1, 0]
+        assert own.ask(*words) == [1, 0]
+        assert own.ask(*words) == [0, 1]
+        assert own.ask(*match(other))[0] == TOKENS, "nothing had to go for what is there"
+        assert own.ask(*get(prompt, "LOGITS", "HIDDEN"))[1:3] == [b"l" * nbytes, b"h" * nbytes]
+        assert own.ask(*match(prompt))[4] == 1
+    finally:
+        own.ask("KV.QUOTA", "s", "MAXBYTES", 0)
+
+
 # -- pages that are put together --------------------------------------------------------------
 
 
@@ -441,6 +476,42 @@ def test_a_flush_and_a_deleted_schema_drop_what_is_put_together(own: Raw) -> Non
         assert own.ask(*half(prompt, 1)) == [0, 0]
         assert own.ask(*half(prompt, 0)) == [2, 0]
         own.ask("FLUSHALL")
+
+
+def test_a_page_is_put_together_where_a_string_has_its_key(own: Raw) -> None:
+    prompt = text(TOKENS + 5, 30)
+    for page_id in Chain("blake3", b"", TOKENS).ids(pack_tokens(prompt.tokens)):
+        own.ask("SET", b"s:" + page_id.hex().encode(), "a string")
+    upper, lower = Text(prompt.tokens, prompt.kv[:2]), Text(prompt.tokens, prompt.kv[2:])
+    assert own.ask(*put(upper, "LAYERS", 0, 2)) == [0, 0]
+    assert own.ask(*put(lower, "LAYERS", 2, 2)) == [2, 0]
+    assert own.ask(*get(prompt)) == [TOKENS + 5, *layers(prompt)]
+
+
+def test_a_worker_that_waited_while_its_schema_went_is_told(
+    start_server: StartServer, connect: Connect
+) -> None:
+    server = start_server(assembly_memory=str(3 * PAGE_BYTES), reserve_timeout=20_000)
+    ahead, other = connect(server), connect(server)
+    ahead.ask("KV.SCHEMA", "SET", "s", *SHAPE)
+    ahead.send(*half(text(20 * TOKENS, 116), 0))
+    wait_for(server, "kv_assemblies", 3)
+    other.ask("KV.SCHEMA", "DEL", "s")
+    assert error_of(ahead.next()).startswith("KVSCHEMA")
+    assert server.info()["kv_assemblies"] == "0"
+
+
+def test_the_tokens_of_pages_are_memory_in_use(own: Raw, server: ServerProcess) -> None:
+    own.ask("KV.SCHEMA", "DEL", "long")
+    shape = ("LAYERS", 1, "HEADS", 1, "DIM", 1, "TOKENS", 4096, "DTYPE", "uint8")
+    assert own.ask("KV.SCHEMA", "SET", "long", *shape) == b"OK"
+    pages = 8
+    before = int(server.info()["used_memory"])
+    tokens = pack_tokens([7] * 4096 * pages)
+    assert own.ask("KV.SEQ.PUT", "long", tokens, pages, *[bytes(8192)] * pages) == [pages, 0]
+    assert int(server.info()["used_memory"]) - before >= pages * (8192 + 4 * 4096)
+    assert own.ask("FLUSHALL") == b"OK"
+    assert int(server.info()["used_memory"]) <= before
 
 
 def test_pages_put_together_are_bounded(start_server: StartServer) -> None:
@@ -489,6 +560,31 @@ def test_a_page_waits_for_the_one_in_front(own: Raw) -> None:
     assert own.ask(*half(prompt.head(TOKENS), 1)) == [1, 0]
     assert own.ask(*get(prompt)) == [32, *layers(prompt)]
     assert own.ask(*both[1]) == [0, 2]
+
+
+def test_who_put_a_page_that_its_owner_may_not_keep_is_told(own: Raw) -> None:
+    theirs, ours = text(TOKENS, 125), text(2 * TOKENS, 126)
+    assert own.ask(*put(theirs, "PIN", 60_000)) == [1, 0]
+    own.ask("KV.QUOTA", "s", "MAXBYTES", 2 * PAGE_BYTES)
+    try:
+        assert own.ask(*half(ours, 0)) == [0, 0]
+        assert error_of(own.ask(*half(ours, 1), "PIN", 60_000)).startswith("KVQUOTA ")
+        assert own.ask(*match(ours))[0] == TOKENS, "the page before it is stored"
+    finally:
+        own.ask("KV.QUOTA", "s", "MAXBYTES", 0)
+
+
+def test_pages_put_together_pin_no_more_than_one_may(start_server: StartServer) -> None:
+    with Raw(start_server(maxmemory="4mb", pinned_share_max=1).connect()) as raw:
+        raw.ask("KV.SCHEMA", "SET", "s", *SHAPE)
+        prompts = [text(TOKENS, 130 + number) for number in range(3)]
+        for prompt in prompts:
+            assert raw.ask(*half(prompt, 0), "PIN", 60_000) == [0, 0], "nothing is pinned yet"
+        assert raw.ask(*half(prompts[0], 1)) == [1, 0]
+        refused = error_of(raw.ask(*half(prompts[1], 1)))
+        assert refused.startswith(f"KVPIN {PAGE_BYTES} bytes are pinned")
+        assert raw.ask(*get(prompts[1])) == [TOKENS, *layers(prompts[1])], "it is stored unpinned"
+        assert error_of(raw.ask(*half(text(TOKENS, 133), 0), "PIN", 60_000)).startswith("KVPIN ")
 
 
 def test_logits_of_a_rank_appear_with_the_page(own: Raw) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from respkv.chain import Chain, Extras, Media
 from respkv.engine.events import Event, Kind
 from respkv.server.vllm_events import Batch, Translator, number_of, whole
 from tests.server import vllm
@@ -55,6 +56,14 @@ def test_pages_of_one_chain_are_told_of_together() -> None:
         stored([page_id(9)], None, [1, 2, 3, -4]),
         stored([page_id(4)], page_id(3), [1, 2, 3, -4]),
     ]
+
+
+def test_tokens_with_media_among_them_are_not_said() -> None:
+    """Two images that stand for the same tokens would have the same hash to who hashes those."""
+    image = Media(2, 1, b"digest of an image")
+    prompt = Chain("blake3", b"", 4).prompt(b"ns", bytes(16), Extras(media=(image,)))
+    found = translated(event("stored", 2, token_ids=prompt.token_ids(0)))
+    assert found == [stored([page_id(2)], None, [])]
 
 
 def test_pages_with_and_without_tokens_are_told_of_apart() -> None:

@@ -82,3 +82,13 @@ def test_a_rectangle_knows_what_it_is() -> None:
     assert Rectangle.of(shape, (1, 2), None).has_all_heads(shape)
     assert not Rectangle.of(shape, (1, 2), None).is_whole(shape)
     assert not Rectangle.of(shape, None, (0, 7)).has_all_heads(shape)
+
+
+def test_the_cells_of_many_layers_are_those_of_each() -> None:
+    for layers in range(1, 40):
+        shape = Geometry(layers=layers + 3, heads=5, dim=1, tokens=1, dtype="int8")
+        each = [Rectangle.of(shape, (2 + layer, 1), (1, 3)) for layer in range(layers)]
+        together = Rectangle.of(shape, (2, layers), (1, 3)).cells(shape)
+        assert together == sum(rectangle.cells(shape) for rectangle in each)
+    shape = Geometry(layers=1 << 22, heads=1, dim=1, tokens=1, dtype="int8")
+    assert Rectangle.of(shape, None, None).cells(shape) == all_cells(shape)  # and soon

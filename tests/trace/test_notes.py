@@ -104,6 +104,21 @@ def test_without_a_schema_a_sequence_has_tokens_and_no_chain(notes: Notes) -> No
     assert (found["tokens"], found["page_tokens"], "chain" in found) == (3, 0, False)
 
 
+def test_a_schema_that_the_server_refused_is_not_believed(notes: Notes) -> None:
+    def page_tokens() -> int:
+        found: int = fields(notes, b"KV.SEQ.MATCH", b"new", tokens(1, 2, 3))["page_tokens"]
+        return found
+
+    first = notes.command([b"KV.SCHEMA", b"SET", b"new", b"TOKENS", b"4"])
+    assert page_tokens() == 4, "a sequence may come in the same packet"
+    notes.answered(first, is_error=False)
+    other = notes.command([b"KV.SCHEMA", b"SET", b"new", b"TOKENS", b"8"])
+    notes.answered(other, is_error=True)
+    assert page_tokens() == 4
+    notes.answered(other, is_error=False)
+    assert page_tokens() == 8
+
+
 def test_nothing_that_a_client_sent_is_in_what_is_written(notes: Notes) -> None:
     secret = b"hunter2"
     commands: list[list[object]] = [

@@ -46,6 +46,14 @@ def test_the_table_has_a_row_for_each_policy_and_for_each_cell() -> None:
     assert "100MiB" in table
 
 
+def test_a_long_name_moves_all_columns() -> None:
+    cell = Cell("survival", 100, has_end_hints=True, files_max=7, admission="tinylfu")
+    long = Outcome(cell, 100, 50, 1e9, 5e8, num_hits=50, num_written=20)
+    [_, _, *table] = simulate_table(TRACE, [OUTCOMES[0], long], None).splitlines()
+    assert len({len(line) for line in table[:3]}) == 1
+    assert len({len(line) for line in table[4:]}) == 1
+
+
 def test_all_figures_are_in_the_summary(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     write_json(path, simulate_summary(TRACE, OUTCOMES, None))

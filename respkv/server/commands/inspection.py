@@ -10,7 +10,7 @@ from respkv.engine.entry import Entry
 from respkv.engine.sequences import Found
 from respkv.errors import SchemaMismatch
 from respkv.page import PAGE_ID_BYTES, namespace_of
-from respkv.server.arguments import Words
+from respkv.server.arguments import Words, shown
 from respkv.server.loads import is_cold
 from respkv.server.places import stored_in, tier_of, tiers_of
 from respkv.server.prompts import ChainWords, prompt_of
@@ -172,15 +172,19 @@ def _first_missing(session: Session, prompt: Prompt, found: Found) -> tuple[str,
     key = prompt.key(index) if is_full else prompt.position_key(prompt.num_tokens)
     reason: str = session.cache.history.find(key) or "never"
     detail = DETAILS[reason]
-    if session.server.sequences.find_pages(prompt).tokens > found.tokens:
+    pages = session.server.sequences.find_pages(prompt)
+    if pages.tokens > found.tokens:
         reason = "group"
-        detail = "the tokens are stored, and a group of layers lacks what it needs for them"
+        ends = session.server.groups.limits(prompt, pages).items()
+        detail = f"{pages.tokens} tokens are stored, but not what all groups of layers need: "
+        detail += ", ".join(f"group {shown(name)} serves {end}" for name, end in ends)
     elif session.cache.find(key) is not None:
         reason = "schema"
         detail = "it was stored under another schema, or without its tokens"
     shown_key = key[:KEY_SHOWN_MAX].decode(errors="replace")
     what = "page" if is_full else "partial page"
-    text = f"{found.tokens} of {prompt.num_tokens} tokens are stored; tokens {first} to {last - 1}"
+    verb = "can be served" if reason == "group" else "are stored"
+    text = f"{found.tokens} of {prompt.num_tokens} tokens {verb}; tokens {first} to {last - 1}"
     return reason, f"{text}, {what} {index}, {shown_key}: {detail}"
 
 

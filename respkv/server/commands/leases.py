@@ -179,7 +179,8 @@ async def kv_commit(session: Session, args: Args) -> None:
     lease = cache.leases.get(session.number, integer(args[1]))
     if lease.mode is not Mode.WRITE:
         raise LeaseGone(f"lease {lease.number} is for reading")
-    put_options(session, lease.key, lease.slots[0].payload_bytes, Words(args, 2))  # or the lease stays
+    nbytes = lease.slots[0].payload_bytes
+    put_options(session, lease.key, nbytes, Words(args, 2))  # if it raises, the lease stays
     slot = cache.leases.take_over(lease)
     landing = cache.adopt(slot)
     try:
@@ -189,7 +190,7 @@ async def kv_commit(session: Session, args: Args) -> None:
             checksum = await anyio.to_thread.run_sync(hash64, landing.memory)
         # Not before: all may have changed since the reservation, and while the bytes were hashed,
         # as what others have pinned by now.
-        how, is_new_only = put_options(session, lease.key, slot.payload_bytes, Words(args, 2))
+        how, is_new_only = put_options(session, lease.key, nbytes, Words(args, 2))
         check_fits(session, lease.key, slot.payload_bytes)
         if is_new_only and cache.find(lease.key) is not None:
             session.send_nil()

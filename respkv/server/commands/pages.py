@@ -83,7 +83,7 @@ def put_options(session: Session, key: bytes, nbytes: int, words: Words) -> tupl
         level,
         tenant=names[b"TENANT"],
         session=names[b"SESSION"],
-        pinned_until=pinned_until(session, pin_ms, nbytes, key),
+        pinned_until=pinned_until(session, pin_ms, nbytes, entry),
     )
     return how, b"NX" in seen
 
@@ -332,7 +332,7 @@ def kv_pin(session: Session, args: Args) -> None:
     entry = session.cache.find(args[1])
     ms = count_ms(args[2], "ms")
     if entry is not None:
-        session.cache.pin(entry, pinned_until(session, ms, entry.nbytes, entry.key))
+        session.cache.pin(entry, pinned_until(session, ms, entry.nbytes, entry))
     session.out.append(reply.integer(entry is not None))
 
 

@@ -79,6 +79,8 @@ def _set_max(limits: Limits, tenant: bytes, word: bytes) -> None:
         limits.tenants.pop(tenant, None)
     elif tenant:
         limits.tenants[tenant] = _bytes_of(word, "MAXBYTES")
+    elif word.upper() == b"DEFAULT":
+        raise CommandError("MAXBYTES DEFAULT is for a TENANT; MAXBYTES 0 frees a namespace")
     else:
         limits.max_bytes = _bytes_of(word, "MAXBYTES")
 

@@ -16,7 +16,7 @@ _SCHEMA = subcommands(
             "KV.SCHEMA SET namespace [MLA] LAYERS n HEADS n DIM n TOKENS n DTYPE dtype "
             "[GROUP name FULL|SLIDING window|MLA|STATE "
             "LAYERS n HEADS n DIM n [DTYPE dtype]|BYTES n ...] "
-            "[FINGERPRINT fingerprint] [HASH algorithm SEED seed] "
+            "[FINGERPRINT fingerprint] [HASH algorithm] [SEED seed] "
             "[CODEC tier codec [CODEC tier codec ...]] [EXACT first last] "
             "[MAXERROR error|MINRATIO ratio] [TTL milliseconds] "
             "[DURABILITY MEMORY|WRITTEN|DURABLE] [MAXBYTES bytes] [TENANTBYTES bytes]"

@@ -35,7 +35,7 @@ SEQUENCES: tuple[Command, ...] = (
         group="kv",
         complexity="O(N) where N is the number of tokens and of bytes",
         syntax=(
-            "KV.SEQ.PUT namespace tokens numpayloads payload [payload ...] [FROM token] "
+            "KV.SEQ.PUT namespace tokens numpayloads [payload ...] [FROM token] "
             f"{_RANGES} [LOGITS bytes] [HIDDEN bytes] {CHAIN} [SESSION session] "
             "[PX milliseconds] [PRIORITY priority] [PIN milliseconds] [WRITTEN|DURABLE]"
         ),
@@ -49,7 +49,9 @@ SEQUENCES: tuple[Command, ...] = (
             "are rectangles of the pages, `[count, 2, tokens, count, dim]`; a page can be found "
             "once all its rectangles have come, from whichever connections, in `assembly-timeout` "
             "milliseconds from each to the next. LOGITS and HIDDEN belong to the end of the tokens; "
-            "with them numpayloads may be 0."
+            "with them numpayloads may be 0. With GROUP the payloads are those of its shape, for a "
+            "STATE one, that of the end of the tokens. States, logits and hidden states are stored "
+            "and not counted in the answer."
         ),
     ),
     Command(
