@@ -55,6 +55,14 @@ def test_a_page_that_is_told_of_can_be_fetched_at_once(
         assert raw.next() == b"OK"
 
 
+def test_nobody_but_the_server_tells_events(raw: Raw, connect: Connect) -> None:
+    listener = listener_to(connect, "kv:events:ns")
+    error = raw.ask("PUBLISH", "kv:events:ns", '{"event": "stored"}')
+    assert "are the server's own" in str(error)
+    raw.ask("KV.PUT", key_of(1), b"x" * 1000, "TOKENS", 4)
+    assert events(listener, 1)[0]["key"] == key_of(1)
+
+
 def test_events_are_pushes_in_resp3_and_its_own_commands_are_told_to_a_client(raw: Raw) -> None:
     raw.ask("HELLO", 3)
     raw.ask("SUBSCRIBE", "kv:events:ns")
@@ -155,10 +163,12 @@ def test_a_mirror_made_of_events_is_what_scan_finds(
         if number % 10:
             words += ["PARENT", key_of(number - 1)]
         assert raw.ask(*words) == b"OK"
-    raw.ask("PUBLISH", "kv:events:ns", '{"event":"end"}')
+    last = key_of(1000)
+    raw.ask("KV.PUT", last, b"x" * 1000, "TOKENS", 4)
     mirror: set[str] = set()
     reasons = set()
-    while (event := events(listener, 1)[0])["event"] != "end":
+    while last not in mirror:
+        (event,) = events(listener, 1)
         if event["event"] == "stored":
             mirror.add(event["key"])
         else:

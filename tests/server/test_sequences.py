@@ -411,7 +411,7 @@ def test_options_of_a_put_are_those_of_its_pages(own: Raw) -> None:
 
 
 def test_a_pin_is_renewed_and_counts_once(start_server: StartServer) -> None:
-    # 2 MiB may be pinned, and 5 of these pages have 1.25.
+    # Nearly 2 MiB may be pinned, and 5 of these pages have 1.25.
     with Raw(start_server(maxmemory="8mb", pinned_share_max=25).connect()) as raw:
         raw.ask("KV.SCHEMA", "SET", "w", *WIDE)
         prompt = wide(5 * TOKENS, 120)

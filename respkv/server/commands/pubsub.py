@@ -5,6 +5,8 @@ like replies, and a client that listens may send little else (registry.py).
 """
 
 from respkv.errors import CommandError
+from respkv.server.arguments import shown
+from respkv.server.event_channels import PREFIX
 from respkv.server.registry import command
 from respkv.server.session import Session
 from respkv.wire import reply
@@ -66,6 +68,10 @@ def _confirm(session: Session, word: bytes, name: bytes | None) -> None:
 @command("publish")
 def publish(session: Session, args: Args) -> None:
     """Send a message to all who listen to a channel; answer with their number."""
+    if args[1].startswith(PREFIX):  # who listens there believes what it hears
+        raise CommandError(
+            f"{shown(args[1])}: channels that begin with {PREFIX.decode()} are the server's own"
+        )
     count = session.server.pubsub.publish(args[1], args[2])
     session.put_pushes()  # its own copy goes before the answer
     session.out.append(reply.integer(count))

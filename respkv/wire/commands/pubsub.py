@@ -62,6 +62,7 @@ PUBSUB: tuple[Command, ...] = (
             "the total number of subscribed patterns (by any client)."
         ),
         syntax="PUBLISH channel message",
+        notes="Channels that begin with `kv:events:` are the server's own: an error.",
     ),
     Command(
         name="pubsub",
