@@ -68,6 +68,7 @@ def crowd(
             return opened
 
         theirs = [raw(redis.port) for _ in range(4)]
+        theirs[0].ask("FLUSHALL")  # of what other tests left there
         ours = [raw(server.port) for _ in range(4)]
         yield Crowd(theirs, ours, request.param)
 
@@ -221,6 +222,7 @@ def test_a_client_that_wants_no_replies_is_still_told_messages(
     ]
     replies = []
     with Raw(create_connection(("127.0.0.1", redis.port))) as theirs:
+        theirs.ask("FLUSHALL")  # of what other tests left there
         for each in (theirs, raw):
             each.ask(*conversation[0])
             each.socket.sendall(pipeline(conversation[1:]))

@@ -19,8 +19,12 @@ from tests.server.raw import Raw, reply_end, request
 from tests.server.watching import number_of, wait_for, wait_until
 from tests.server_process import ServerProcess
 
-# They end the server, the connection or the key that must survive, or silence what is counted.
-APART = {"shutdown", "quit", "flushall", "flushdb", "config|set", "client|kill", "client|reply"}
+# They end the server, the connection or the key that must survive, or silence what is counted, or
+# answer more than once.
+APART = {
+    *("shutdown", "quit", "flushall", "flushdb", "config|set", "client|kill", "client|reply"),
+    *("subscribe", "unsubscribe", "psubscribe", "punsubscribe"),
+}
 NAMES = [
     row.name.encode().split(b"|")
     for command in COMMANDS.values()
@@ -32,7 +36,8 @@ NUMBERS = [b"0", b"1", b"2", b"3", b"-1", b"10", b"1000", b"9223372036854775807"
 WORDS = (
     b"EX PX EXAT PXAT NX XX GT LT GET KEEPTTL PERSIST MATCH COUNT TYPE string LAYERS MS PARENT TOKENS "
     b"PRIORITY DURABLE HEADS DIM DTYPE float16 int8 FINGERPRINT HASH SEED CODEC cpu raw MAXBYTES TTL "
-    b"SAMPLES ID ADDR USER SKIPME yes ON OFF LIB-NAME FILTERBY MODULE AUTH SETNAME ASYNC SYNC HELP"
+    b"SAMPLES ID ADDR USER SKIPME yes ON OFF LIB-NAME FILTERBY MODULE AUTH SETNAME ASYNC SYNC HELP "
+    b"FROM LOGITS HIDDEN GROUP SALT TENANT LORA MM SESSION PIN FULL SLIDING STATE END EXPECT DEMOTE"
 ).split()
 NASTY = [
     b"",
