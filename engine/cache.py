@@ -84,12 +84,18 @@ class Cache(Residents):
     def use_run(self, run: list[Entry], until: float) -> None:
         """Use pages that a client is told about, and keep them until then."""
         now = self.clock.now
-        for entry in run:
-            entry.touched = now
-            entry.hits += 1
-            if entry.held_until < until:  # another may have been promised more
+        if until >= self._promised_until:  # nobody was promised more
+            for entry in run:
+                entry.touched = now
+                entry.hits += 1
                 entry.held_until = until
-            if entry.parts:
+        else:
+            for entry in run:
+                entry.touched = now
+                entry.hits += 1
+                entry.held_until = max(until, entry.held_until)
+        if self.index.has_parts:
+            for entry in run:
                 touch_parts(entry, now)
         self._promised_until = max(self._promised_until, until)
         self.stats.matches += 1

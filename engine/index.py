@@ -33,6 +33,7 @@ class Index:
         self._expiry: list[tuple[int, int, Entry]] = []
         self._ticket = 0
         self.num_volatile = 0  # entries with a TTL
+        self.has_parts = False  # a page has, or had, a part
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -91,7 +92,7 @@ class Index:
         leaf = self._unlink(entry)
         entry.parent_key = parent_key
         if parent is not None:
-            _attach(entry, parent)
+            self._attach(entry, parent)
         elif parent_key:
             self._orphans.setdefault(parent_key, set()).add(entry)
         return leaf if leaf is not parent else None
@@ -166,7 +167,19 @@ class Index:
 
     def _adopt(self, entry: Entry) -> None:
         for orphan in self._orphans.pop(entry.key, ()):
-            _attach(orphan, entry)
+            self._attach(orphan, entry)
+
+    def _attach(self, entry: Entry, parent: Entry) -> None:
+        entry.parent = parent
+        if entry.part is not None:
+            if parent.parts is None:
+                parent.parts = set()
+            parent.parts.add(entry)
+            self.has_parts = True
+            return
+        if parent.children is None:
+            parent.children = set()
+        parent.children.add(entry)
 
     def _unlink(self, entry: Entry) -> Entry | None:
         parent_key, entry.parent_key = entry.parent_key, b""
@@ -200,15 +213,3 @@ class Index:
 
 def _siblings(entry: Entry, parent: Entry) -> set[Entry] | None:
     return parent.children if entry.part is None else parent.parts
-
-
-def _attach(entry: Entry, parent: Entry) -> None:
-    entry.parent = parent
-    if entry.part is not None:
-        if parent.parts is None:
-            parent.parts = set()
-        parent.parts.add(entry)
-        return
-    if parent.children is None:
-        parent.children = set()
-    parent.children.add(entry)

@@ -35,6 +35,14 @@ def tier_of(session: "Session", entry: Entry) -> tuple[str, str]:
     return file_tier.name, file_tier.letter
 
 
+def letters_of(session: "Session", entries: list[Entry]) -> str:
+    """Return a letter for the fastest tier of each entry."""
+    cache = session.cache
+    if not cache.gpu.is_on and not cache.copies.num_cold:
+        return CPU_LETTER * len(entries)
+    return "".join([tier_of(session, entry)[1] for entry in entries])
+
+
 def tiers_of(session: "Session", entry: Entry) -> list[str]:
     """Return the names of all tiers that have an entry's bytes, the fastest first."""
     mover = session.server.mover
@@ -64,11 +72,18 @@ def stored_in(session: "Session", entry: Entry) -> dict[str, Stored]:
     return places
 
 
-def load_us(session: "Session", run: list[Entry]) -> int:
-    """Estimate how long it takes to bring entries and send them."""
+def load_us(session: "Session", run: list[Entry], parts: list[Entry] | None = None) -> int:
+    """Estimate how long it takes to bring entries and send them.
+
+    run: pages of one prompt; all but the last are taken to be as long as the first.
+    """
     if not run:
         return 0
-    sending_us = LOAD_US_FIXED + sum([entry.nbytes for entry in run]) // LOAD_BYTES_PER_US
+    nbytes = (len(run) - 1) * run[0].nbytes + run[-1].nbytes
+    if parts:
+        nbytes += sum([part.nbytes for part in parts])
+        run = run + parts
+    sending_us = LOAD_US_FIXED + nbytes // LOAD_BYTES_PER_US
     cold = [entry for entry in run if is_cold(entry)] if session.cache.copies.num_cold else []
     return sending_us + (_raise_us(session, cold) if cold else 0)
 

@@ -5,11 +5,13 @@ can be checked column by column with strided slices, and the arguments taken wit
 dozen nanoseconds each and as strictly as one by one.
 """
 
+from functools import lru_cache
 from itertools import chain
 from struct import Struct
 
 RUN_MIN = 4  # shorter runs are not worth it
 ROWS_FIRST = 32  # looked at before all: a run that ends early must not cost as much as a long one
+ROWS_AT_ONCE = 32  # taken by one call: half of what each by itself would cost
 
 
 def take_run(buffer: bytearray, position: int, count_max: int) -> tuple[list[bytes], int]:
@@ -37,8 +39,20 @@ def take_run(buffer: bytearray, position: int, count_max: int) -> tuple[list[byt
     if count < RUN_MIN:
         return [], position
     stop = position + count * stride
-    rows = Struct(f"{len(head)}x{int(digits)}s2x").iter_unpack(memoryview(buffer)[position:stop])
-    return list(chain.from_iterable(rows)), stop
+    args: list[bytes] = []
+    many = _rows(len(head), int(digits), ROWS_AT_ONCE)
+    for _ in range(count // ROWS_AT_ONCE):
+        args += many.unpack_from(buffer, position)
+        position += many.size
+    if position < stop:
+        rest = _rows(len(head), int(digits), 1)
+        args += chain.from_iterable(rest.iter_unpack(memoryview(buffer)[position:stop]))
+    return args, stop
+
+
+@lru_cache(maxsize=64)
+def _rows(head_bytes: int, arg_bytes: int, count: int) -> Struct:
+    return Struct(f"{head_bytes}x{arg_bytes}s2x" * count)
 
 
 def _equal_rows(buffer: bytearray, position: int, head: bytes, stride: int, count: int) -> int:

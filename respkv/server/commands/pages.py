@@ -21,7 +21,7 @@ from respkv.server.forms import Form, form_of, layer_range, send_many, send_one,
 from respkv.server.gpu import check_gpu
 from respkv.server.keeping import expires_ms, pinned_until
 from respkv.server.loads import cold_entries
-from respkv.server.places import load_us, tier_of
+from respkv.server.places import letters_of, load_us
 from respkv.server.registry import Later, command
 from respkv.server.session import Session
 from respkv.server.streams import Span, stream_values, whole
@@ -272,8 +272,7 @@ def kv_match(session: Session, args: Args) -> None:
     cache = session.cache
     until = cache.clock.now + session.server.config.answer_lease / 1000
     run = cache.match(keys, until, session=name)
-    letters = "".join(tier_of(session, entry)[1] for entry in run)
-    session.send([len(run), letters, load_us(session, run)])
+    session.send([len(run), letters_of(session, run), load_us(session, run)])
 
 
 @command("kv.prefetch")

@@ -5,7 +5,7 @@ from respkv.server.assembling import put_rectangles
 from respkv.server.commands.pages import DEADLINE_S_MAX
 from respkv.server.layers import Wanted, entries_needed, load_and_send, send_layers
 from respkv.server.loads import is_cold
-from respkv.server.places import load_us, tier_of
+from respkv.server.places import letters_of, load_us
 from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
 from respkv.server.puts import put_pages, read_put
 from respkv.server.registry import Later, command
@@ -39,12 +39,9 @@ def kv_seq_match(session: Session, args: Args) -> None:
         has_logits = logits is not None
         if logits is not None:
             cache.promise(logits, until)
-    if cache.gpu.is_on or cache.copies.num_cold:
-        letters = "".join(tier_of(session, entry)[1] for entry in entries)
-    else:
-        letters = "c" * len(entries)
+    letters = letters_of(session, entries)
     pages = len(found.pages)
-    session.send([found.tokens, pages, letters, load_us(session, entries + parts), int(has_logits)])
+    session.send([found.tokens, pages, letters, load_us(session, entries, parts), int(has_logits)])
 
 
 @command("kv.seq.put")
