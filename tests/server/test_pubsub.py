@@ -68,8 +68,9 @@ def crowd(
             return opened
 
         theirs = [raw(redis.port) for _ in range(4)]
-        theirs[0].ask("FLUSHALL")  # of what other tests left there
         ours = [raw(server.port) for _ in range(4)]
+        for each in (theirs[0], ours[0]):
+            each.ask("FLUSHALL")  # of what other tests left there
         yield Crowd(theirs, ours, request.param)
 
 
@@ -222,8 +223,8 @@ def test_a_client_that_wants_no_replies_is_still_told_messages(
     ]
     replies = []
     with Raw(create_connection(("127.0.0.1", redis.port))) as theirs:
-        theirs.ask("FLUSHALL")  # of what other tests left there
         for each in (theirs, raw):
+            each.ask("FLUSHALL")  # of what other tests left there
             each.ask(*conversation[0])
             each.socket.sendall(pipeline(conversation[1:]))
             replies.append(_all_of(each))
