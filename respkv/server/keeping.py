@@ -1,18 +1,30 @@
-"""How long clients may have pages kept: TTLs and pins, cut to what the settings allow.
+"""How clients may have pages kept: levels, and TTLs and pins, cut to what the settings allow.
 
 A put says nothing about a value that was cut: KV.INFO shows the one in force. KV.RETAIN and KV.HINT
 answer with it. A pin beyond the part of the arena that may be pinned is refused, not cut: whoever
 pins relies on it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from respkv.engine.entry import Entry
 from respkv.engine.sessions import Answer
-from respkv.errors import PinRefused
+from respkv.errors import CommandError, PinRefused
+from respkv.tiers.record import Level
 
 if TYPE_CHECKING:
     from respkv.server.session import Session
+
+LEVELS: Final = {b"WRITTEN": Level.WRITTEN, b"DURABLE": Level.DURABLE}
+
+
+def level_of(session: "Session", word: bytes) -> Level:
+    """Return the level that a word stands for. Raises CommandError when no tier offers it."""
+    if session.server.mover is None:
+        raise CommandError(
+            f"{word.decode()} needs a tier that survives a restart; this server has none"
+        )
+    return LEVELS[word]
 
 
 def allowed_ttl(session: "Session", ms: int) -> Answer:

@@ -21,8 +21,7 @@ from respkv.errors import CacheError, CommandError, SchemaMismatch, SequenceGap
 from respkv.page import Geometry
 from respkv.server.arguments import Words, count, count_ms, shown, value_of
 from respkv.server.body import Refused
-from respkv.server.commands.pages import LEVELS, level_of
-from respkv.server.keeping import expires_ms, pinned_until
+from respkv.server.keeping import LEVELS, expires_ms, level_of, pinned_until
 from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
 from respkv.tiers.rectangles import Rectangle
 from respkv.wire.parser import Args

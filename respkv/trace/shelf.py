@@ -7,7 +7,7 @@ beyond that (sizes, leases, files) is left out.
 
 A decision is all that one eviction takes: what is learned from the match, choosing and removing the
 victim, queueing the newcomer, and queueing the victim's parent when it has become a leaf. It is
-processor time.
+processor time, from the first eviction on: before that there is nothing to decide.
 """
 
 from time import thread_time
@@ -26,7 +26,8 @@ class Shelf:
     """A cache of ``blocks_max`` blocks.
 
     is_chained: whether blocks know what they stand behind, as in the engine, so that leaves go first.
-    policy_s:   time spent in the policy, and in reading the clock twice for each call of it.
+    policy_s:   time spent in the policy since the cache was full, and in reading the clock twice for
+                each of the ``num_timed`` calls of it.
     """
 
     def __init__(
@@ -153,6 +154,8 @@ class Shelf:
 
     def _count(self, started: float) -> None:
         took = thread_time() - started
+        if not self.num_evicted:
+            return
         self.num_timed += 1
         self.policy_s += took
         self.slowest_s = max(self.slowest_s, took)

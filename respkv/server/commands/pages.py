@@ -19,7 +19,7 @@ from respkv.server.commands.keyspace import mark_used
 from respkv.server.commands.strings import send_entry, use_loaded
 from respkv.server.forms import Form, form_of, layer_range, send_many, send_one, shape_for
 from respkv.server.gpu import check_gpu
-from respkv.server.keeping import expires_ms, pinned_until
+from respkv.server.keeping import LEVELS, expires_ms, level_of, pinned_until
 from respkv.server.loads import cold_entries
 from respkv.server.places import letters_of, load_us
 from respkv.server.registry import Later, command
@@ -29,7 +29,6 @@ from respkv.tiers.record import Level
 from respkv.wire import reply
 from respkv.wire.parser import Args
 
-LEVELS: Final = {b"WRITTEN": Level.WRITTEN, b"DURABLE": Level.DURABLE}
 DEADLINE_S_MAX = 86_400.0
 NAME_BYTES_MAX: Final = {b"SESSION": 256, b"TENANT": 1024}
 
@@ -96,15 +95,6 @@ def _name(words: Words, word: bytes) -> bytes:
     if name.upper() == b"PARENT":  # what follows it would be taken for a key
         raise CommandError(f"{word.decode()} {shown(name)}: that is a word of the command")
     return name
-
-
-def level_of(session: Session, word: bytes) -> Level:
-    """Return the level that a word stands for. Raises CommandError when no tier offers it."""
-    if session.server.mover is None:
-        raise CommandError(
-            f"{word.decode()} needs a tier that survives a restart; this server has none"
-        )
-    return LEVELS[word]
 
 
 def check_key(key: bytes) -> None:

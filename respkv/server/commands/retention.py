@@ -12,8 +12,8 @@ from respkv.engine.sessions import Answer
 from respkv.engine.spaces import Limits
 from respkv.errors import CommandError
 from respkv.server.arguments import DURATION_MS_MAX, Words, count_ms, shown
-from respkv.server.commands.pages import LEVELS, NAME_BYTES_MAX
-from respkv.server.keeping import allowed_pin, allowed_ttl
+from respkv.server.commands.pages import NAME_BYTES_MAX
+from respkv.server.keeping import LEVELS, allowed_pin, allowed_ttl
 from respkv.server.prompts import SESSION_BYTES_MAX, ChainWords, prompt_of
 from respkv.server.registry import command
 from respkv.server.session import Session

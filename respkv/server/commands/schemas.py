@@ -13,7 +13,7 @@ from respkv.errors import CommandError, QuotaExceeded, TierError
 from respkv.kernels.layout import Codec
 from respkv.page import Latents, namespace_of
 from respkv.server.arguments import Words, count_ms, shown
-from respkv.server.commands.pages import LEVELS, level_of
+from respkv.server.keeping import LEVELS, level_of
 from respkv.server.page_specs import make_ready
 from respkv.server.registry import command
 from respkv.server.schema_files import SchemaFiles
