@@ -113,7 +113,5 @@ def test_hit_rates_of_a_real_trace_are_those_of_other_simulators(
     path = find_trace()
     if path is None:
         pytest.skip("no trace: set RESPKV_TRACE to Mooncake's conversation_trace.jsonl")
-    if name not in NAMES:
-        pytest.skip(f"there is no {name} yet")
     outcome = simulate(Cell(name, 6000, is_chained=is_chained), read_trace(path))
     assert outcome.hit_rate == pytest.approx(hit_rate, abs=0.01)
