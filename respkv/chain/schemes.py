@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import cbor2
@@ -11,27 +12,27 @@ from respkv.chain.extras import Extras, Hash, media_fields, node_of, shared_fiel
 from respkv.chain.tokens import TOKEN_BYTES
 
 
-class Scheme:
+class Scheme(ABC):
     """How ids are made. One of the hash functions, and what it is given."""
 
+    @abstractmethod
     def start(self, seed: bytes, page_tokens: int) -> bytes:
         """Return what stands in for the id before the first page."""
-        raise NotImplementedError
 
-    def check(self, extras: Extras) -> None:
+    def check(self, extras: Extras) -> None:  # noqa: B027 (most take them all)
         """Raise ValueError for extras that cannot be hashed."""
 
+    @abstractmethod
     def extend(
         self, ids: list[bytes], parent: bytes, tokens: bytes, page_tokens: int, stop: int
     ) -> None:
         """Append the ids of pages without extras until there are ``stop``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hash_page(
         self, parent: bytes, tokens: bytes, extras: Extras, index: int, first: int
     ) -> bytes:
         """Return the id of one page, whose first token stands at ``first`` of the prompt."""
-        raise NotImplementedError
 
 
 class Ours(Scheme):
@@ -68,7 +69,7 @@ class Vllm(Scheme):
     def start(self, seed: bytes, page_tokens: int) -> bytes:
         return hashlib.sha256(cbor2.dumps(_text(seed, "seed"), canonical=True)).digest()
 
-    def check(self, extras: Extras) -> None:
+    def check(self, extras: Extras) -> None:  # noqa: B027 (most take them all)
         for name in ("salt", "tenant", "lora", "lora_path"):
             _text(getattr(extras, name), name)
         for medium in extras.media:

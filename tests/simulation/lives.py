@@ -142,7 +142,7 @@ class Life:
         self.cache = Cache(
             arena,
             SlabAllocator(ARENA_BYTES),
-            policy=rng.choice(("lru", "s3fifo", "survival")),
+            policy=rng.choice(("lru", "s3fifo", "sieve", "survival")),
             small_max=rng.choice((6000, 60_000)),
             clock=self.clock,
         )
