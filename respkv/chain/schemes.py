@@ -69,7 +69,7 @@ class Vllm(Scheme):
     def start(self, seed: bytes, page_tokens: int) -> bytes:
         return hashlib.sha256(cbor2.dumps(_text(seed, "seed"), canonical=True)).digest()
 
-    def check(self, extras: Extras) -> None:  # noqa: B027 (most take them all)
+    def check(self, extras: Extras) -> None:
         for name in ("salt", "tenant", "lora", "lora_path"):
             _text(getattr(extras, name), name)
         for medium in extras.media:
