@@ -24,7 +24,7 @@ from respkv.tiers.device import Device
 from respkv.tiers.estimate import Estimate
 from respkv.tiers.health import Health, why
 from respkv.tiers.log import Hooks
-from respkv.tiers.meta import KEY_BYTES_MAX
+from respkv.tiers.meta import can_be_kept
 from respkv.tiers.opening import Recovery, open_log
 from respkv.tiers.parts import Parts, TierConfig, assemble
 from respkv.tiers.pending import Pending
@@ -381,10 +381,7 @@ class FileTier:
             image=value.image,
         )
         self._tickets.value_asked(pending)
-        is_too_large = (
-            meta.payload_bytes > self.payload_bytes_max
-            or max(len(meta.key), len(meta.parent)) > KEY_BYTES_MAX
-        )
+        is_too_large = meta.payload_bytes > self.payload_bytes_max or not can_be_kept(meta)
         if is_too_large or self._is_stopping or not self.health.can_write:
             pending.fail("not written")
         else:

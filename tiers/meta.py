@@ -12,6 +12,7 @@ import struct
 from typing import Literal
 
 from respkv.errors import PageCorrupt
+from respkv.page import KEY_BYTES_MAX as PAGE_KEY_BYTES_MAX
 from respkv.page import PAGE_ID_BYTES, part_of
 from respkv.tiers.format import Buffer
 from respkv.tiers.record import Level, Meta
@@ -24,7 +25,8 @@ META = struct.Struct("<" + META_FIELDS)
 
 MORE_BYTES_MAX = 20480
 MORE = struct.Struct("<H")  # bytes that follow
-BEHIND_BYTES_MAX = 2 * KEY_BYTES_MAX + MORE.size + MORE_BYTES_MAX
+# Only pages have more, and their keys are short.
+BEHIND_BYTES_MAX = max(2 * KEY_BYTES_MAX, 2 * PAGE_KEY_BYTES_MAX + MORE.size + MORE_BYTES_MAX)
 HAS_MORE = 2  # the kind of a page that has more
 
 KINDS: tuple[Literal["string"], Literal["kvpage"], Literal["kvpage"]]
@@ -52,6 +54,12 @@ def is_content_addressed(key: bytes, kind: str) -> bool:
 def behind_bytes(meta: Meta) -> int:
     """Return the bytes behind the fields of a description: its keys, and what more it has."""
     return len(meta.key) + len(meta.parent) + (MORE.size + len(meta.more) if meta.more else 0)
+
+
+def can_be_kept(meta: Meta) -> bool:
+    """Return whether a description is small enough for a file."""
+    is_short = max(len(meta.key), len(meta.parent)) <= KEY_BYTES_MAX
+    return is_short and behind_bytes(meta) <= BEHIND_BYTES_MAX
 
 
 def behind(meta: Meta) -> tuple[bytes, ...]:

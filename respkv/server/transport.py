@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Measured: GET of 1 and 4 MiB gains 10 % at 512 KiB and nothing beyond.
 UNIX_SEND_BYTES = 512 * 1024
+LINGER_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Connection(asyncio.BufferedProtocol):
         self._session: Session | None = None
         self._is_paused = False
         self._is_closed = False  # by us
+        self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admit the client or tell it why not."""
@@ -97,12 +99,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Lend memory for the next read."""
-        return self._server.scratch if self._session is None else self._session.window()
+        if self._session is None or self._lingering is not None:
+            return self._server.scratch
+        return self._session.window()
 
     def buffer_updated(self, nbytes: int) -> None:
         """Let the session answer what came."""
         session = self._session
-        if session is not None and session.received(nbytes):
+        if session is not None and self._lingering is None and session.received(nbytes):
             self._flush(session)
 
     def pause_writing(self) -> None:
@@ -127,6 +131,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Give back everything the client held."""
         session = self._session
+        if self._lingering is not None:
+            self._lingering.cancel()
         if session is not None:
             self._session = None
             self._server.sessions.pop(session.number, None)
@@ -135,7 +141,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def wake(self) -> None:
         """Look at the session again: it has output or wants input."""
-        if self._session is not None:
+        if self._session is not None and self._lingering is None:
             self._flush(self._session)
 
     def abort(self) -> None:
@@ -159,11 +165,27 @@ class Connection(asyncio.BufferedProtocol):
                 self._is_paused = False
                 self._transport.resume_reading()
         elif session.may_close:
-            self._is_closed = True
-            self._transport.close()
+            self._linger()
         elif not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
+
+    def _linger(self) -> None:
+        """Say that nothing follows, and drop what still comes until the client has closed too.
+
+        A socket that is closed while input lies in it unread is reset, and then the client may
+        lose answers that had left before, the one that says why it is closed among them.
+        """
+        self._is_closed = True
+        try:
+            self._transport.write_eof()
+        except OSError:  # the client has gone already
+            self._transport.abort()
+            return
+        self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
+        if self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
 
     def _send(self, parts: Buffers) -> None:
         if memoryview in map(type, parts):

@@ -166,6 +166,7 @@ def test_a_cold_page_comes_back_from_the_gpu(
         gpu_device="cpu",
         gpu_promote="first",
         maxmemory="4mb",
+        maxmemory_policy="lru",  # what is put last pushes out what was put first
         nvme_path=tmp_path / "nvme",
         nvme_bytes="64mb",
         promote="never",
@@ -178,8 +179,9 @@ def test_a_cold_page_comes_back_from_the_gpu(
     wait_for_letters(raw, "g" * 8, *pages)
     for number in range(60):  # push them out of memory
         raw.ask("SET", f"other:{number}", os.urandom(NBYTES))
-    info = dict(zip(*[iter(raw.ask("KV.INFO", "ns:0"))] * 2, strict=True))
-    assert info[b"tiers"] == [b"gpu", b"nvme"]
+    for key in pages:
+        info = dict(zip(*[iter(raw.ask("KV.INFO", key))] * 2, strict=True))
+        assert info[b"tiers"] == [b"gpu", b"nvme"]
     assert letters(raw, *pages) == "g" * 8
     for key, payload in pages.items():
         assert raw.ask("KV.GET", key) == payload

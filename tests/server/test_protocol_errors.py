@@ -1,5 +1,7 @@
 """Bytes that are no request get Redis's own error and the end of the connection, nobody else's."""
 
+import os
+import time
 from socket import create_connection
 
 import pytest
@@ -120,6 +122,34 @@ def test_commands_before_the_error_are_served_and_none_after(server: ServerProce
     with Raw(server.connect()) as raw:
         assert raw.ask("EXISTS", "before") == 1
         assert raw.ask("EXISTS", "after") == 0
+
+
+def test_answers_before_the_error_arrive_though_input_lies_unread(server: ServerProcess) -> None:
+    """A socket closed over unread input is reset, and what had not been read by then is gone."""
+    value = os.urandom(3 << 20)
+    with Raw(server.connect()) as raw:
+        assert raw.ask("SET", "large", value) == b"OK"
+    for _ in range(5):
+        with Raw(server.connect()) as raw:
+            raw.socket.sendall(request("GET", "large") + b"*x\r\n" + b"unread" * 50_000)
+            time.sleep(0.02)  # let what is sent now come behind the error
+            raw.socket.sendall(b"unread" * 1000)
+            answers = raw.wait_closed()
+        assert answers.startswith(b"$%d\r\n%b\r\n-ERR Protocol error" % (len(value), value))
+
+
+def test_who_goes_on_sending_after_an_error_is_cut_off(server: ServerProcess) -> None:
+    with Raw(server.connect()) as raw:
+        raw.socket.sendall(b"*x\r\n")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            send_for(raw, seconds=10)
+
+
+def send_for(raw: Raw, seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        raw.socket.sendall(b"x" * 1000)
+        time.sleep(0.01)
 
 
 def test_a_browser_that_posts_to_the_port_stores_nothing(server: ServerProcess) -> None:

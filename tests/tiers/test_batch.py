@@ -250,15 +250,20 @@ def test_the_layout_on_disk_does_not_change() -> None:
     assert f"{hash64(data):016x}" == "88033aa8158282d6"
 
 
-def test_there_is_room_for_items_up_to_the_limits() -> None:
+LONGEST = [
+    Meta(b"k" * KEY_BYTES_MAX, "kvpage", 0, 0, 1, parent=b"p" * KEY_BYTES_MAX),
+    Meta(b"k" * 512, "kvpage", 0, 0, 1, parent=b"p" * 512, more=b"m" * MORE_BYTES_MAX),
+]
+
+
+@pytest.mark.parametrize("long", LONGEST, ids=["keys", "more"])
+def test_there_is_room_for_items_up_to_the_limits(long: Meta) -> None:
     batch = Batch(4096)
     for number in range(ITEMS_MAX):
         assert batch.has_room()
         batch.add_note(Bury(b"%d" % number, 1))
     assert not batch.has_room()
     batch = Batch(4096)
-    long = Meta(b"k" * KEY_BYTES_MAX, "kvpage", 0, 0, 1, parent=b"p" * KEY_BYTES_MAX)
-    long = long._replace(more=b"m" * MORE_BYTES_MAX)
     while batch.has_room():
         batch.add_note(Change(long))
     assert HEAD_BYTES_MAX // 2 < batch.head_bytes <= HEAD_BYTES_MAX

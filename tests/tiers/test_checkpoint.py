@@ -101,10 +101,10 @@ def test_blocks_are_whole_but_the_last_and_none_takes_long() -> None:
     assert sizes[-1] % 4096 == 0
 
 
-def test_the_longest_keys_fit() -> None:
+@pytest.mark.parametrize(("key_bytes", "more_bytes"), [(KEY_BYTES_MAX, 0), (512, MORE_BYTES_MAX)])
+def test_the_longest_descriptions_fit(key_bytes: int, more_bytes: int) -> None:
     meta, record = found(1)[0]
-    long = meta._replace(key=b"k" * KEY_BYTES_MAX, parent=b"p" * KEY_BYTES_MAX)
-    long = long._replace(more=b"m" * MORE_BYTES_MAX)
+    long = meta._replace(key=b"k" * key_bytes, parent=b"p" * key_bytes, more=b"m" * more_bytes)
     given_ = [(long, record)] * 5
     data = encode(given_)
     check(data, given_)
