@@ -14,9 +14,13 @@ import respkv
 
 EXTRA_HOMES = (
     *("respkv.kernels.", "respkv.tiers.gpu", "respkv.integrations.", "respkv.cli.screen"),
-    "respkv.server.zmq_events",
+    *("respkv.server.zmq_events", "respkv.gateway", "respkv.batching", "respkv.paged"),
+    *("respkv.semantic", "respkv.simple"),
 )
-EXTRA_PACKAGES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "rich", "zmq"}
+EXTRA_PACKAGES = {
+    *("torch", "triton", "transformers", "tokenizers", "safetensors", "rich", "zmq"),
+    *("fastapi", "starlette", "uvicorn", "pydantic", "usearch"),
+}
 
 
 def modules(folder: Path, prefix: str) -> Iterator[str]:
