@@ -60,6 +60,12 @@ serve: $(CORE) ## Run the server: make serve ARGS="--maxmemory 1gb"
 demo: $(ALL) ## Two inference workers share a document's KV, also across a restart of the server
 	@$(BIN)/python -m examples.shared_prompt $(ARGS)
 
+DEMOS := repeated_prompts agentic_workflow shared_document multi_turn_chat
+
+.PHONY: demos
+demos: $(ALL) ## What the cache is worth to a model in four workloads: ARGS="--plot FOLDER" draws them
+	@for name in $(DEMOS); do $(BIN)/python -m examples.$$name $(ARGS); echo; done
+
 .PHONY: bench
 bench: $(ALL) redis fio ## Measure against redis-server and fio on this machine
 	@$(BIN)/python -m bench $(ARGS)
@@ -68,6 +74,10 @@ bench: $(ALL) redis fio ## Measure against redis-server and fio on this machine
 bench-codecs: $(BENCH) ## Codecs on a CPU: against blosc2, zstd, lz4, and error against bits
 	@$(BIN)/python -m bench.codecs $(ARGS)
 	@$(BIN)/python -m bench.distortion
+
+.PHONY: bench-inference
+bench-inference: $(ALL) ## What the cache is worth to a model: first tokens, requests together, the demos
+	@$(BIN)/python -m bench.inference $(ARGS)
 
 # These two want an NVIDIA GPU with its driver and a torch built for CUDA. constraints.txt names
 # torch 2.13.0; on Linux PyPI's is built for CUDA 13.0 and brings its own triton, 3.7.1, for which

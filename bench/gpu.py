@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the parts that were asked for; return 0 also when goals are missed or there is no GPU."""
     options = _options(argv)
     device = torch.device(options.device)
-    if device.type == "cuda" and (missing := _missing()):
+    if device.type == "cuda" and (missing := missing_gpu()):
         print(f"bench-gpu: nothing was measured: {missing}")
         return 0
     if device.type == "cpu":
@@ -94,7 +94,7 @@ def describe(device: torch.device) -> dict[str, str]:
     return facts
 
 
-def _missing() -> str:
+def missing_gpu() -> str:
     """Say what is missing for a GPU; "" when one can be used."""
     if torch.cuda.is_available():
         return ""

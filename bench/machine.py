@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,21 +19,39 @@ def describe(folder: Path) -> dict[str, str]:
 
     folder: where files are measured.
     """
-    load = " ".join(f"{each:.2f}" for each in os.getloadavg())
     redis = subprocess.run(["redis-server", "--version"], capture_output=True, text=True).stdout
+    files = {"files": _file_system(folder)}
+    peers = {
+        "redis-server": redis.partition(" v=")[2].partition(" ")[0],
+        "fio": fio_version(),
+    }
+    return hardware() | files | load() | peers | software(PACKAGES)
+
+
+def hardware() -> dict[str, str]:
+    """Return the date, the machine and its kernel."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _field("/proc/cpuinfo", "model name"),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{int(_field('/proc/meminfo', 'MemTotal').split()[0]) / (1 << 20):.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "files": _file_system(folder),
-        "load average at start": load,
+    }
+
+
+def load() -> dict[str, str]:
+    """Return what else the machine does, and what is measured."""
+    return {
+        "load average at start": " ".join(f"{each:.2f}" for each in os.getloadavg()),
         "respkv": respkv.__version__,
-        "redis-server": redis.partition(" v=")[2].partition(" ")[0],
-        "fio": fio_version(),
+    }
+
+
+def software(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of packages."""
+    return {
         "python": platform.python_version(),
-        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "packages": ", ".join(f"{name} {version(name)}" for name in packages),
     }
 
 

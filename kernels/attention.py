@@ -43,7 +43,7 @@ def paged_decode(
     Raises ValueError when shapes, types or strides do not fit.
     """
     out = torch.empty_like(query) if out is None else out
-    _check_pages(pages, query, batch=query.shape[0])
+    check_pages(pages, query, batch=query.shape[0])
     _check_like(out, query)
     if not query.is_cuda:
         return paged_decode_reference(query, pages, out=out, scoring=scoring)
@@ -85,7 +85,7 @@ def paged_prefill(
     Raises ValueError when shapes, types or strides do not fit.
     """
     out = torch.empty_like(query) if out is None else out
-    _check_pages(pages, query, batch=cu_seqlens.shape[0] - 1)
+    check_pages(pages, query, batch=cu_seqlens.shape[0] - 1)
     _check_like(out, query)
     heads = pages.keys.shape[2]
     for tensor in (key, value):
@@ -174,7 +174,8 @@ def _gather(
     return key, value
 
 
-def _check_pages(pages: PagedKV, query: Tensor, *, batch: int) -> None:
+def check_pages(pages: PagedKV, query: Tensor, *, batch: int) -> None:
+    """Raise ValueError when pages and queries do not fit, or are not what kernels take."""
     keys, values, scales = pages.keys, pages.values, (pages.key_scales, pages.value_scales)
     if query.dim() != 3 or query.dtype not in NUMBER_DTYPES or query.stride(-1) != 1:
         raise ValueError(f"query must be [tokens, Q, D] numbers, not {_described(query)}")

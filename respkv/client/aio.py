@@ -11,7 +11,7 @@ import anyio
 from respkv.client import commands, retention, schemas
 from respkv.client.commands import Command, Key, PutOptions
 from respkv.client.core import Core
-from respkv.client.effects import Effect, Event, Operation, Resolve, Seat, Wait
+from respkv.client.effects import Effect, Event, Heed, Operation, Resolve, Seat, Wait
 from respkv.client.gpu import GpuPage
 from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
@@ -140,6 +140,9 @@ class AsyncClient:
                     await anyio.wait_readable(effect.sock)
                 else:
                     await anyio.wait_writable(effect.sock)
+                return True
+            if isinstance(effect, Heed):
+                await effect.bell.wait()
                 return True
             if isinstance(effect, Seat):
                 await self._core.pool.seats.acquire()

@@ -27,11 +27,15 @@ class Arena:
         self.writable = writable
         self._memory = memory
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Return bytes of the arena. Raises ProtocolError when they are not within it."""
+    def view(self, offset: int, nbytes: int, *, writable: bool = False) -> memoryview:
+        """Return bytes of the arena. Raises ProtocolError when they are not within it.
+
+        writable: they are to be written; else the view is read-only.
+        """
         if offset < 0 or nbytes < 0 or offset + nbytes > len(self._memory):
             raise ProtocolError(f"{nbytes} bytes at {offset} are not within the arena")
-        return self._memory[offset : offset + nbytes]
+        view = self._memory[offset : offset + nbytes]
+        return view if writable else view.toreadonly()
 
 
 def arena_identity(fd: int) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from respkv import __version__
 from respkv.client.arena import Arena
-from respkv.client.effects import Event, Operation, Wait
+from respkv.client.effects import Event, Operation
 from respkv.client.replies import NEED_DATA, Reply, ReplyParser
 from respkv.client.requests import Chunk, Request, request
 from respkv.client.stream import IOV_MAX, Stream, open_stream
@@ -213,7 +213,7 @@ class Connection:
             return
 
     def _wait(self, events: Event, deadline: float) -> Operation[None]:
-        if not (yield Wait(self._stream.sock, events, deadline)):
+        if not (yield self._stream.wait_for(events, deadline)):
             raise TimedOut(f"{self._settings.address} did not answer in time")
 
 

@@ -30,13 +30,22 @@ PAUSE_MAX_S = 1.0
 
 
 class Core(Generic[S]):
-    """What both faces are made of: operations, for a face to drive."""
+    """What both faces are made of: operations, for a face to drive.
 
-    def __init__(self, settings: Settings, make_seats: Callable[[int], S]) -> None:
+    arenas, gpus: how the server's memory is found; by mapping it when they are not given.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        make_seats: Callable[[int], S],
+        arenas: Arenas | None = None,
+        gpus: GpuMemories | None = None,
+    ) -> None:
         self.settings = settings
         self.pool = Pool(lambda: make_seats(settings.pool_max))
-        self.arenas = Arenas()
-        self.gpus = GpuMemories()
+        self.arenas = arenas or Arenas()
+        self.gpus = gpus or GpuMemories()
         self.shapes: dict[Any, Any] = {}  # of the pages of namespaces, see sequences.py
 
     def call(self, command: Command[T]) -> Operation[T]:

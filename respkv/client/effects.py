@@ -2,7 +2,7 @@
 
 Everything the client does (connect, shake hands, send, receive, retry, lease) is written once, as
 generators that do their own non-blocking socket calls and yield only when they cannot go on. What
-they yield is one of the four effects below; a face (``sync``, ``aio``) waits in its own way and
+they yield is one of the five effects below; a face (``sync``, ``aio``) waits in its own way and
 sends the answer back. So a face holds no protocol and there is no second copy of anything. Two
 other ways were left: async code unwrapped by a synchronous runner types every call as a coroutine,
 and code generated from one face to the other needs a build step.
@@ -41,6 +41,18 @@ class Wait:
 
 
 @dataclass(slots=True)
+class Heed:
+    """Wait until a stream without a socket, which its own process answers, rings its bell.
+
+    bell: of the kind that the face waits for: ``wait(timeout_s) -> bool`` for the blocking one,
+          ``async wait()`` for the other. It may ring when there is nothing new.
+    """
+
+    bell: Any
+    deadline: float
+
+
+@dataclass(slots=True)
 class Seat:
     """Wait for one of the pool's ``pool_max`` seats; the operation gives it back."""
 
@@ -64,5 +76,5 @@ class Resolve:
     deadline: float
 
 
-Effect: TypeAlias = Wait | Seat | Sleep | Resolve
+Effect: TypeAlias = Wait | Heed | Seat | Sleep | Resolve
 Operation: TypeAlias = Generator[Effect, Any, T]

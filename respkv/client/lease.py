@@ -213,8 +213,7 @@ def _view(arena: Arena, place: Reply, *, writable: bool = False) -> memoryview |
     offset, nbytes = array_of(place, 2)
     if not isinstance(offset, int) or not isinstance(nbytes, int):
         raise ProtocolError(f"{place!r} is not a place in the arena")
-    view = arena.view(offset, nbytes)
-    return view if writable else view.toreadonly()
+    return arena.view(offset, nbytes, writable=writable)
 
 
 def array_of(reply: Reply, count: int | None = None) -> list[Reply]:

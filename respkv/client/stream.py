@@ -1,7 +1,7 @@
-"""A connected, non-blocking socket: what can be sent or received now, and what to wait for if not.
+"""A connected stream that never blocks: what can be sent or received now, and what to wait for if not.
 
 ``send`` and ``receive`` return a count, or the Event without which they cannot go on. A refused or
-broken connection is the OSError the socket gave; EOF is a count of 0.
+broken connection is an OSError, that of the socket; EOF is a count of 0.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import os
 import select
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from respkv.client.effects import Event, Operation, Resolve, Wait
+from respkv.client.effects import Effect, Event, Operation, Resolve, Wait
 from respkv.client.requests import Chunk
 from respkv.client.url import Settings
 from respkv.errors import ConnectionLost, TimedOut
@@ -22,7 +23,31 @@ from respkv.errors import ConnectionLost, TimedOut
 IOV_MAX = 1024
 
 
-class Stream:
+class Stream(ABC):
+    """What a connection sends and receives by."""
+
+    @abstractmethod
+    def send(self, chunks: Sequence[Chunk]) -> int | Event:
+        """Send the first of these bytes, gathered from where they are."""
+
+    @abstractmethod
+    def receive(self, into: memoryview) -> int | Event:
+        """Receive at least one byte into ``into``."""
+
+    @abstractmethod
+    def wait_for(self, events: Event, deadline: float) -> Effect:
+        """Return what to wait for until any of the events may have come."""
+
+    @abstractmethod
+    def is_quiet(self) -> bool:
+        """Say whether nothing waits to be received: on an idle connection that would be its end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it here; in a forked child the parent's stays open."""
+
+
+class SocketStream(Stream):
     """A plain socket, TCP or Unix."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -42,6 +67,10 @@ class Stream:
         except BlockingIOError:
             return Event.READ
 
+    def wait_for(self, events: Event, deadline: float) -> Effect:
+        """Return that the socket is waited for."""
+        return Wait(self.sock, events, deadline)
+
     def is_quiet(self) -> bool:
         """Say whether nothing waits to be received: on an idle connection that would be its end."""
         poller = select.poll()
@@ -59,6 +88,8 @@ def open_stream(settings: Settings, deadline: float) -> Operation[Stream]:
     Raises ConnectionLost or TimedOut.
     Cancelled: nothing stays open.
     """
+    if settings.dial is not None:
+        return settings.dial()
     addresses: list[tuple[int, Any]] = [(socket.AF_UNIX, settings.path)]
     if not settings.path:
         try:
@@ -106,7 +137,7 @@ def _connect(family: int, address: Any, deadline: float) -> Operation[socket.soc
 
 def _wrap(sock: socket.socket, settings: Settings, deadline: float) -> Operation[Stream]:
     if settings.tls is None:
-        return Stream(sock)
+        return SocketStream(sock)
     from respkv.client.tls import wrap  # imports ssl
 
     return (yield from wrap(sock, settings, settings.tls, deadline))

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 from respkv.client import commands, retention, schemas
 from respkv.client.commands import Command, Key, PutOptions
 from respkv.client.core import Core
-from respkv.client.effects import Effect, Event, Operation, Resolve, Seat, Wait
+from respkv.client.effects import Effect, Event, Heed, Operation, Resolve, Seat, Wait
 from respkv.client.gpu import GpuPage
 from respkv.client.gpu_lease import GpuLeaseHold
 from respkv.client.lease import LeaseHold, ReserveHold
@@ -146,6 +146,8 @@ class Client:
             poller = select.poll()
             poller.register(effect.sock, _POLL[effect.events])
             return bool(poller.poll(None if left == math.inf else math.ceil(left * 1000)))
+        if isinstance(effect, Heed):
+            return effect.bell.wait(left)
         if isinstance(effect, Seat):
             return self._core.pool.seats.acquire(timeout=min(left, threading.TIMEOUT_MAX))
         if isinstance(effect, Resolve):

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from respkv.client.effects import Event, Operation, Wait
 from respkv.client.requests import Chunk
-from respkv.client.stream import Stream
+from respkv.client.stream import SocketStream, Stream
 from respkv.client.url import Settings
 from respkv.errors import ConfigError, ConnectionLost, TimedOut
 
 
-class TlsStream(Stream):
+class TlsStream(SocketStream):
     """A socket wrapped in TLS."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:

@@ -10,6 +10,9 @@ from respkv.errors import ConfigError
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
+
+    from respkv.client.stream import Stream
 
 DEFAULT_PORT = 7379
 DEFAULT_URL = f"respkv://127.0.0.1:{DEFAULT_PORT}"
@@ -42,6 +45,7 @@ class Settings:
     connect_timeout_s: for opening one connection, handshake included.
     reconnect_max:     attempts after the first, with growing pauses.
     tls:               wraps the connection; None is no TLS, or the system's trust for a TLS URL.
+    dial:              opens a stream to a server in this process, which has no address.
     """
 
     host: str = ""
@@ -57,6 +61,7 @@ class Settings:
     connect_timeout_s: float = 5.0
     reconnect_max: int = 5
     tls: ssl.SSLContext | None = field(default=None, repr=False)
+    dial: Callable[[], Stream] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check(self.protocol in (2, 3), "protocol", self.protocol, "2 or 3")
@@ -69,6 +74,8 @@ class Settings:
     @property
     def address(self) -> str:
         """Return the server's address for messages; never a password."""
+        if self.dial is not None:
+            return "the embedded engine"
         return f"unix://{self.path}" if self.path else f"{self.host}:{self.port}"
 
 

@@ -220,19 +220,26 @@ class Config(
         return f"Config({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
     @classmethod
-    def load(cls, path: str | None = None, overrides: Mapping[str, str] | None = None) -> "Config":
-        """Read a TOML file, then let the command line's texts win.
+    def load(
+        cls,
+        path: str | None = None,
+        overrides: Mapping[str, object] | None = None,
+        *,
+        source: str = "command line",
+    ) -> "Config":
+        """Read a TOML file, then let the command line's texts, or other values, win.
 
+        source: where those come from, for errors.
         Raises ConfigError for a file that cannot be read, an unknown key and a wrong value.
         """
         values: dict[str, Any] = {}
         if path is not None:
             with _named(path):
                 values = _read_all(_toml(path))
-        with _named("command line"):
+        with _named(source):
             values |= _read_all(overrides or {})
         config = msgspec.convert(values, cls)
-        with _named(path or "command line"):
+        with _named(path or source):
             config._check_together()
         return config
 
@@ -250,7 +257,7 @@ class Config(
         """Return a copy with one value changed. Raises ConfigError as ``with_values`` does."""
         return self.with_values({name: text})
 
-    def with_values(self, texts: Mapping[str, str]) -> "Config":
+    def with_values(self, texts: Mapping[str, object]) -> "Config":
         """Return a copy with values changed together, as CONFIG SET does for names in RUNTIME.
 
         Raises ConfigError for an unknown name, a wrong value and values that do not go together.

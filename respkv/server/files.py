@@ -55,7 +55,8 @@ async def using_files(server: Server) -> AsyncIterator[None]:
     if not config.has_files:
         yield
         return
-    _allow_files()
+    if not server.is_embedded:
+        _allow_files()
     tiers = _make_tiers(config, PageSpecs(server.cache.namespaces))
     schema_files = SchemaFiles(server.cache.namespaces, tiers, server.cache.accounts)
     began_s = anyio.current_time()

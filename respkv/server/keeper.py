@@ -31,7 +31,8 @@ async def keep(server: Server, janitor: Actor) -> None:
         await anyio.sleep(TICK_S)
         # The collector runs here and not in the middle of a command: a full one would look at every
         # entry, which never are garbage. Young objects are few and quickly looked at.
-        gc.collect(1 if tick % TICKS_PER_OLDER == 0 else 0)
+        if not server.is_embedded:
+            gc.collect(1 if tick % TICKS_PER_OLDER == 0 else 0)
         server.clock.refresh()
         now = server.clock.now
         for owner in server.cache.lapse():
@@ -48,7 +49,8 @@ async def keep(server: Server, janitor: Actor) -> None:
             is_small = len(server.cache.entries) <= ENTRIES_EXAMINED_MAX
             if is_idle and is_small and janitor.advise(Check()):
                 checked_s = now
-                gc.collect()
+                if not server.is_embedded:
+                    gc.collect()
 
 
 def _look_at(server: Server, session: Session, now: float) -> None:

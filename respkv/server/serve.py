@@ -4,7 +4,7 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -27,6 +27,7 @@ from respkv.server.info import resident_bytes
 from respkv.server.keeper import keep
 from respkv.server.listeners import close_listeners, open_tcp, open_unix
 from respkv.server.publishing import begin_publishing, publishing
+from respkv.server.session import Session
 from respkv.server.state import Server
 from respkv.server.transport import accept
 from respkv.server.tuning import not_tuned, tune
@@ -101,17 +102,47 @@ async def running(config: Config) -> AsyncIterator[Server]:
         check_directories(config)
         listeners = open_tcp(config)
         stack.callback(close_listeners, listeners)
-        server = await _make_server(config, max((each.port for each in listeners), default=0))
-        stack.callback(server.arena.close)
         gc.disable()  # what is recovered stays, and later the keeper collects
         stack.callback(gc.enable)
+        port = max((each.port for each in listeners), default=0)
+        server = await stack.enter_async_context(having_engine(config, port))
+        gc.freeze()  # what is here now stays
+        listeners += open_unix(config)
+        stops: list[Callable[[], None]] = []
+        await stack.enter_async_context(working(server, stops))
+        stops += [await accept(server, each.socket, config.tcp_backlog) for each in listeners]
+        begin_publishing(server)
+        yield server
+
+
+@asynccontextmanager
+async def having_engine(
+    config: Config, port: int = 0, *, is_embedded: bool = False
+) -> AsyncIterator[Server]:
+    """Have memory and tiers while the block runs, with what files hold; nobody is served yet.
+
+    Afterwards what only memory holds is written to files, and the memory is given back.
+    port:        that clients come by.
+    is_embedded: the process is not the server's own; see ``Server``.
+    Raises CacheError when a tier cannot be had.
+    """
+    async with AsyncExitStack() as stack:
+        server = await _make_server(config, port, is_embedded=is_embedded)
+        stack.callback(server.arena.close)
         stack.enter_context(publishing(server))
         gpu_tier = await stack.enter_async_context(having_gpu(server))
         await stack.enter_async_context(using_files(server))
         await stack.enter_async_context(using_gpu(server, gpu_tier))
-        gc.freeze()  # what is here now stays
-        listeners += open_unix(config)
-        tasks = await stack.enter_async_context(anyio.create_task_group())
+        yield server
+
+
+@asynccontextmanager
+async def working(server: Server, stops: Sequence[Callable[[], None]] = ()) -> AsyncIterator[None]:
+    """Serve sessions while the block runs; then let their answers leave and close all of them.
+
+    stops: called first at the end: they keep new clients away.
+    """
+    async with anyio.create_task_group() as tasks:
         server.run_in(tasks)
         janitor = make_janitor(server.cache)
 
@@ -124,10 +155,8 @@ async def running(config: Config) -> AsyncIterator[Server]:
         tasks.start_soon(supervise, janitor, forget)
         tasks.start_soon(keep, server, janitor)
         tasks.start_soon(contain, partial(tune, server), not_tuned)
-        stops = [await accept(server, each.socket, config.tcp_backlog) for each in listeners]
-        begin_publishing(server)
         try:
-            yield server
+            yield
         finally:
             with anyio.CancelScope(shield=True):
                 for stop in stops:
@@ -136,7 +165,7 @@ async def running(config: Config) -> AsyncIterator[Server]:
             tasks.cancel_scope.cancel()
 
 
-async def _make_server(config: Config, port: int) -> Server:
+async def _make_server(config: Config, port: int, *, is_embedded: bool) -> Server:
     nbytes = config.maxmemory - config.small_value_bytes()
     path = config.arena_path(port) if config.shm != "off" else None
     arena = Arena.create(nbytes, path=path, hugepages=config.hugepages)
@@ -151,7 +180,7 @@ async def _make_server(config: Config, port: int) -> Server:
         small_max=config.small_value_bytes(),
         clock=clock,
     )
-    server = Server(config, cache, arena, clock)
+    server = Server(config, cache, arena, clock, is_embedded=is_embedded)
     server.port = port
     server.base_bytes = before
     return server
@@ -160,7 +189,7 @@ async def _make_server(config: Config, port: int) -> Server:
 async def _drain(server: Server) -> None:
     """Give answers time to leave, then close every connection and wait until all are gone."""
     give_up = anyio.current_time() + server.config.shutdown_timeout
-    while any(session.is_busy for session in server.sessions.values()):
+    while any(map(_is_waited_for, server.sessions.values())):
         if anyio.current_time() > give_up:
             break
         await anyio.sleep(DRAIN_STEP_S)
@@ -168,3 +197,9 @@ async def _drain(server: Server) -> None:
         for session in list(server.sessions.values()):
             session.wire.abort()
         await anyio.lowlevel.checkpoint()
+
+
+def _is_waited_for(session: Session) -> bool:
+    """Whether there is something that the client will be told if it is given time."""
+    # A reader in this process may be the very thread that waits for the end.
+    return session.is_busy and not (session.is_draining and session.server.is_embedded)

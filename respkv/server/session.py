@@ -110,6 +110,11 @@ class Session(Answers):
         return self._intake.holds_slot
 
     @property
+    def is_filling(self) -> bool:
+        """Whether the next window is a part of a value's slot."""
+        return self._intake.is_filling
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of unfinished input on the heap."""
         return self._intake.held_bytes

@@ -49,9 +49,21 @@ class Server:
 
     One read buffer serves every connection, because lending it, the read and taking the bytes run
     back to back: an idle connection costs a few KiB.
+
+    is_embedded: it is a part of a process that does other work: its collector, its limits and its
+                 end are not the server's affair, and all that it serves may see the arena.
     """
 
-    def __init__(self, config: Config, cache: Cache, arena: Arena, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        cache: Cache,
+        arena: Arena,
+        clock: Clock,
+        *,
+        is_embedded: bool = False,
+    ) -> None:
+        self.is_embedded = is_embedded
         self.config = config
         self.cache = cache
         self.mover: Mover | None = None  # without file tiers, as the next three

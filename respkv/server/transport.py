@@ -220,3 +220,16 @@ async def accept(server: "Server", listener: socket.socket, backlog: int) -> Cal
     listen = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
     accepting = await listen(lambda: Connection(server), sock=listener, backlog=backlog)
     return accepting.close
+
+
+def calling_from_threads() -> Callable[[Callable[[], None]], None]:
+    """Return what has any thread call a function in this event loop, soon.
+
+    It raises RuntimeError once the loop is closed.
+    """
+    loop = asyncio.get_running_loop()
+
+    def call(work: Callable[[], None]) -> None:
+        loop.call_soon_threadsafe(work)
+
+    return call

@@ -212,6 +212,12 @@ DIFFERENCES = [
         "of Redis 7.2, and every client library sends it",
     ),
     (
+        "SET k v ; SET k w IFEQ v ; GET k",
+        b"$1\r\nv\r\n",
+        b"$1\r\nw\r\n",
+        "of Valkey 8.1: whoever changes a value can see that nobody else did meanwhile",
+    ),
+    (
         "CLIENT NO-TOUCH ON",
         b"-ERR unknown subcommand 'NO-TOUCH'. Try CLIENT HELP.\r\n",
         b"+OK\r\n",

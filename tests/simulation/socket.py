@@ -91,6 +91,9 @@ class SimulatedSocket(asyncio.Transport):
     def is_closing(self) -> bool:
         return self._is_closing
 
+    def can_write_eof(self) -> bool:
+        return False
+
     def close(self) -> None:
         if not self._is_closing:
             self._is_closing = True

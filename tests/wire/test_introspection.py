@@ -23,8 +23,8 @@ from tests.wire.table import ALL, LATER, NOT_YET, REDIS, answer, everything, mad
 ROOT = Path(__file__).parent.parent.parent
 
 # Redis shows these another way: every option of KILL as repeatable, LIST's types as exclusive with
-# nothing, GETKEYS without its arguments.
-OTHER_SYNTAX = {"client|kill", "client|list", "command|getkeys", "memory|usage"}
+# nothing, GETKEYS without its arguments. SET has an option that only Valkey has.
+OTHER_SYNTAX = {"client|kill", "client|list", "command|getkeys", "memory|usage", "set"}
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

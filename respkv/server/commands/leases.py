@@ -51,6 +51,8 @@ def _identity(fd: int) -> str:
 
 def check_shared(session: Session, *, writing: bool = False) -> None:
     """Raise CommandError unless the arena is shared, and for writing if that is asked."""
+    if session.server.is_embedded:
+        return
     mode = session.server.config.shm
     if mode == "off":
         raise CommandError("shared memory is off; start the server with --shm ro or --shm rw")

@@ -95,5 +95,7 @@ def shutdown(session: Session, args: Args) -> None:
             raise CommandError("No shutdown in progress.")
         if word not in (b"NOSAVE", b"SAVE", b"NOW", b"FORCE"):
             raise CommandError("syntax error")
+    if session.server.is_embedded:
+        raise CommandError("an embedded engine ends when it is closed")
     session.is_closing = True
     session.server.stopping.set()

@@ -5,7 +5,7 @@ speaks only Redis still sees every key.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from respkv.engine.entry import PLAIN, SMALL_BYTES_MAX, Entry, Put
 from respkv.engine.landing import Landing
@@ -74,14 +74,15 @@ def store(session: Session, key: bytes, value: Any, how: Put) -> None:
         session.cache.put(key, value, how)
 
 
-def _key_if_get(args: Args) -> Sequence[bytes]:
-    is_asked = any(isinstance(word, bytes) and word.upper() == b"GET" for word in args[3:])
-    return args[1:2] if is_asked else ()
+def _key_if_read(args: Args) -> Sequence[bytes]:
+    """Return the key of a SET that answers with what was there, or depends on it."""
+    words = (word.upper() for word in args[3:] if isinstance(word, bytes))
+    return args[1:2] if any(word in (b"GET", b"IFEQ") for word in words) else ()
 
 
-@command("set", _key_if_get, reads_from=4)
+@command("set", _key_if_read, reads_from=4)
 def set_(session: Session, args: Args) -> None:
-    """Store a value, with all options of Redis 7."""
+    """Store a value, with all options of Redis 7 and Valkey's IFEQ."""
     if len(args) == 3:
         value = args[2]
         if type(value) is bytes and len(value) <= SMALL_BYTES_MAX:  # the hot path of small values
@@ -93,7 +94,7 @@ def set_(session: Session, args: Args) -> None:
     how, condition, wants_old = _set_options(session, args)
     value = value_of(args[2])
     old = session.cache.find(args[1])
-    is_met = condition is None or (old is not None) == (condition == b"XX")
+    is_met = condition is None or condition.is_met(session, old)
     if wants_old and is_met:
         _swap(session, args[1], value, how)
     elif wants_old and old is not None:
@@ -105,19 +106,36 @@ def set_(session: Session, args: Args) -> None:
         session.send_nil()
 
 
-def _set_options(session: Session, args: Args) -> tuple[Put, bytes | None, bool]:
-    """Return how to keep the value, NX or XX or None, and whether GET was given.
+class Condition(NamedTuple):
+    """When SET stores: word is NX, XX or IFEQ; expected: the value that IFEQ names."""
+
+    word: bytes
+    expected: bytes = b""
+
+    def is_met(self, session: Session, old: Entry | None) -> bool:
+        """Whether what is there lets the value be stored."""
+        if self.word != b"IFEQ":
+            return (old is not None) == (self.word == b"XX")
+        if old is None or old.nbytes != len(self.expected):
+            return False
+        return session.cache.copy(old) == self.expected
+
+
+def _set_options(session: Session, args: Args) -> tuple[Put, Condition | None, bool]:
+    """Return how to keep the value, on which condition, and whether GET was given.
 
     As in Redis a word may be repeated, and a wrong time is noticed after every wrong word.
     """
     expiry: tuple[bytes, bytes] | None = None
     keeps_ttl = wants_old = False
-    condition: bytes | None = None
+    condition: Condition | None = None
     words = Words(args, 3)
     while words:
         word = words.word()
-        if word in (b"NX", b"XX") and condition in (None, word):
-            condition = word
+        if word in (b"NX", b"XX") and condition in (None, Condition(word)):
+            condition = Condition(word)
+        elif word == b"IFEQ" and condition is None:
+            condition = Condition(word, words.take())
         elif word == b"GET":
             wants_old = True
         elif word == b"KEEPTTL" and expiry is None:
@@ -233,6 +251,28 @@ def strlen(session: Session, args: Args) -> None:
     """Answer with the bytes of a value; 0 when there is none."""
     entry = session.cache.use(args[1])
     session.out.append(reply.integer(0 if entry is None else entry.nbytes))
+
+
+@command("getrange", one_key)
+def getrange(session: Session, args: Args) -> None:
+    """Answer with the bytes from one position to another, both counted from the end if negative."""
+    first, last = integer(args[2]), integer(args[3])
+    entry = use_loaded(session, args[1])
+    if entry is None:
+        session.send_value(b"")
+        return
+    # As in Redis: one that lies before the value is its first byte.
+    start = max(0, first + entry.nbytes if first < 0 else first)
+    stop = min(entry.nbytes, max(0, last + entry.nbytes if last < 0 else last) + 1)
+    if first < 0 and last < 0 and first > last:
+        stop = 0
+    if start >= stop:
+        session.send_value(b"")
+    elif entry.slot is not None:
+        session.send_slot(entry.slot, start, stop)
+    else:
+        assert entry.value is not None
+        session.send_value(entry.value[start:stop])
 
 
 @command("mget", lambda args: args[1:], streams="large")

@@ -32,8 +32,12 @@ STRINGS: tuple[Command, ...] = (
         group="string",
         complexity="O(1)",
         syntax=(
-            "SET key value [NX | XX] [GET] [EX seconds | PX milliseconds | EXAT "
+            "SET key value [NX | XX | IFEQ comparison-value] [GET] [EX seconds | PX milliseconds | EXAT "
             "unix-time-seconds | PXAT unix-time-milliseconds | KEEPTTL]"
+        ),
+        notes=(
+            "IFEQ is of Valkey 8.1: the value is stored only if the one that is there is equal to"
+            " the comparison value; else, and when there is none, the answer is null."
         ),
     ),
     Command(
@@ -171,5 +175,21 @@ STRINGS: tuple[Command, ...] = (
         group="string",
         complexity="O(1)",
         syntax="STRLEN key",
+    ),
+    Command(
+        name="getrange",
+        arity=4,
+        flags=("readonly",),
+        categories=("string",),
+        key_specs=(KeySpec(("RO", "access")),),
+        summary="Get a substring of the string stored at a key",
+        since="2.4.0",
+        group="string",
+        complexity=(
+            "O(N) where N is the length of the returned string. The complexity is ultimately "
+            "determined by the returned length, but because creating a substring from an existing "
+            "string is very cheap, it can be considered O(1) for small strings."
+        ),
+        syntax="GETRANGE key start end",
     ),
 )

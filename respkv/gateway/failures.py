@@ -1,0 +1,54 @@
+"""Every way in which the gateway says no, with one shape of body: OpenAI's error object."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+_TYPES = {
+    **{400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"},
+    **{405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error"},
+    **{415: "invalid_request_error", 422: "invalid_request_error", 503: "overloaded_error"},
+}
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    status: of HTTP; code: a word for programs; param: the field it is about, if it is about one.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """Return what the client reads."""
+        return error_body(self.status, self.code, self.message, self.param)
+
+    def response(self) -> JSONResponse:
+        """Return it as a response."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """Return the body of an error. Lone surrogates, which JSON can escape, are written as escapes."""
+    clean = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": clean, "type": kind, "param": param, "code": code}}
+
+
+def unavailable(code: str, message: str, retry_after_s: int) -> Refused:
+    """Return a 503 that says when to come again."""
+    return Refused(503, code, message, headers={"retry-after": str(retry_after_s)})

@@ -1,0 +1,60 @@
+"""What clients may send to /generate, and the fields that the OpenAI endpoints have in common with it.
+
+Everything is strict: no "5" for 5, no unknown field, so that a misspelt one does not pass in silence.
+Limits that a gateway is started with are added to the OpenAPI document by openapi.py and checked by
+prompts.py.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SEED_MIN, SEED_MAX = -(1 << 63), (1 << 63) - 1
+NEW_TOKENS_DEFAULT = 64
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=4)]
+Temperature = Annotated[
+    float,
+    Field(
+        ge=0, le=2, allow_inf_nan=False, description="0, or less than 0.01: always the likeliest."
+    ),
+]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=1, le=1_000_000)]
+Seed = Annotated[
+    int, Field(ge=SEED_MIN, le=SEED_MAX, description="The same seed gives the same tokens.")
+]
+# The salt of a prompt's pages and the name of a conversation; the cache takes 1024 bytes of either.
+Word = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class Input(BaseModel):
+    """What comes from a client: strict, and nothing unknown."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class GenerateRequest(Input):
+    """A prompt, and how it is to go on."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description=f"{NEW_TOKENS_DEFAULT} if it is not given, or the limit if that is less."
+    )
+    use_cache: bool = Field(
+        True, description="False: no KV cache at all, each token computes everything again."
+    )
+    use_prefix_cache: bool = Field(
+        True, description="False: nothing is taken from other prompts, and nothing kept for them."
+    )
+    temperature: Temperature = 0.0
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stream: bool = Field(False, description="Answer with server-sent events.")
+    session: Word | None = Field(None, description="The conversation, whose pages are kept longer.")
+    cache_salt: Word | None = Field(
+        None, description="Pages are shared only with requests of the same salt."
+    )

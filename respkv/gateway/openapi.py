@@ -1,0 +1,105 @@
+"""The OpenAPI document: what FastAPI makes of the routes, with this gateway's own limits in it.
+
+A client that reads the document knows exactly what this gateway takes: the largest max_tokens, the
+name of the model, whether a token is needed. And a test that is generated from it tests just that.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from respkv.gateway.guard import OPEN_PATHS
+from respkv.gateway.outputs import Error
+from respkv.gateway.state import Gateway
+
+_MEANINGS = {
+    400: "It cannot be done as it was asked: no JSON, or over a limit.",
+    401: "The bearer token is missing or wrong.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too long.",
+    415: "The body is not said to be JSON.",
+    422: "The body is JSON, but not of this form.",
+    500: "The model failed.",
+    503: "Not now: the queue is full, the model is being loaded, or the gateway is being stopped.",
+}
+_SECONDS = {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+_HEADERS = {
+    401: {"WWW-Authenticate": {"description": "Bearer", "schema": {"type": "string"}}},
+    503: {"Retry-After": _SECONDS},
+}
+# What every endpoint that generates may answer.
+GENERATING = (400, 401, 408, 413, 415, 500, 503)
+_STREAM = {
+    "schema": {"type": "string", "description": "Server-sent events, with `stream` set."},
+}
+_NOT_OURS = ("HTTPValidationError", "ValidationError")
+
+
+def responses(*statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """Return what FastAPI is to document beside the success; stream: that may be a stream."""
+    documented: dict[int | str, dict[str, Any]] = {}
+    if stream:
+        documented[200] = {"content": {"text/event-stream": _STREAM}}
+    for status in statuses:
+        documented[status] = {"model": Error, "description": _MEANINGS[status]}
+        if status in _HEADERS:
+            documented[status]["headers"] = _HEADERS[status]
+    return documented
+
+
+def document(app: FastAPI, gateway: Gateway) -> dict[str, Any]:
+    """Return the document of a gateway as it is now."""
+    made = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    schemas = made["components"]["schemas"]
+    for name in _NOT_OURS:
+        schemas.pop(name, None)
+    has_token = gateway.settings.token is not None
+    if has_token:
+        scheme = {"type": "http", "scheme": "bearer"}
+        made["components"]["securitySchemes"] = {"token": scheme}
+    for path, operations in made["paths"].items():
+        for operation in operations.values():
+            if path.startswith("/v1/"):  # as OpenAI, these say 400
+                operation["responses"].pop("422", None)
+            if not has_token:
+                operation["responses"].pop("401", None)
+            elif path not in OPEN_PATHS:
+                operation["security"] = [{"token": []}]
+    _add_limits(schemas, gateway)
+    return made
+
+
+def _add_limits(schemas: dict[str, Any], gateway: Gateway) -> None:
+    settings, model = gateway.settings, gateway.loaded
+    most_new, most_prompt = settings.max_new_tokens, settings.max_prompt_tokens
+    if model is not None:
+        most_prompt = min(most_prompt, model.tokens_max - 1)
+        for name in ("CompletionRequest", "ChatCompletionRequest"):
+            _of_kind(schemas[name]["properties"]["model"], "string")["enum"] = [model.name]
+    for name, field in (
+        ("GenerateRequest", "max_new_tokens"),
+        ("CompletionRequest", "max_tokens"),
+        ("ChatCompletionRequest", "max_tokens"),
+        ("ChatCompletionRequest", "max_completion_tokens"),
+    ):
+        _of_kind(schemas[name]["properties"][field], "integer")["maximum"] = most_new
+    for name in ("CompletionRequest", "ChatCompletionRequest"):
+        number = _of_kind(schemas[name]["properties"]["n"], "integer")
+        number["maximum"] = settings.choices_max
+    for prompt in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+        ids = prompt.get("items", {}) if prompt.get("items", {}).get("type") == "array" else prompt
+        if ids.get("items", {}).get("type") == "integer":
+            ids["maxItems"] = most_prompt
+            if model is not None:
+                ids["items"]["maximum"] = model.vocab_size - 1
+
+
+def _of_kind(field: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the part of a field's schema that is of a kind."""
+    found = next(each for each in field.get("anyOf", [field]) if each.get("type") == kind)
+    assert isinstance(found, dict)
+    return found

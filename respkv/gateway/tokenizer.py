@@ -1,0 +1,92 @@
+"""Text to tokens and back, with the tokenizer of a checkpoint.
+
+Most tokenizers are ones of the `tokenizers` library, which threads may share; they are asked
+directly, because transformers' face sets truncation and padding on the shared object with each call.
+Others are guarded by a lock.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from respkv.gateway.failures import Refused
+
+Message = dict[str, str]  # role, content, perhaps name
+
+# Where a checkpoint has no template: a transcript, which ends when the user's turn would begin.
+_PLAIN = {"system": "System", "user": "User", "assistant": "Assistant"}
+PLAIN_STOP = "\nUser:"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint. Raises OSError or ValueError when there is none."""
+    # Without its configuration transformers would guess the class from the model's, and change
+    # what tokenizer.json says.
+    if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    return AutoTokenizer.from_pretrained(str(folder))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class TextCoder:
+    """A tokenizer as the gateway uses it; any thread may call anything."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._lock = threading.Lock()
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint says what a conversation looks like."""
+        return bool(self._tokenizer.chat_template)
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """The token that ends a text, if the tokenizer knows one."""
+        end = self._tokenizer.eos_token_id
+        return frozenset([end] if isinstance(end, int) else end or [])
+
+    def encode(self, text: str, *, specials: bool = True) -> list[int]:
+        """Return a text's tokens. specials: with what the model wants in front, such as BOS."""
+        if self._fast is not None:
+            return list(self._fast.encode(text, add_special_tokens=specials).ids)
+        with self._lock:
+            return list(self._tokenizer.encode(text, add_special_tokens=specials))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without special ones; U+FFFD where bytes are no character."""
+        if self._fast is not None:
+            return str(self._fast.decode(list(tokens), skip_special_tokens=True))
+        with self._lock:
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation, up to where the assistant's turn begins.
+
+        Raises Refused when the checkpoint's template does not take it.
+        """
+        if not self.has_template:
+            return self.encode(plain_chat(messages))
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = str(error)[:200]
+            raise Refused(
+                400, "chat_template", f"the model's chat template refuses this: {reason}"
+            ) from error
+        return self.encode(str(text), specials=False)
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """Write a conversation as a transcript."""
+    turns = [f"{_PLAIN[message['role']]}: {message['content']}\n" for message in messages]
+    return "".join(turns) + "Assistant:"

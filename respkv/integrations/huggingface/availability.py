@@ -1,0 +1,71 @@
+"""Whether it is worth asking a cache that failed: a worker must not wait for one that is away."""
+
+import logging
+import threading
+import time
+from typing import Final
+
+from respkv.errors import CacheError, ConfigError, ConnectionLost, ServerError, TimedOut
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S: Final = 1.0
+PAUSE_MAX_S: Final = 60.0
+
+
+class Availability:
+    """Errors, counted; after one that a dead server gives, nobody asks for a while.
+
+    errors: how many there were. last_error: its text. refused: why the namespace is none of ours,
+    which time does not change.
+    """
+
+    def __init__(self) -> None:
+        self.errors = 0
+        self.last_error = ""
+        self.refused = ""
+        self._retry_at = 0.0
+        self._pause_s = PAUSE_S
+        self._lock = threading.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether to ask."""
+        return not self.refused and time.monotonic() >= self._retry_at
+
+    def failed(self, what: str, error: CacheError) -> None:
+        """Count an error; it is logged when it differs from the last one."""
+        text = f"{what}: {error}"
+        with self._lock:
+            self.errors += 1
+            is_new, self.last_error = text != self.last_error, text
+            if isinstance(error, ConnectionLost | TimedOut):
+                self._retry_at = time.monotonic() + self._pause_s
+                self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
+        if is_new:
+            logger.warning("%s; generation goes on without the cache", text)
+
+    def refuse(self, error: CacheError) -> None:
+        """Note that the namespace holds the KV of something else."""
+        with self._lock:
+            self.errors += 1
+            self.refused = self.last_error = str(error)
+        logger.error("the cache is not used: %s", error)
+
+    def succeeded(self) -> None:
+        """Note an answer."""
+        self._pause_s = PAUSE_S
+
+
+def is_schema_refusal(error: CacheError) -> bool:
+    """Whether a schema was declared that another one stands against."""
+    return isinstance(error, ServerError) and error.word == "KVSCHEMA"
+
+
+def is_no_shared_memory(error: CacheError) -> bool:
+    """Whether a lease failed because there is no memory to share, now and for ever."""
+    if isinstance(error, ConfigError):
+        return True
+    return isinstance(error, ServerError) and (
+        "shared memory" in error.message or "unknown command" in error.message
+    )

@@ -1,0 +1,155 @@
+"""What a model of transformers keeps of each token, and a name for its weights.
+
+The shape is read off a forward pass of one token rather than off the configuration: families call
+the same things by different names, and what a cache is given says it for all of them.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+from xxhash import xxh3_128
+
+from respkv.page import DTYPE_BYTES, Geometry
+
+# What differs between two checkouts of the same weights, or between versions of transformers.
+_NOT_THE_MODEL: Final = frozenset(
+    "_name_or_path _attn_implementation architectures transformers_version torch_dtype use_cache"
+    " bos_token_id eos_token_id pad_token_id id2label label2id num_labels return_dict"
+    " output_attentions output_hidden_states problem_type chunk_size_feed_forward".split()
+)
+_WEIGHT_BYTES: Final = 64 << 20  # of a weight are brought to the CPU at a time
+
+
+class UnsupportedModel(TypeError):
+    """The model keeps something that pages of keys and values cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """A layer that keeps keys and values.
+
+    index: among the layers of the model. window: of a sliding layer, in tokens; 0: all are seen.
+    """
+
+    index: int
+    window: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKV:
+    """The keys and values of a model: ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
+
+    layers:    those that keep any, in order; num_layers: all layers that a cache has a place for.
+    """
+
+    layers: tuple[KVLayer, ...]
+    num_layers: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+
+    def geometry(self, page_tokens: int) -> Geometry:
+        """Return the shape of a page. Raises UnsupportedModel when no page has such numbers."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if dtype not in DTYPE_BYTES:
+            raise UnsupportedModel(f"keys and values of {dtype} cannot be stored in pages")
+        return Geometry(len(self.layers), self.heads, self.dim, page_tokens, dtype)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes."""
+        return len(self.layers) * 2 * self.heads * self.dim * self.dtype.itemsize
+
+    @property
+    def window_max(self) -> int:
+        """The widest window when all layers slide, else 0."""
+        windows = [layer.window for layer in self.layers]
+        return max(windows) if all(windows) else 0
+
+
+def read_model(model: PreTrainedModel) -> ModelKV:
+    """Run one token through a model and say what it kept.
+
+    Raises UnsupportedModel for encoder-decoder models, and where layers keep something else than
+    keys and values of one shape: recurrent states, latents, indexer keys.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{type(model).__name__} has an encoder; only decoders are supported")
+    found = DynamicCache(config=model.config)
+    for layer in found.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has a layer with a {type(layer).__name__}; supported are"
+                " layers that keep the keys and values of tokens, with or without a sliding window"
+            )
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        model(input_ids=token, past_key_values=found, use_cache=True)
+    layers, shapes = [], set()
+    for index, layer in enumerate(found.layers):
+        keys, values = layer.keys, layer.values
+        if keys is None or values is None:
+            continue
+        if keys.shape != values.shape or keys.dtype != values.dtype:
+            raise UnsupportedModel(
+                f"layer {index} of {type(model).__name__} has keys {list(keys.shape)} and values"
+                f" {list(values.shape)}; pages hold keys and values of one shape"
+            )
+        window = getattr(layer, "sliding_window", 0)
+        layers.append(KVLayer(index, window, keys.device))
+        shapes.add((keys.shape[1], keys.shape[3], keys.dtype))
+    if len(shapes) != 1:
+        raise UnsupportedModel(
+            f"the layers of {type(model).__name__} keep keys of {len(shapes)} shapes; pages have one"
+        )
+    ((heads, dim, dtype),) = shapes
+    return ModelKV(tuple(layers), len(found.layers), heads, dim, dtype)
+
+
+def fingerprint_of(model: PreTrainedModel) -> bytes:
+    """Hash the configuration and every weight: models share KV only when this is equal.
+
+    It reads all weights once, at some 10 GB/s.
+    """
+    digest = xxh3_128(json.dumps(_settings(model.config.to_dict()), sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        for part in _parts(weight):
+            digest.update(part)
+    return digest.digest()
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration the keys and values depend on, as JSON can say it."""
+    return {name: _plain(value) for name, value in config.items() if name not in _NOT_THE_MODEL}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _settings({str(name): each for name, each in value.items()})
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _parts(weight: Tensor) -> Iterator[memoryview]:
+    """Return the bytes of a weight, some at a time, wherever it is."""
+    flat = weight.detach().reshape(-1)
+    if not flat.numel():
+        return
+    step = max(1, _WEIGHT_BYTES // flat.element_size())
+    for first in range(0, flat.numel(), step):
+        part = flat[first : first + step].cpu().view(torch.uint8)
+        yield part.numpy().data

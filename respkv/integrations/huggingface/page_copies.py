@@ -1,0 +1,164 @@
+"""Copy pages from where they lie into a worker's keys and values, in as few copies as there can be.
+
+A call of torch costs as much as copying some 50 KB, and a page of a small model is not much more.
+So the keys and values of all layers are seen as one tensor, where they lie so that they can be, and
+pages that lie one behind the other in the server's memory as one piece.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy
+import torch
+from torch import Tensor
+
+from respkv.page import Geometry
+
+KVPair: TypeAlias = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Tokens of a prompt as they are stored: a page, a tail, or some layers' worth of one.
+
+    first: its first token. view: ``[L, 2, count, H, D]``.
+    """
+
+    first: int
+    count: int
+    view: memoryview
+
+
+class Target:
+    """A worker's keys and values: where tokens from ``first`` on go.
+
+    into: K and V of every layer, each ``[n, H, D]``, any strides; row 0 is the token ``first``.
+    Raises ValueError when they do not fit the geometry.
+    """
+
+    def __init__(self, into: Sequence[KVPair], geometry: Geometry, first: int) -> None:
+        self.geometry = geometry
+        self.first = first
+        self._into = into
+        self._dtype: torch.dtype = getattr(torch, geometry.dtype)
+        self.room = _check(into, geometry, self._dtype)
+        self._whole = as_one(into)
+
+    def copy(self, pages: Sequence[Stored], stop: int) -> None:
+        """Copy what of some pages is from ``first`` up to ``stop``."""
+        for run in _runs(pages, self.first, stop):
+            source = self._source(run)
+            begin, end = max(run[0].first, self.first), min(run[-1].first + run[-1].count, stop)
+            if len(run) == 1:
+                skip = begin - run[0].first
+                self._copy_one(source[0, :, :, skip : skip + end - begin], begin, end)
+            else:
+                self._copy_many(source, begin, end)
+
+    def copy_layer(self, layer: int, plane: Tensor, begin: int) -> None:
+        """Copy one layer of tokens from ``begin`` on, ``[2, count, H, D]``."""
+        row = begin - self.first
+        for side, tensor in enumerate(self._into[layer]):
+            tensor[row : row + plane.shape[1]].copy_(plane[side], non_blocking=True)
+
+    def layer_tensor(self, view: memoryview, count: int) -> Tensor:
+        """Return the bytes of one layer as ``[2, count, H, D]``."""
+        shape = (2, count, self.geometry.heads, self.geometry.dim)
+        return torch.frombuffer(view, dtype=self._dtype).reshape(shape)
+
+    def _source(self, run: Sequence[Stored]) -> Tensor:
+        """Return pages at equal distances as ``[P, L, 2, T, H, D]``."""
+        page = self.geometry
+        start = _address(run[0].view)
+        step = _address(run[1].view) - start if len(run) > 1 else len(run[0].view)
+        span = step * (len(run) - 1) + len(run[-1].view)
+        memory = (ctypes.c_ubyte * span).from_address(start)
+        flat = torch.frombuffer(memory, dtype=self._dtype)
+        shape = (len(run), page.layers, 2, run[0].count, page.heads, page.dim)
+        strides = [1]
+        for size in reversed(shape[2:]):
+            strides.insert(0, strides[0] * size)
+        return flat.as_strided(shape, [step // self._dtype.itemsize, *strides])
+
+    def _copy_one(self, source: Tensor, begin: int, end: int) -> None:
+        rows = slice(begin - self.first, end - self.first)
+        if self._whole is not None:
+            self._whole[:, :, rows].copy_(source, non_blocking=True)
+            return
+        for layer, pair in enumerate(self._into):
+            for side, tensor in enumerate(pair):
+                tensor[rows].copy_(source[layer, side], non_blocking=True)
+
+    def _copy_many(self, source: Tensor, begin: int, end: int) -> None:
+        rows, sizes = slice(begin - self.first, end - self.first), (len(source), source.shape[3])
+        if self._whole is not None:
+            window = self._whole[:, :, rows].unflatten(2, sizes)
+            window.copy_(source.permute(1, 2, 0, 3, 4, 5), non_blocking=True)
+            return
+        for layer, pair in enumerate(self._into):
+            for side, tensor in enumerate(pair):
+                tensor[rows].unflatten(0, sizes).copy_(source[:, layer, side], non_blocking=True)
+
+
+def _check(into: Sequence[KVPair], geometry: Geometry, dtype: torch.dtype) -> int:
+    """Return how many tokens there is room for. Raises ValueError."""
+    if len(into) != geometry.layers:
+        raise ValueError(f"into has {len(into)} layers, pages have {geometry.layers}")
+    room = into[0][0].shape[0]
+    for layer, pair in enumerate(into):
+        for tensor in pair:
+            if tuple(tensor.shape) != (room, geometry.heads, geometry.dim) or tensor.dtype != dtype:
+                raise ValueError(
+                    f"into[{layer}] has {list(tensor.shape)} of {tensor.dtype}; expected are"
+                    f" [{room}, {geometry.heads}, {geometry.dim}] of {dtype}"
+                )
+    return room
+
+
+def as_one(into: Sequence[KVPair]) -> Tensor | None:
+    """Return all layers as ``[L, 2, n, H, D]`` without a copy; None where they do not lie so."""
+    first = into[0][0]
+    places = [tensor for pair in into for tensor in pair]
+    memory = first.untyped_storage().data_ptr()
+    size = first.element_size()
+    for tensor in places:
+        if tensor.stride() != first.stride() or tensor.untyped_storage().data_ptr() != memory:
+            return None
+    offsets = [tensor.storage_offset() for tensor in places]
+    side = offsets[1] - offsets[0]
+    layer = offsets[2] - offsets[0] if len(into) > 1 else 2 * side
+    if side < 0 or layer < 0 or size < 1:
+        return None
+    if offsets != [offsets[0] + n // 2 * layer + n % 2 * side for n in range(len(places))]:
+        return None
+    shape = (len(into), 2, *first.shape)
+    return first.as_strided(shape, (layer, side, *first.stride()), offsets[0])
+
+
+def _runs(pages: Sequence[Stored], first: int, stop: int) -> Iterator[list[Stored]]:
+    """Cut pages into runs that are one copy each: whole ones at equal distances in memory."""
+    wanted = [page for page in pages if page.first < stop and page.first + page.count > first]
+    run: list[Stored] = []
+    step = 0
+    for before, page in pairwise([None, *wanted]):
+        assert page is not None
+        if before is not None and run:
+            distance = _address(page.view) - _address(before.view)
+            is_whole = run[0].first >= first and page.first + page.count <= stop
+            fits = page.count == run[0].count and distance > 0 and distance % 64 == 0
+            if is_whole and fits and (len(run) == 1 or distance == step):
+                step = distance
+                run.append(page)
+                continue
+            yield run
+        run = [page]
+    if run:
+        yield run
+
+
+def _address(view: memoryview) -> int:
+    address: int = numpy.frombuffer(view, numpy.uint8).ctypes.data
+    return address

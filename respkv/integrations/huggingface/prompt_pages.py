@@ -1,0 +1,326 @@
+"""The KV of a model's prompts, kept in respkv: found, loaded into tensors, and stored in the background.
+
+Nothing here knows a Cache of transformers: sources and destinations are tensors, so a paged cache
+uses it as well as one that is contiguous.
+
+To compute is never wrong. So a cache that fails is a cache that had nothing: errors of the server are
+counted and logged, and only mistakes of the caller are raised.
+"""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, TypeAlias, Unpack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from respkv.chain import TOKEN_BYTES
+from respkv.client import Client, SequenceMatch
+from respkv.client.sequences import ChainOptions, Tokens, token_bytes
+from respkv.errors import CacheError
+from respkv.integrations.huggingface.availability import Availability, is_schema_refusal
+from respkv.integrations.huggingface.buffers import BufferPool
+from respkv.integrations.huggingface.logits import pack_logits, unpack_logits
+from respkv.integrations.huggingface.model_kv import ModelKV, fingerprint_of, read_model
+from respkv.integrations.huggingface.page_copies import KVPair, Target
+from respkv.integrations.huggingface.page_loads import PageLoads
+from respkv.integrations.huggingface.page_stores import PageStores
+from respkv.integrations.huggingface.store_queue import StoreQueue
+from respkv.page import Geometry
+
+PAGE_TOKENS: Final = 64
+NO_MATCH: Final = SequenceMatch(0, 0, "", 0, False)
+KV: TypeAlias = Sequence[KVPair]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesStats:
+    """What was done since the beginning.
+
+    matches, match_tokens: how often it was asked, and the tokens found. loads, loaded_tokens,
+    loaded_bytes, load_s: what was brought, and the seconds it took. leased_bytes: of them, those
+    that were copied out of the server's memory, without a socket. stores, stored_pages,
+    stores_dropped: what was stored; dropped is what found no room in the queue, or failed.
+    errors, last_error: of the cache.
+    """
+
+    matches: int = 0
+    match_tokens: int = 0
+    loads: int = 0
+    loaded_tokens: int = 0
+    loaded_bytes: int = 0
+    leased_bytes: int = 0
+    load_s: float = 0.0
+    stores: int = 0
+    stored_pages: int = 0
+    stores_dropped: int = 0
+    errors: int = 0
+    last_error: str = ""
+
+
+class PromptPages:
+    """The pages of one model. Threads may share it.
+
+    cache:       a ``Client``, an embedded engine (``respkv.open_sync``), or a URL, for which it has
+                 a client of its own.
+    model:       what makes the KV: its geometry is read off a forward pass of one token, and its
+                 fingerprint is a hash of its configuration and all its weights, read once. Or give
+                 ``geometry``, whose tokens are those of a page, and ``fingerprint``.
+    namespace:   after the fingerprint if None.
+    page_tokens: tokens of a page. Prompts are matched to the token whatever it is.
+    codecs, ttl_ms, durability: of the namespace, as in ``Client.schema_set``.
+    queue_max:   stores that may wait.
+    spare_bytes: of memory are kept for the next prompt.
+    Raises: UnsupportedModel; TypeError when there is neither a model nor a geometry.
+    """
+
+    def __init__(
+        self,
+        cache: Client | str,
+        *,
+        model: PreTrainedModel | None = None,
+        geometry: Geometry | None = None,
+        fingerprint: bytes | None = None,
+        namespace: str | None = None,
+        page_tokens: int = PAGE_TOKENS,
+        codecs: Mapping[str, str] | None = None,
+        ttl_ms: int | None = None,
+        durability: Literal["memory", "written", "durable"] | None = None,
+        queue_max: int = 64,
+        spare_bytes: int = 1 << 30,
+    ) -> None:
+        if model is None and geometry is None:
+            raise TypeError("PromptPages needs a model, or the geometry of its pages")
+        self.model_kv: ModelKV | None = None if model is None else read_model(model)
+        if geometry is None:
+            assert self.model_kv is not None
+            geometry = self.model_kv.geometry(page_tokens)
+        if fingerprint is None:
+            fingerprint = b"" if model is None else fingerprint_of(model)
+        self.geometry = geometry
+        self.fingerprint = fingerprint
+        self.namespace = namespace or f"hf-{fingerprint.hex()[:16]}-{geometry.tokens}"
+        self.buffers = BufferPool(spare_bytes)
+        self._schema: dict[str, Any] = {
+            "layers": geometry.layers,
+            "heads": geometry.heads,
+            "dim": geometry.dim,
+            "tokens": geometry.tokens,
+            "dtype": geometry.dtype,
+            "fingerprint": fingerprint or None,
+            # Ids begin with the weights, so equal ids mean equal KV whoever computed it.
+            "seed": fingerprint or None,
+            "codecs": codecs,
+            "ttl_ms": ttl_ms,
+            "durability": durability,
+        }
+        self._owns_client = isinstance(cache, str)
+        self.client = Client(cache, reconnect_max=1) if isinstance(cache, str) else cache
+        self._is_declared = False
+        self._state = Availability()
+        self._counts = dict.fromkeys((each.name for each in fields(PagesStats)), 0)
+        self._lock = threading.Lock()
+        self._queue = StoreQueue(queue_max)
+        where = (self.client, self.namespace, geometry, fingerprint, self.buffers)
+        self._loads = PageLoads(*where)
+        self._stores = PageStores(*where)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.geometry.tokens
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.geometry.page_bytes // self.geometry.tokens
+
+    def check(self) -> None:
+        """Declare the namespace now.
+
+        Raises ServerError KVSCHEMA when it holds the KV of another model or has pages of another
+        shape, ConnectionLost or TimedOut when the server is away.
+        """
+        self._is_declared = False
+        self._declare()
+
+    # -- what is there ------------------------------------------------------------------------
+
+    def match(self, tokens: Tokens, **chain: Unpack[ChainOptions]) -> SequenceMatch:
+        """Say how many tokens of a prompt are stored; they then stay for a few seconds.
+
+        tokens: a list, an array or a tensor of integers. chain: salt, tenant, lora, ... of
+                ``Client.seq.match``.
+        Returns: NO_MATCH also when the cache cannot be asked.
+        """
+        data = token_bytes(tokens)
+        found = self._ask("match", lambda: self.client.seq.match(self.namespace, data, **chain))
+        if found is None:
+            return NO_MATCH
+        self._count(matches=1, match_tokens=found.tokens)
+        return found
+
+    def logits(self, tokens: Tokens, **chain: Unpack[ChainOptions]) -> Tensor | None:
+        """Return the logits [V] that follow a prompt, as they were stored; None: they are not."""
+        data = token_bytes(tokens)
+
+        def ask() -> bytes | None:
+            # One layer of the last token alone: it is dropped, the head is what is wanted.
+            first = max(0, len(data) // TOKEN_BYTES - 1)
+            options: dict[str, Any] = {"first": first, "layers": (0, 1), "logits": True}
+            with self.client.seq.get(self.namespace, data, **options, **chain) as head:
+                found = None if head.logits is None else bytes(head.logits)
+                for _ in head:  # read to its end, the connection can be used again
+                    pass
+            return found
+
+        packed = self._ask("logits", ask)
+        return None if packed is None else unpack_logits(packed)
+
+    def load(
+        self,
+        tokens: Tokens,
+        into: KV,
+        *,
+        first: int = 0,
+        stop: int | None = None,
+        match: SequenceMatch | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> int:
+        """Fill keys and values with those of a prompt's tokens from ``first`` up to ``stop``.
+
+        into:    K and V of every layer, each ``[n, H, D]`` of the geometry's dtype, any strides and
+                 device; row 0 is token ``first``.
+        stop:    as many as ``match`` found if None, else as many as there is room for.
+        Returns: the end: rows of tokens ``first`` to there are those that were stored, the others
+                 are undefined. ``first`` when nothing could be had.
+        Raises:  ValueError when ``into`` does not fit.
+        """
+        data = token_bytes(tokens)
+        target = Target(into, self.geometry, first)
+        known = len(data) // TOKEN_BYTES if match is None else match.tokens
+        end = min(known if stop is None else stop, known, first + target.room)
+        if end <= first:
+            return first
+        begun = time.perf_counter()
+        tiers = "" if match is None else match.tiers
+        loaded = self._ask("load", lambda: self._loads.load(data, target, end, tiers, chain))
+        if loaded is None:
+            return first
+        self._count(
+            loads=1,
+            loaded_tokens=loaded.end - first,
+            loaded_bytes=(loaded.end - first) * self.token_bytes,
+            leased_bytes=loaded.leased_tokens * self.token_bytes,
+            load_s=time.perf_counter() - begun,
+        )
+        return loaded.end
+
+    # -- storing ------------------------------------------------------------------------------
+
+    def store(
+        self,
+        tokens: Tokens,
+        kv: KV | None,
+        *,
+        first: int = 0,
+        logits: Tensor | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> bool:
+        """Store the KV of a prompt in the background; pages that are there are not sent.
+
+        kv:      K and V of every layer, each ``[n, H, D]`` of tokens[first:], any strides and
+                 device. They must not change until it is done (``flush``). None: only logits.
+        first:   a multiple of page_tokens; pages in front of it are there, or nothing is stored.
+        logits:  [V] that follow the last token.
+        Returns: False when too much waits already, and it was dropped.
+        Raises:  ValueError when kv does not fit.
+        """
+        data = token_bytes(tokens)
+        count = len(data) // TOKEN_BYTES
+        if first % self.page_tokens:
+            raise ValueError(f"first = {first}: accepted are multiples of {self.page_tokens}")
+        if kv is not None and (room := Target(kv, self.geometry, first).room) < count - first:
+            raise ValueError(f"kv has {room} tokens, {count - first} are to be stored")
+        packed = None if logits is None else pack_logits(logits)
+        if not self._state.is_open:
+            self._count(stores_dropped=1)
+            return False
+
+        def work() -> None:
+            stored = self._ask(
+                "store", lambda: self._stores.store(data, kv, first, packed, chain)
+            )
+            if stored is None:
+                self._count(stores_dropped=1)
+            else:
+                self._count(stores=1, stored_pages=stored)
+
+        is_queued = self._queue.add(work)
+        if not is_queued:
+            self._count(stores_dropped=1)
+        return is_queued
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until what was queued is stored, or has failed; False: it takes longer."""
+        return self._queue.flush(timeout_s)
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Store what is queued and take no more; close the client, if it is its own."""
+        self._queue.close(timeout_s)
+        if self._owns_client:
+            self.client.close()
+
+    def __enter__(self) -> "PromptPages":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stats(self) -> PagesStats:
+        """Return what was done since the beginning."""
+        with self._lock:
+            counts: dict[str, Any] = dict(self._counts)
+        counts["errors"], counts["last_error"] = self._state.errors, self._state.last_error
+        return PagesStats(**counts)
+
+    # -- asking -------------------------------------------------------------------------------
+
+    def _ask(self, what: str, ask: "Any") -> Any:
+        """Return an answer, None when there is none to be had."""
+        if not self._state.is_open:
+            return None
+        try:
+            if not self._is_declared:
+                self._declare()
+            try:
+                answer = ask()
+            except CacheError as error:
+                if not is_schema_refusal(error):
+                    raise
+                self._declare()  # everything was flushed, its schema too
+                answer = ask()
+        except CacheError as error:
+            if not self._state.refused:
+                self._state.failed(what, error)
+            return None
+        self._state.succeeded()
+        return answer
+
+    def _declare(self) -> None:
+        with self._lock:
+            try:
+                self.client.schema_set(self.namespace, **self._schema)
+            except CacheError as error:
+                if is_schema_refusal(error):
+                    self._state.refuse(error)
+                raise
+            self._is_declared = True
+
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            for name, number in more.items():
+                self._counts[name] += number  # type: ignore[assignment]

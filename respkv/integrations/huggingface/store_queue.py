@@ -1,0 +1,87 @@
+"""A bounded queue of work that a thread does in the background, for stores that nobody waits for."""
+
+import atexit
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+Work: TypeAlias = Callable[[], None]
+
+EXIT_S: Final = 5.0  # an interpreter that ends waits so long for what is queued
+_IDLE_S: Final = 10.0  # a thread with nothing to do ends after this
+
+
+class StoreQueue:
+    """Work in order, one at a time, in a thread that lives while there is some.
+
+    work_max: how much may wait; what comes then is refused.
+    """
+
+    def __init__(self, work_max: int) -> None:
+        if work_max < 1:
+            raise ValueError(f"queue_max must be at least 1, not {work_max}")
+        self._queue: queue.Queue[Work] = queue.Queue(work_max)
+        self._changed = threading.Condition()
+        self._unfinished = 0
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        atexit.register(_flush_at_exit, weakref.ref(self))
+
+    def add(self, work: Work) -> bool:
+        """Queue work, which must not raise; False: there is no room, or it was closed."""
+        with self._changed:
+            if self._is_closed:
+                return False
+            try:
+                self._queue.put_nowait(work)
+            except queue.Full:
+                return False
+            self._unfinished += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="respkv-store", daemon=True)
+                self._thread.start()
+        return True
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all is done that was queued; False: it was not, in this time."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while self._unfinished:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Take no more work, and wait for what there is, as ``flush`` does."""
+        with self._changed:
+            self._is_closed = True
+        return self.flush(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                work = self._queue.get(timeout=_IDLE_S)
+            except queue.Empty:
+                with self._changed:
+                    if self._queue.empty():
+                        self._thread = None
+                        return
+                continue
+            try:
+                work()
+            finally:
+                del work  # it holds the tensors that it stored
+                with self._changed:
+                    self._unfinished -= 1
+                    self._changed.notify_all()
+
+
+def _flush_at_exit(reference: "weakref.ref[StoreQueue]") -> None:
+    waiting = reference()
+    if waiting is not None:
+        waiting.flush(EXIT_S)

@@ -1,0 +1,230 @@
+"""Attention over blocks in memory, for processors: as exact as kernels/attention.py, and quicker.
+
+The reference there copies what a sequence sees, in float32, one sequence after the other. Here blocks
+that lie side by side are attended to where they are, through a strided view. Short sequences that
+make one token each are gathered and padded into one product, since for these a call costs more than
+its work. What is gathered is bounded, so that no step takes the memory that pages were to save.
+
+How tokens are grouped depends on the tables and on the window alone, so a step plans once for all
+its layers of one kind.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from respkv.kernels.attention import check_pages
+from respkv.kernels.paged_kv import PLAIN, PagedKV, Scoring
+
+GATHERED_BYTES_MAX: Final = 4 << 20  # of keys, and of values, for one product
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What one sequence brings to a step.
+
+    blocks:  its table, for ``context`` tokens, the new ones included.
+    new:     how many of its tokens are new; their keys and values are in the blocks already.
+    """
+
+    blocks: Sequence[int]
+    context: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences that are attended to in one product.
+
+    rows:  of the query, ``new`` for each of ``count`` sequences.
+    slots: of the keys that they see: a run for one sequence, or [count, seen] int64. Whoever sees fewer
+           keys than others has one of its own again, which ``mask`` hides: nothing else is read.
+    mask:  [count, 1, 1, seen] or [new, seen], zero or -inf; None when all is seen.
+    """
+
+    rows: slice
+    count: int
+    new: int
+    slots: slice | Tensor
+    mask: Tensor | None = None
+    is_causal: bool = False  # a whole prompt: the mask is the plain triangle
+
+
+def plan(
+    spans: Sequence[Span],
+    *,
+    block_tokens: int,
+    token_bytes: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+    gathered_bytes_max: int = GATHERED_BYTES_MAX,
+) -> list[Group]:
+    """Group the sequences of a step, whose query rows come one after the other.
+
+    token_bytes: of the keys of one token in one layer.
+    dtype:       of the query; masks have it.
+    """
+    groups, row, at = list[Group](), 0, 0
+    while at < len(spans):
+        first = spans[at]
+        stop, seen = at + 1, _seen(first, window)
+        if first.new == 1 and first.context:
+            while stop < len(spans) and spans[stop].new == 1 and spans[stop].context:
+                widest = max(seen, _seen(spans[stop], window))
+                if (stop + 1 - at) * widest * token_bytes > gathered_bytes_max:
+                    break
+                seen, stop = widest, stop + 1
+        rows = slice(row, row + first.new * (stop - at))
+        if stop - at > 1:
+            groups.append(_gathered(spans[at:stop], rows, seen, block_tokens, window, dtype))
+        elif first.context and first.new:
+            groups.append(_alone(first, rows, block_tokens, window, dtype))
+        row, at = rows.stop, stop
+    return groups
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    groups: Sequence[Group],
+    *,
+    scoring: Scoring,
+    out: Tensor,
+) -> Tensor:
+    """Attend with new tokens to blocks that hold these as well.
+
+    query:        [S, Q, D], as planned; query head q reads kv head q // (Q / H).
+    keys, values: [num_blocks, T, H, D] of the query's type, contiguous.
+    scoring:      its window is the one that was planned with.
+    out:          [S, Q, D]; rows of no group are left as they are.
+    Error:        as ``kernels.attention.paged_decode``.
+    """
+    key_rows, value_rows = keys.flatten(0, 1), values.flatten(0, 1)
+    for group in groups:
+        key, value = (_select(each, group) for each in (key_rows, value_rows))
+        mine = query[group.rows]
+        if group.new == 1:
+            heads = key.shape[1]
+            shaped = mine.reshape(group.count, heads, -1, mine.shape[-1])
+        else:
+            shaped = mine.transpose(0, 1)[None]
+        result = _product(shaped, key, value, group, scoring)
+        if group.new == 1:
+            out[group.rows] = result.reshape(mine.shape)
+        else:
+            out[group.rows] = result[0].transpose(0, 1)
+    return out
+
+
+def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> Tensor:
+    """Do what ``kernels.attention.paged_decode`` does for pages of numbers in memory, quicker."""
+    check_pages(pages, query, batch=query.shape[0])
+    lengths = pages.context_lens.tolist()
+    spans = [Span(table, n, 1) for table, n in zip(pages.block_tables.tolist(), lengths, strict=True)]
+    _, block_tokens, heads, dim = pages.keys.shape
+    groups = plan(
+        spans,
+        block_tokens=block_tokens,
+        token_bytes=heads * dim * pages.keys.dtype.itemsize,
+        dtype=query.dtype,
+        window=scoring.window,
+    )
+    out = torch.zeros_like(query)
+    return attend(query, pages.keys, pages.values, groups, scoring=scoring, out=out)
+
+
+def _seen(span: Span, window: int | None) -> int:
+    """Return how many keys some of the new tokens see."""
+    return span.context if window is None else min(span.context, window + span.new - 1)
+
+
+def _alone(
+    span: Span, rows: slice, block_tokens: int, window: int | None, dtype: torch.dtype
+) -> Group:
+    seen = _seen(span, window)
+    oldest = span.context - seen
+    slots: slice | Tensor
+    table = list(span.blocks[oldest // block_tokens : -(-span.context // block_tokens)])
+    if table == list(range(table[0], table[0] + len(table))):
+        begin = table[0] * block_tokens + oldest % block_tokens
+        slots = slice(begin, begin + seen)
+    else:
+        slots = slots_of(span.blocks, oldest, span.context, block_tokens)[None]
+    if span.new == 1:
+        return Group(rows, 1, 1, slots)
+    if span.new == span.context and (window is None or window >= span.new):
+        return Group(rows, 1, span.new, slots, is_causal=True)
+    own = torch.arange(span.context - span.new, span.context)[:, None]
+    position = torch.arange(oldest, span.context)
+    hidden = position > own
+    if window is not None:
+        hidden |= position <= own - window
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return Group(rows, 1, span.new, slots, mask)
+
+
+def _gathered(
+    spans: Sequence[Span],
+    rows: slice,
+    seen: int,
+    block_tokens: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Group:
+    widths = [_seen(span, window) for span in spans]
+    slots = torch.zeros(len(spans), seen, dtype=torch.int64)
+    for row, (span, width) in enumerate(zip(spans, widths, strict=True)):
+        mine = slots_of(span.blocks, span.context - width, span.context, block_tokens)
+        slots[row, :width] = mine
+        slots[row, width:] = mine[0]
+    if min(widths) == seen:
+        return Group(rows, len(spans), 1, slots)
+    hidden = torch.arange(seen) >= torch.tensor(widths)[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return Group(rows, len(spans), 1, slots, mask[:, None, None])
+
+
+def slots_of(blocks: Sequence[int], first: int, stop: int, block_tokens: int) -> Tensor:
+    """Return where tokens ``first`` to ``stop`` - 1 lie, [tokens] int64: block * T + offset."""
+    low = first // block_tokens
+    table = torch.tensor(blocks[low : -(-stop // block_tokens)], dtype=torch.int64)
+    slots = (table[:, None] * block_tokens + torch.arange(block_tokens)).flatten()
+    return slots[first - low * block_tokens : stop - low * block_tokens]
+
+
+def _select(rows: Tensor, group: Group) -> Tensor:
+    """Return [count, H, seen, D] of keys or values [slots, H, D]."""
+    if isinstance(group.slots, slice):
+        return rows[group.slots].transpose(0, 1)[None]
+    picked = rows.index_select(0, group.slots.view(-1))
+    return picked.view(*group.slots.shape, *rows.shape[1:]).transpose(1, 2)
+
+
+def _product(query: Tensor, key: Tensor, value: Tensor, group: Group, scoring: Scoring) -> Tensor:
+    """Attend with [N, heads, rows, D] to [N, H, seen, D]; heads is H or a multiple."""
+    scale = scoring.scale(query.shape[-1])
+    if scoring.soft_cap is None:
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=group.mask,
+            is_causal=group.is_causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    # torch's own attention knows no caps.
+    grouped = torch.unflatten(query, 1, (key.shape[1], -1))
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scale
+    scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
+    if group.is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1)
+        scores = scores.masked_fill_(hidden, float("-inf"))
+    elif group.mask is not None:
+        scores += group.mask if group.mask.dim() == 2 else group.mask[:, None]
+    return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).flatten(1, 2)

@@ -1,0 +1,124 @@
+"""Small models of every family with random weights, for tests of what runs on transformers.
+
+They are as small as a model can be and still have what makes its family different: grouped or
+single key and value heads, sliding windows, soft caps, learned positions, tied or fused weights.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+VOCAB = 101
+PAD, EOS = 0, 1
+POSITIONS = 2048
+WINDOW = 24  # of sliding layers: short enough for a test's prompt to leave it
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+# Model type of transformers, and what its configuration has beside _SHAPE.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_hidden_layers": 3}),
+    "tinyllama": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "phi": ("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", {}),
+    "gpt2": ("gpt2", {}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "sliding_window": WINDOW,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+
+def tiny_model(
+    family: str, *, seed: int = 0, attention: str = "sdpa", **changes: Any
+) -> PreTrainedModel:
+    """Return a model of a family, float32, on the CPU, in eval mode; the same one for equal seeds.
+
+    family:    a key of FAMILIES.
+    attention: ``attn_implementation``: sdpa, eager, or one that was registered. The soft caps of
+               gemma2 need eager.
+    changes:   of its configuration.
+    """
+    kind, own = FAMILIES[family]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    config = AutoConfig.for_model(kind, **_renamed(kind, {**_SHAPE, **own, **changes}))
+    if family == "gemma2" and attention == "sdpa":
+        attention = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    assert isinstance(model, PreTrainedModel)
+    _sharpen(model, seed)
+    return model.eval()
+
+
+@cache
+def shared_model(family: str) -> PreTrainedModel:
+    """Return the model of a family that tests share; it is not to be changed."""
+    return tiny_model(family)
+
+
+def prompt(count: int, *, seed: int = 0, like: list[int] | None = None) -> list[int]:
+    """Return random tokens that are no special ones.
+
+    like: what it begins with, before ``count`` tokens of its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+    return [*(like or []), *made]
+
+
+def _sharpen(model: PreTrainedModel, seed: int) -> None:
+    """Draw the weights anew, so that what attention sees decides which token comes next.
+
+    Freshly initialised models are nearly linear in the last token; one with a wrong cache would
+    often choose the same tokens. So embeddings are small beside what attention adds to them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                is_embedding = weight.shape[0] in (VOCAB, POSITIONS)
+                spread = 0.1 if is_embedding else 2.0 * weight.shape[1] ** -0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
+
+
+def _renamed(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    if kind != "gpt2":
+        return fields
+    names = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": "n_inner",
+    }
+    return {names.get(name, name): value for name, value in fields.items() if "key" not in name}
