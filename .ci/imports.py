@@ -19,7 +19,7 @@ EXTRA_HOMES = (
 )
 EXTRA_PACKAGES = {
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "rich", "zmq"),
-    *("fastapi", "starlette", "uvicorn", "pydantic", "usearch"),
+    *("fastapi", "starlette", "uvicorn", "pydantic", "jinja2", "h11", "usearch"),
 }
 
 

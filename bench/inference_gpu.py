@@ -108,7 +108,8 @@ def make_model(shape: Shape, device: torch.device) -> PreTrainedModel:
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return model.train(False)
+    model.train(False)
+    return model
 
 
 def _row(

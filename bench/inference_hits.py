@@ -39,12 +39,10 @@ def _hits(
 ) -> Iterator[Row]:
     pages = cached.adapter.pages
     page = pages.geometry
-    shape = (len(prompt), page.heads, page.dim)
-    dtype: torch.dtype = getattr(torch, page.dtype)
-    into = [
-        (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in pages.layers
-    ]
-    nbytes = sum(each.nbytes for pair in into for each in pair)
+    shape = (page.layers, 2, len(prompt), page.heads, page.dim)
+    kv = torch.zeros(shape, dtype=getattr(torch, page.dtype))
+    into = [(keys, values) for keys, values in kv]
+    nbytes = kv.nbytes
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
     copies, hits, firsts, computed = list[float](), list[float](), list[float](), list[float]()
     cached.answer(prompt, 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 BAR_WIDTH = 40
+SHOWN_MAX = 12  # prompts in the table and the bars; the plot has all of them
 ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH = 14, 200, 420
 
 
@@ -107,6 +108,13 @@ class Comparison:
         cached = sum(pair.cached.total_s for pair in self.pairs) + self.store_s
         return sum(pair.plain.total_s for pair in self.pairs) / cached
 
+    @property
+    def shown(self) -> list[Pair]:
+        """Those of the table: where there are too many, the first and the last ones."""
+        if len(self.pairs) <= SHOWN_MAX:
+            return self.pairs
+        return [*self.pairs[: SHOWN_MAX // 2], *self.pairs[-SHOWN_MAX // 2 :]]
+
     def failure(self) -> str | None:
         """Say what must not be: tokens that differ, or a cache that never had anything."""
         if differing := [pair.label for pair in self.pairs if not pair.is_identical]:
@@ -145,7 +153,7 @@ class Comparison:
 
     def _table(self) -> str:
         rows = [["", "prompt", "reused", "first token", "with cache", "speed-up", "answer"]]
-        for pair in self.pairs:
+        for pair in self.shown:
             plain, cached = pair.plain, pair.cached
             rows.append(
                 [
@@ -158,15 +166,18 @@ class Comparison:
                     "identical" if pair.is_identical else "DIFFERS",
                 ]
             )
-        return columns(rows)
+        table = columns(rows)
+        if left_out := len(self.pairs) - len(self.shown):
+            table += f"\n({left_out} between them are not shown)"
+        return table
 
     def _bars(self) -> str:
         longest = max(
-            max(pair.plain.first_token_s, pair.cached.first_token_s) for pair in self.pairs
+            max(pair.plain.first_token_s, pair.cached.first_token_s) for pair in self.shown
         )
-        width = max(len(pair.label) for pair in self.pairs)
+        width = max(len(pair.label) for pair in self.shown)
         lines = ["time to first token, without (-) and with the cache (#)"]
-        for pair in self.pairs:
+        for pair in self.shown:
             for mark, each in (("-", pair.plain), ("#", pair.cached)):
                 bar = mark * max(round(each.first_token_s / longest * BAR_WIDTH), 1)
                 label = pair.label if mark == "-" else ""

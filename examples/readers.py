@@ -69,35 +69,38 @@ def timed_generate(
     *,
     past: Cache | None = None,
     since: float | None = None,
-    **options: object,
+    use_cache: bool = True,
 ) -> Generation:
     """Call a ``generate``, the model's or an adapter's, greedily for ``new_tokens``.
 
     past:  KV of a prefix, found by the caller. since: when the caller began to look for it.
+    use_cache: whether the model keeps KV while it answers.
     """
     streamer = FirstToken()
     reused = past.get_seq_length() if past is not None else 0
-    if past is not None:
-        options["past_key_values"] = past
     prompt = prompt_tensor(tokens, model)
     start = time.perf_counter() if since is None else since
     with torch.inference_mode():
         output = generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            generation_config=greedy(new_tokens),
+            generation_config=greedy(new_tokens, use_cache=use_cache),
             streamer=streamer,
-            **options,
+            **({} if past is None else {"past_key_values": past}),
         )
     total_s = time.perf_counter() - start
     new = output[0, len(tokens) :].tolist()
     return Generation(len(tokens), reused, streamer.at - start, total_s, new)
 
 
-def greedy(new_tokens: int) -> GenerationConfig:
+def greedy(new_tokens: int, *, use_cache: bool) -> GenerationConfig:
     """Return the configuration of a greedy answer of exactly so many tokens."""
-    return GenerationConfig(
-        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        use_cache=use_cache,
     )
 
 

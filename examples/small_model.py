@@ -77,7 +77,7 @@ def load(options: argparse.Namespace) -> SmallModel:
             raise DemoFailed(f"{path} has no {name}")
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    model.eval()
+    model.train(False)
     return _with_words(model, tokenizer, text)
 
 
@@ -85,7 +85,7 @@ def made(text: str, *, layers: int, hidden: int) -> SmallModel:
     """Make a Llama with random weights and a tokenizer that has learnt from ``text``."""
     tokenizer = make_tokenizer(text)
     model = make_model(vocabulary=tokenizer.get_vocab_size(), layers=layers, hidden=hidden)
-    model.eval()
+    model.train(False)
     # Noise has no end: every answer is to be as long as it was asked for.
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None

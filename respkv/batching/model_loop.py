@@ -303,14 +303,14 @@ class ModelLoop:
         was_running = self._forget(job)
         job.ticket.finish(token, reason, timings)
         if was_running:
-            self.runner.end(job.sequence)
+            self.runner.end(job.sequence, is_good=True)
 
     def _fail(self, job: Job, message: str) -> None:
         self._counts.failed += 1
         was_running = self._forget(job)
         job.ticket.fail(message)
         if was_running:
-            self.runner.end(job.sequence)
+            self.runner.end(job.sequence, is_good=False)
 
     def _forget(self, job: Job) -> bool:
         """Take a job out of the tables; returns whether its sequence has memory."""

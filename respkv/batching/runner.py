@@ -67,8 +67,11 @@ class Runner(Room, Protocol):
         """
         ...
 
-    def end(self, sequence: Sequence) -> None:
-        """Let go of a sequence that has finished or is not wanted any more."""
+    def end(self, sequence: Sequence, *, is_good: bool) -> None:
+        """Let go of a sequence that has finished or is not wanted any more.
+
+        is_good: False: what was computed may be wrong, so nothing of it may be used for others.
+        """
         ...
 
     def clear(self) -> int:

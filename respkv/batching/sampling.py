@@ -5,6 +5,7 @@ own, so that what they get does not depend on who is computed with them.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,9 +13,14 @@ from torch import Tensor
 from respkv.batching.request import Sampling
 
 
+# Below this the likeliest token has all the probability, and logits divided by it overflow.
+TEMPERATURE_MIN: Final = 1e-5
+TEMPERATURE_MAX: Final = 1e30
+
+
 def new_generator(sampling: Sampling, device: torch.device) -> torch.Generator | None:
     """Return the random numbers of one request; None when it needs none."""
-    if sampling.temperature == 0:
+    if sampling.temperature < TEMPERATURE_MIN:
         return None
     generator = torch.Generator(device)
     if sampling.seed is None:
@@ -44,7 +50,7 @@ def choose(
 
 def _draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw from the likeliest tokens of logits [V], as the request wants."""
-    scores = logits.float() / sampling.temperature
+    scores = logits.float() / min(sampling.temperature, TEMPERATURE_MAX)
     if sampling.top_k is not None and sampling.top_k < scores.shape[0]:
         least = scores.topk(sampling.top_k).values[-1]
         scores = scores.masked_fill(scores < least, float("-inf"))

@@ -1,4 +1,4 @@
-"""The command line: ``respkv serve | ping | info | bench | top | trace``.
+"""The command line: ``respkv serve | gateway | ping | info | bench | top | trace``.
 
 A container runs ``respkv ping`` every few seconds as its health check, so a command's module is
 imported when that command is called for and not before.
@@ -12,7 +12,7 @@ import click
 from respkv import __version__
 from respkv.errors import CacheError, ConfigError
 
-COMMANDS = ("serve", "ping", "info", "bench", "top", "trace")
+COMMANDS = ("serve", "gateway", "ping", "info", "bench", "top", "trace")
 
 
 class Refused(Exception):

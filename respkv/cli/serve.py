@@ -50,7 +50,7 @@ def _wrapped(names: Iterable[str]) -> str:
 )
 def command(path: str | None, pairs: tuple[str, ...], **options: str | None) -> None:
     """Run the server until SIGTERM or SIGINT; the command line wins over the file."""
-    overrides = dict(_pair(pair) for pair in pairs)
+    overrides = dict(pair_of(pair) for pair in pairs)
     named = {name: options[SETTINGS[name].field] for name in OPTIONS}
     overrides |= {name: text for name, text in named.items() if text is not None}
     config = Config.load(path, overrides)
@@ -60,7 +60,8 @@ def command(path: str | None, pairs: tuple[str, ...], **options: str | None) -> 
     sys.exit(main(config))
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair_of(text: str) -> tuple[str, str]:
+    """Return the name and the value of a --set. Raises ConfigError without an equals sign."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"command line: --set {text!r}: accepted are NAME=VALUE")

@@ -27,15 +27,15 @@ class Arena:
         self.writable = writable
         self._memory = memory
 
-    def view(self, offset: int, nbytes: int, *, writable: bool = False) -> memoryview:
-        """Return bytes of the arena. Raises ProtocolError when they are not within it.
-
-        writable: they are to be written; else the view is read-only.
-        """
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Return bytes of the arena. Raises ProtocolError when they are not within it."""
         if offset < 0 or nbytes < 0 or offset + nbytes > len(self._memory):
             raise ProtocolError(f"{nbytes} bytes at {offset} are not within the arena")
-        view = self._memory[offset : offset + nbytes]
-        return view if writable else view.toreadonly()
+        return self._memory[offset : offset + nbytes]
+
+    def view_to_read(self, offset: int, nbytes: int) -> memoryview:
+        """Return bytes of the arena, not to be written. Raises ProtocolError as ``view`` does."""
+        return self.view(offset, nbytes).toreadonly()
 
 
 def arena_identity(fd: int) -> bytes:

@@ -213,7 +213,7 @@ def _view(arena: Arena, place: Reply, *, writable: bool = False) -> memoryview |
     offset, nbytes = array_of(place, 2)
     if not isinstance(offset, int) or not isinstance(nbytes, int):
         raise ProtocolError(f"{place!r} is not a place in the arena")
-    return arena.view(offset, nbytes, writable=writable)
+    return arena.view(offset, nbytes) if writable else arena.view_to_read(offset, nbytes)
 
 
 def array_of(reply: Reply, count: int | None = None) -> list[Reply]:

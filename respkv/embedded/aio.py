@@ -97,7 +97,7 @@ def _now(work: Callable[[], None]) -> None:
     work()
 
 
-def open(
+def open(  # noqa: A001  (it is called respkv.open)
     *,
     config: str | Path | Config | None = None,
     pool_max: int = 64,

@@ -1,6 +1,7 @@
 """What wakes the one who waits for an answer: a bell for a thread, and one for a task."""
 
 import threading
+from contextlib import suppress
 from typing import Protocol
 
 import anyio
@@ -23,10 +24,8 @@ class ThreadBell:
 
     def ring(self) -> None:
         """Wake who waits, or who waits next."""
-        try:
+        with suppress(RuntimeError):  # it was rung before
             self._silence.release()
-        except RuntimeError:
-            pass  # it was rung before
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until it is rung. Returns False when the time has passed."""

@@ -25,16 +25,16 @@ class OwnArena(Arena):
     def __init__(self, server: "Server") -> None:
         arena = server.arena
         super().__init__(arena.view, writable=True)
-        self._shown: Arena | None = None
+        self._protected: Arena | None = None
         if server.gpu_tier is None or server.gpu_tier.pinned is None:
-            protected = mmap.mmap(arena.fd, arena.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
-            self._shown = Arena(memoryview(protected), writable=False)
+            memory = mmap.mmap(arena.fd, arena.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._protected = Arena(memoryview(memory), writable=False)
 
-    def view(self, offset: int, nbytes: int, *, writable: bool = False) -> memoryview:
-        """Return bytes of the arena. Raises ProtocolError when they are not within it."""
-        if writable or self._shown is None:
-            return super().view(offset, nbytes, writable=writable)
-        return self._shown.view(offset, nbytes)
+    def view_to_read(self, offset: int, nbytes: int) -> memoryview:
+        """Return bytes of the arena, not to be written. Raises ProtocolError as ``view`` does."""
+        if self._protected is None:
+            return super().view_to_read(offset, nbytes)
+        return self._protected.view(offset, nbytes)
 
 
 class OwnArenas(Arenas):

@@ -5,6 +5,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -54,10 +55,8 @@ class Runner:
     def stop(self) -> None:
         """Have the engine end; a second call does nothing. It does not wait."""
         if os.getpid() == self._pid and hasattr(self, "_post"):
-            try:
+            with suppress(RuntimeError):  # its loop has ended
                 self._post(self.engine.stop)
-            except RuntimeError:
-                pass  # its loop has ended
 
     def join(self) -> None:
         """Wait for the end. Raises CacheError: what the engine failed of, once."""

@@ -44,11 +44,16 @@ class Refused(Exception):
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """Return the body of an error. Lone surrogates, which JSON can escape, are written as escapes."""
-    clean = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    if param is not None:  # the name of a field, which a client may have made up
+        param = _clean(param)
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": clean, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _clean(message), "type": kind, "param": param, "code": code}}
 
 
 def unavailable(code: str, message: str, retry_after_s: int) -> Refused:
     """Return a 503 that says when to come again."""
     return Refused(503, code, message, headers={"retry-after": str(retry_after_s)})
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

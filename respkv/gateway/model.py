@@ -108,19 +108,12 @@ class Model:
             return {}
         try:
             info = self.store.info()
-            kept = self.store.command("KV.QUOTA", self.pages.namespace)
+            held = self.store.quota(self.pages.namespace)
         except CacheError:
             return {}
-        held = dict(zip(kept[::2], kept[1::2], strict=True)) if isinstance(kept, list) else kept
-        assert isinstance(held, dict)
-        words = {_word(name): value for name, value in held.items()}
         return {
-            "pages": int(words["pages"]),
-            "bytes": int(words["bytes"]),
+            "pages": held["pages"],
+            "bytes": held["bytes"],
             "evicted": int(info["evicted_keys"]),
             "expired": int(info["expired_keys"]),
         }
-
-
-def _word(name: object) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)

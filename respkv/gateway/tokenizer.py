@@ -27,8 +27,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Without its configuration transformers would guess the class from the model's, and change
     # what tokenizer.json says.
     if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    return AutoTokenizer.from_pretrained(str(folder))  # type: ignore[no-any-return, no-untyped-call]
+        made: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_file=str(folder / "tokenizer.json")
+        )
+        return made
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+    return found
 
 
 class TextCoder:

@@ -19,44 +19,10 @@ There is no tensor and no I/O here: copies to be made are returned.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 
-from respkv.errors import OutOfMemory
+from respkv.paged.block_table import BlockStats, BlockTable, OutOfBlocks
 from respkv.paged.free_blocks import FreeBlocks
 from respkv.paged.prefix_tree import Node, PrefixTree
-
-Copy = tuple[int, int]  # from a block to a block
-
-
-class OutOfBlocks(OutOfMemory):
-    """There are not enough blocks, even if all that nobody uses are evicted. Nothing was changed."""
-
-
-@dataclass(slots=True)
-class BlockStats:
-    """What happened since the start.
-
-    tokens_found:  of the prompts that came, how many the tree had the KV of.
-    tokens_missed: and how many not.
-    copies:        blocks that were copied because others could read them.
-    evictions:     blocks that were taken out of the tree for their room.
-    """
-
-    tokens_found: int = 0
-    tokens_missed: int = 0
-    copies: int = 0
-    evictions: int = 0
-
-
-@dataclass(slots=True)
-class _Sequence:
-    tokens: list[int] | None  # None: only their number is known, so nothing is shared
-    length: int
-    salt: Hashable
-    is_sharing: bool
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)  # of its first blocks, those that are published
 
 
 class BlockManager:
@@ -73,7 +39,7 @@ class BlockManager:
         self._nodes: list[Node | None] = [None] * num_blocks
         self._idle: dict[int, None] = {}  # in the tree, of no sequence; used longest ago first
         self._tree = PrefixTree(block_tokens)
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, BlockTable] = {}
         self._next_id = 0
 
     # What is asked
@@ -115,7 +81,9 @@ class BlockManager:
         state = self._get(sequence)
         if state.tokens is None or not 1 <= count <= state.length - state.computed:
             known = "no ids" if state.tokens is None else f"{state.length - state.computed}"
-            raise ValueError(f"of sequence {sequence} {known} tokens are to be computed, not {count}")
+            raise ValueError(
+                f"of sequence {sequence} {known} tokens are to be computed, not {count}"
+            )
         return state.tokens[state.computed : state.computed + count]
 
     def blocks(self, sequence: int) -> list[int]:
@@ -161,7 +129,7 @@ class BlockManager:
         if length < 1:
             raise ValueError(f"a sequence of {length} tokens cannot be; it needs one at least")
         is_sharing = share and self.prefix_sharing and ids is not None
-        state = _Sequence(ids, length, salt, is_sharing)
+        state = BlockTable(ids, length, salt, is_sharing)
         if ids is not None and is_sharing:
             most = length - 1 if limit is None else min(limit, length)
             self._take_prefix(state, ids[: max(0, most)])
@@ -180,7 +148,7 @@ class BlockManager:
             state.tokens += tokens
             state.length = len(state.tokens)
 
-    def reserve(self, sequence: int, count: int) -> list[Copy]:
+    def reserve(self, sequence: int, count: int) -> list[tuple[int, int]]:
         """Give a sequence room for its next ``count`` tokens; a second time it has it.
 
         Returns: the copies to make before anything else is asked of the manager.
@@ -196,7 +164,7 @@ class BlockManager:
                 f"sequence {sequence} needs {needed} blocks for {count} tokens and"
                 f" {self.num_free_blocks} of {self.num_blocks} can be had; free a sequence"
             )
-        at, copies = state.computed // self.block_tokens, list[Copy]()
+        at, copies = state.computed // self.block_tokens, list[tuple[int, int]]()
         must_copy = count > 0 and self._must_copy(state)
         if must_copy and needed == self._grown(state, count):
             self._forget(state.blocks[at])
@@ -237,7 +205,7 @@ class BlockManager:
         for block in blocks:
             self._uses[block] += 1
         self._next_id += 1
-        self._sequences[self._next_id] = _Sequence(
+        self._sequences[self._next_id] = BlockTable(
             tokens,
             state.length,
             state.salt,
@@ -300,17 +268,19 @@ class BlockManager:
 
     # How
 
-    def _get(self, sequence: int) -> _Sequence:
+    def _get(self, sequence: int) -> BlockTable:
         try:
             return self._sequences[sequence]
         except KeyError:
-            raise ValueError(f"there is no sequence {sequence}; it was freed or never was") from None
+            raise ValueError(
+                f"there is no sequence {sequence}; it was freed or never was"
+            ) from None
 
-    def _grown(self, state: _Sequence, count: int) -> int:
+    def _grown(self, state: BlockTable, count: int) -> int:
         """Return how many blocks are missing at the end."""
         return max(0, -(-(state.computed + count) // self.block_tokens) - len(state.blocks))
 
-    def _must_copy(self, state: _Sequence) -> bool:
+    def _must_copy(self, state: BlockTable) -> bool:
         """Whether others may read where the next token would be written."""
         at, used = divmod(state.computed, self.block_tokens)
         if not used:
@@ -318,7 +288,7 @@ class BlockManager:
         node = self._nodes[state.blocks[at]]
         return self._uses[state.blocks[at]] > 1 or (node is not None and used < len(node.tokens))
 
-    def _take_prefix(self, state: _Sequence, wanted: list[int]) -> None:
+    def _take_prefix(self, state: BlockTable, wanted: list[int]) -> None:
         for node, common in self._tree.find(wanted, state.salt):
             self._idle.pop(node.block, None)
             self._uses[node.block] += 1
@@ -329,7 +299,7 @@ class BlockManager:
         self.stats.tokens_found += state.computed
         self.stats.tokens_missed += state.length - state.computed
 
-    def _publish(self, state: _Sequence, count: int) -> Node:
+    def _publish(self, state: BlockTable, count: int) -> Node:
         """Put the first block that is not in the tree there, or take the one that is."""
         assert state.tokens is not None
         at = len(state.nodes)
@@ -357,7 +327,7 @@ class BlockManager:
             self._uses[block] = 1
         return taken
 
-    def _release_from(self, state: _Sequence, at: int) -> None:
+    def _release_from(self, state: BlockTable, at: int) -> None:
         """Give back blocks, the last one first, so that it is the first to be evicted."""
         while len(state.blocks) > at:
             self._release(state.blocks.pop())

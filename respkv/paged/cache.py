@@ -310,5 +310,7 @@ def _storage(config: PagedCacheConfig) -> Tensor:
             -1, prod(shape) * config.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
     except OSError as error:
-        raise OutOfMemory(f"{config.memory_bytes} bytes for blocks cannot be had: {error}") from error
+        raise OutOfMemory(
+            f"{config.memory_bytes} bytes for blocks cannot be had: {error}"
+        ) from error
     return torch.frombuffer(memory, dtype=config.dtype).view(shape)

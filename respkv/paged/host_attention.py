@@ -125,7 +125,9 @@ def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> T
     """Do what ``kernels.attention.paged_decode`` does for pages of numbers in memory, quicker."""
     check_pages(pages, query, batch=query.shape[0])
     lengths = pages.context_lens.tolist()
-    spans = [Span(table, n, 1) for table, n in zip(pages.block_tables.tolist(), lengths, strict=True)]
+    spans = [
+        Span(table, n, 1) for table, n in zip(pages.block_tables.tolist(), lengths, strict=True)
+    ]
     _, block_tokens, heads, dim = pages.keys.shape
     groups = plan(
         spans,

@@ -19,7 +19,7 @@ from torch import Tensor
 from respkv.kernels.attention import paged_decode, paged_prefill
 from respkv.kernels.paged import to_device
 from respkv.kernels.paged_kv import PagedKV, Scoring
-from respkv.paged.block_manager import OutOfBlocks
+from respkv.paged.block_table import OutOfBlocks
 from respkv.paged.cache import PagedAttentionCache, table_tensor
 from respkv.paged.host_attention import Group, Span, attend, plan
 
@@ -48,7 +48,9 @@ class PagedStep:
 
     def __init__(self, cache: PagedAttentionCache, chunks: Sequence[Chunk]) -> None:
         if not chunks or len({each.sequence for each in chunks}) < len(chunks):
-            raise ValueError(f"a step takes one chunk of each of some sequences, not {list(chunks)}")
+            raise ValueError(
+                f"a step takes one chunk of each of some sequences, not {list(chunks)}"
+            )
         self._cache = cache
         order = sorted(chunks, key=lambda each: (each.count > 1, -cache.computed(each.sequence)))
         tokens = [cache.blocks.next_tokens(each.sequence, each.count) for each in order]
@@ -77,7 +79,9 @@ class PagedStep:
         if device.type == "cuda":
             self._set_tables(device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+    ) -> Tensor:
         """Write the new tokens' keys and values of a layer, and attend.
 
         query:      [S, Q, D]; key, value: [S, H, D]; all of the cache's type.
@@ -103,7 +107,9 @@ class PagedStep:
         config = self._cache.config
         spans = [
             Span(table, computed + chunk.count, chunk.count)
-            for table, computed, chunk in zip(self._tables, self._computed, self._chunks, strict=True)
+            for table, computed, chunk in zip(
+                self._tables, self._computed, self._chunks, strict=True
+            )
         ]
         return plan(
             spans,
@@ -117,7 +123,9 @@ class PagedStep:
         size = self._cache.config.block_tokens
         return [
             table[position // size] * size + position % size
-            for table, computed, chunk in zip(self._tables, self._computed, self._chunks, strict=True)
+            for table, computed, chunk in zip(
+                self._tables, self._computed, self._chunks, strict=True
+            )
             for position in range(computed, computed + chunk.count)
         ]
 

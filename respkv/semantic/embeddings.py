@@ -72,7 +72,7 @@ def scores(rows: NDArray[Any], query: NDArray[Any], metric: Metric) -> NDArray[n
     """
     wide, one = rows.astype(numpy.float64), query.astype(numpy.float64)
     if metric == "l2":
-        return -numpy.sqrt(numpy.square(wide - one).sum(axis=1))
+        return numpy.asarray(-numpy.sqrt(numpy.square(wide - one).sum(axis=1)), numpy.float64)
     # Not a matrix product, whose rounding depends on where a row stands.
     products = (wide * one).sum(axis=1)
     if metric == "ip":

@@ -68,11 +68,15 @@ class HnswIndex:
             return []
         one = scaled(query, self._metric)
         found = self._graph.search(one, wanted, threads=1)
-        labels = [label for label in numpy.atleast_1d(found.keys).tolist() if label in self._entries]
+        labels = [
+            label for label in numpy.atleast_1d(found.keys).tolist() if label in self._entries
+        ]
         entries = [self._entries[label] for label in labels]
         return ranked(entries, self._vectors(labels), one, self._metric, count)
 
-    def _vectors(self, labels: list[int]) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float32]]:
+    def _vectors(
+        self, labels: list[int]
+    ) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float32]]:
         if not labels:
             return numpy.empty((0, self._dim), numpy.float32)
         kept = self._graph.get(numpy.array(labels, numpy.uint64))

@@ -103,7 +103,7 @@ class ExactIndex:
             self._entries[row] = last
             self._row_of[last] = row
             self._rows[row], self._norms[row] = self._rows[end], self._norms[end]
-        if ROWS_MIN < len(self._rows) and len(self._entries) < len(self._rows) // 4:
+        if len(self._rows) > ROWS_MIN and len(self._entries) < len(self._rows) // 4:
             self._resize(len(self._rows) // 2)
 
     def nearest(self, query: Vector, count: int) -> list[tuple[bytes, float]]:

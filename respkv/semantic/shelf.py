@@ -8,6 +8,8 @@ that it does: an event, a rescan, an entry that is not what the index says.
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
 
 from respkv.semantic.embeddings import Metric, Vector
 from respkv.semantic.index import Index, Kind, open_index
@@ -15,30 +17,36 @@ from respkv.semantic.index import Index, Kind, open_index
 
 @dataclass(slots=True)
 class Known:
-    """An entry whose embedding is in the index. used: a count that grows with each use."""
+    """An entry whose embedding is in the index. digest: of the embedding."""
 
-    vector: Vector
+    digest: bytes
     created_ms: int
-    used: int
+
+
+def digest_of(vector: Vector) -> bytes:
+    """Return what tells embeddings apart."""
+    return blake2b(vector.tobytes(), digest_size=16).digest()
 
 
 class Shelf:
-    """The entries of one tenant."""
+    """The entries of one tenant, in the order in which they were last used here, or else stored."""
 
     def __init__(self, index: Index, stale: Iterable[bytes]) -> None:
         self.index = index
-        self.entries: dict[bytes, Known] = {}
+        self.entries: OrderedDict[bytes, Known] = OrderedDict()
         # Entries that are in the store and have to be read, again or for the first time.
         self.stale: set[bytes] = set(stale)
-        self._clock = 0
 
     def put(self, entry: bytes, vector: Vector, created_ms: int) -> None:
         """Take note of an entry's embedding."""
         self.stale.discard(entry)
         known = self.entries.get(entry)
-        if known is None or known.vector.tobytes() != vector.tobytes():
+        digest = digest_of(vector)
+        if known is None or known.digest != digest:
             self.index.put(entry, vector)
-        self.entries[entry] = Known(vector, created_ms, 0 if known is None else known.used)
+        self.entries[entry] = Known(digest, created_ms)
+        if known is not None and known.created_ms != created_ms:
+            self.entries.move_to_end(entry)
 
     def drop(self, entry: bytes) -> bool:
         """Forget an entry; say whether it was there."""
@@ -46,19 +54,28 @@ class Shelf:
         self.index.drop(entry)
         return self.entries.pop(entry, None) is not None
 
+    def is_current(self, entry: bytes, vector: Vector) -> bool:
+        """Whether this is the embedding that the index has for an entry."""
+        known = self.entries.get(entry)
+        return known is not None and known.digest == digest_of(vector)
+
     def use(self, entry: bytes) -> None:
         """Count an entry as used now."""
         if entry in self.entries:
-            self._clock += 1
-            self.entries[entry].used = self._clock
+            self.entries.move_to_end(entry)
+
+    def order_by_age(self) -> None:
+        """Put all entries in the order in which they were stored: of their use nothing is known."""
+        self.entries = OrderedDict(
+            sorted(self.entries.items(), key=lambda each: each[1].created_ms)
+        )
 
     def surplus(self, most: int, keep: bytes) -> list[bytes]:
-        """Return which entries have to go so that ``most`` are left: unused and old ones first."""
+        """Return which entries have to go so that ``most`` are left."""
         excess = len(self.entries) - most
         if excess <= 0:
             return []
-        others = [(known.used, known.created_ms, entry) for entry, known in self.entries.items()]
-        return [entry for _, _, entry in sorted(others) if entry != keep][:excess]
+        return list(islice((entry for entry in self.entries if entry != keep), excess))
 
 
 @dataclass(slots=True)
@@ -71,7 +88,7 @@ class Shelves:
     tenants_max: int
     keys: dict[bytes, set[bytes]] = field(default_factory=dict)  # of entries, by tenant
     own: dict[tuple[bytes, bytes], int] = field(default_factory=dict)  # puts not yet heard of
-    _open: "OrderedDict[bytes, Shelf]" = field(default_factory=OrderedDict)
+    _open: OrderedDict[bytes, Shelf] = field(default_factory=OrderedDict, init=False)
 
     def open(self, tenant: bytes) -> Shelf:
         """Return a tenant's shelf; the one that was asked for least recently may have to go."""

@@ -197,6 +197,8 @@ async def _drain(server: Server) -> None:
         for session in list(server.sessions.values()):
             session.wire.abort()
         await anyio.lowlevel.checkpoint()
+    for wire in list(server.parting):
+        wire.abort()
 
 
 def _is_waited_for(session: Session) -> bool:

@@ -20,6 +20,7 @@ from respkv.engine.prefetch import Limits as PrefetchLimits
 from respkv.engine.sequences import Sequences
 from respkv.engine.sessions import Hints
 from respkv.errors import OutOfMemory
+from respkv.server.answers import Wire
 from respkv.server.body import LAND_MIN
 from respkv.server.budget import Budget
 from respkv.server.event_channels import EventChannels
@@ -97,6 +98,7 @@ class Server:
         self.tokenizer = Tokenizer()
         self.limits = limits_of(config)
         self.sessions: dict[int, Session] = {}
+        self.parting: set[Wire] = set()  # connections that wait for their client to close
         self.pubsub = PubSub(self)
         self.events = Events(cache)
         cache.watchers.add(self.events)

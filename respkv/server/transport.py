@@ -50,7 +50,7 @@ class Connection(asyncio.BufferedProtocol):
         self._session: Session | None = None
         self._is_paused = False
         self._is_closed = False  # by us
-        self._lingering: asyncio.TimerHandle | None = None
+        self._lingering: asyncio.Handle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admit the client or tell it why not."""
@@ -130,14 +130,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give back everything the client held."""
-        session = self._session
         if self._lingering is not None:
             self._lingering.cancel()
-        if session is not None:
-            self._session = None
-            self._server.sessions.pop(session.number, None)
-            self._server.clock.refresh()
-            session.lost(by_server=self._is_closed)
+            self._server.parting.discard(self)
+        self._let_go()
 
     def wake(self) -> None:
         """Look at the session again: it has output or wants input."""
@@ -177,15 +173,33 @@ class Connection(asyncio.BufferedProtocol):
         lose answers that had left before, the one that says why it is closed among them.
         """
         self._is_closed = True
+        if self._transport.can_write_eof():
+            # Soon and not now: the session may be in the middle of what called this.
+            self._lingering = asyncio.get_running_loop().call_soon(self._part)
+        else:
+            self._transport.close()
+
+    def _part(self) -> None:
+        """Give back what the client held, and only then let it see the end."""
+        self._let_go()
         try:
             self._transport.write_eof()
         except OSError:  # the client has gone already
             self._transport.abort()
             return
+        self._server.parting.add(self)
         self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._transport.abort)
         if self._is_paused:
             self._is_paused = False
             self._transport.resume_reading()
+
+    def _let_go(self) -> None:
+        session = self._session
+        if session is not None:
+            self._session = None
+            self._server.sessions.pop(session.number, None)
+            self._server.clock.refresh()
+            session.lost(by_server=self._is_closed)
 
     def _send(self, parts: Buffers) -> None:
         if memoryview in map(type, parts):

@@ -75,3 +75,14 @@ def test_tokens_that_were_ruled_out_are_no_reason_to_fail() -> None:
     logits[0, 4] = 1.0
     wish = Sampling(temperature=1.0, top_k=3, top_p=0.9, seed=0)
     assert choose(logits, [(wish, new_generator(wish, CPU))]) == [4]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-6, 1e-5, 1e308])
+@pytest.mark.parametrize("top_p", [None, 5e-324, 1e-9, 1 - 1e-16])
+def test_extreme_wishes_still_get_a_token(temperature: float, top_p: float | None) -> None:
+    wish = Sampling(temperature, top_p=top_p, seed=0)
+    logits = random_logits(1)
+    logits[0, 5] = float("-inf")
+    logits[0, 6] = 1e30
+    (token,) = choose(logits, [(wish, new_generator(wish, CPU))])
+    assert token == 6 or (temperature > 1 and top_p != 5e-324 and token is not None)

@@ -65,7 +65,7 @@ class Served:
 
     def remove(self, sequence: Sequence) -> None:
         if self.scheduler.remove(sequence) and sequence.request.use_cache:
-            self.runner.end(sequence)
+            self.runner.end(sequence, is_good=True)
 
     def drain(self) -> None:
         """Compute until nothing is left; a bound on the steps shows that everyone advances."""

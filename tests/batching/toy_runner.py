@@ -79,8 +79,8 @@ class ToyRunner:
     def drop(self, sequence: Sequence) -> None:
         del self.held[sequence], self.state[sequence]
 
-    def end(self, sequence: Sequence) -> None:
-        if sequence.request.shares:
+    def end(self, sequence: Sequence, *, is_good: bool) -> None:
+        if sequence.request.shares and is_good:
             self.remembered[tuple(sequence.request.tokens)] = 0
         self.drop(sequence)
 

@@ -61,6 +61,14 @@ def test_the_plot_is_a_drawing_with_two_bars_for_each_prompt(tmp_path: Path) -> 
     assert (root.findtext(f"{space}text") or "").startswith("A & B")
 
 
+def test_of_many_prompts_the_first_and_the_last_are_shown() -> None:
+    report = Comparison("it", [pair(number) for number in range(1, 41)]).report()
+    assert "(28 between them are not shown)" in report
+    assert "\n6 reused" in report
+    assert "\n7 reused" not in report
+    assert "35 reused" in report
+
+
 def test_cells_stand_in_columns() -> None:
     assert columns([["", "n"], ["long", "1"]]) == "      n\nlong  1"
 

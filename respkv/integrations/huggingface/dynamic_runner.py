@@ -60,7 +60,7 @@ class DynamicRunner:
         """Forget a sequence."""
         del self._caches[sequence], self._room[sequence]
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence, *, is_good: bool) -> None:
         """Forget a sequence."""
         self.drop(sequence)
 

@@ -48,73 +48,68 @@ class PageLoads:
         self._can_lease = True
 
     def load(
-        self, data: bytes, target: Target, stop: int, tiers: str, chain: ChainOptions
+        self, data: bytes, target: Target, stop: int, known: int, chain: ChainOptions
     ) -> Loaded:
         """Copy tokens from ``target.first`` up to ``stop``.
 
-        data: the prompt's tokens as int32. tiers: where its pages are, if that is known.
+        data: the prompt's tokens as int32. known: as many of them are stored.
         Raises CacheError; tensors are undefined then.
         """
         end = target.first
         if self._can_lease:
-            end = self._load_leased(data, target, stop, chain)
+            end = self._load_leased(data, target, stop, known, chain)
         leased = end - target.first
         if end < stop:
             end = self._load_sent(data, target, end, stop, chain)
         return Loaded(end, leased)
 
-    def _load_leased(self, data: bytes, target: Target, stop: int, chain: ChainOptions) -> int:
-        """Copy full pages, and the tail that ends at ``stop``; return where they end."""
+    def _load_leased(
+        self, data: bytes, target: Target, stop: int, known: int, chain: ChainOptions
+    ) -> int:
+        """Copy full pages, and the tail that ends where the stored tokens do; return their end."""
         tokens, end = self._geometry.tokens, target.first
         prompt = self._chain.prompt(
-            self._namespace.encode(), data[: stop * TOKEN_BYTES], extras_of(chain)
+            self._namespace.encode(), data[: known * TOKEN_BYTES], extras_of(chain)
         )
         pages_max = max(1, LEASE_BYTES // self._geometry.page_bytes)
-        first, last = end // tokens, -(-stop // tokens)
-        while first < last:
-            count = min(pages_max, last - first)
+        while end < stop:
+            first = end // tokens
+            last = min(first + pages_max, -(-stop // tokens))
             try:
-                found = self._copy_leased(prompt, target, first, first + count, stop)
+                copied = self._copy_leased(prompt, target, first, last, stop)
             except CacheError as error:
                 if is_no_shared_memory(error):
                     self._can_lease = False
                     return end
-                if isinstance(error, ServerError) and error.word == "OOM" and count > 1:
-                    pages_max = count // 2  # not all of them are in memory at once
+                if isinstance(error, ServerError) and error.word == "OOM" and pages_max > 1:
+                    pages_max = (last - first) // 2 or 1  # they are not all in memory at once
                     continue
                 raise
-            if found:
-                end = min((first + found - 1) * tokens + self._last, stop)
-            first += found
-            if found < count:
+            end = max(end, copied)
+            if copied < min(last * tokens, stop):
                 break
         return end
 
-    def _copy_leased(
-        self, prompt: Prompt, target: Target, first: int, last: int, stop: int
-    ) -> int:
-        """Copy some pages; return how many of them there were."""
+    def _copy_leased(self, prompt: Prompt, target: Target, first: int, last: int, stop: int) -> int:
+        """Copy some pages; return the token at which those end that were there."""
         keys = prompt.keys(first, min(last, prompt.num_pages))
         if last > prompt.num_pages:
             keys.append(prompt.position_key(prompt.num_tokens))
         # The end of the block confirms the lease; only then are the copies known to be good.
         with self._client.lease(keys) as lease:
-            pages = list(self._stored(lease.pages, first, stop))
+            pages = list(self._stored(lease.pages, first, prompt.num_tokens))
             target.copy(pages, stop)
-            found = len(pages)
-            self._last = pages[-1].count if pages else 0
+            end = pages[-1].first + pages[-1].count if pages else 0
             del pages
-        return found
+        return min(end, stop)
 
-    def _stored(
-        self, views: list[memoryview | None], first: int, stop: int
-    ) -> Iterator[Stored]:
+    def _stored(self, views: list[memoryview | None], first: int, known: int) -> Iterator[Stored]:
         """Say what the views are, up to the first page that is not there."""
         tokens = self._geometry.tokens
         token_bytes = self._geometry.page_bytes // tokens
         for number, view in enumerate(views, first):
             begin = number * tokens
-            count = min(tokens, stop - begin)
+            count = min(tokens, known - begin)
             if view is None or len(view) != count * token_bytes:
                 return
             yield Stored(begin, count, view)

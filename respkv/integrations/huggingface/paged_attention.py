@@ -67,7 +67,11 @@ def paged_config(
         device=kept.layers[0].device,
         prefix_sharing=prefix_sharing,
     )
-    return one.with_bytes(memory_bytes) if memory_bytes is not None else one.with_blocks(num_blocks or 0)
+    return (
+        one.with_bytes(memory_bytes)
+        if memory_bytes is not None
+        else one.with_blocks(num_blocks or 0)
+    )
 
 
 class PagedModel:
@@ -171,12 +175,14 @@ def attention(
         return _plain(module, query, key, value, attention_mask, scaling, softcap, dropout, kwargs)
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"{type(module).__name__} attends with {name}, which pages have not")
+            raise UnsupportedModel(
+                f"{type(module).__name__} attends with {name}, which pages have not"
+            )
     layer = int(getattr(module, "layer_idx"))  # noqa: B009
     under_way.attended.append(layer)
     scoring = Scoring(scaling, under_way.windows[layer] or None, softcap)
-    rows = (each[0].transpose(0, 1) for each in (query, key, value))
-    return under_way.step.attend(layer, *rows, scoring)[None], None
+    new, new_key, new_value = (each[0].transpose(0, 1) for each in (query, key, value))
+    return under_way.step.attend(layer, new, new_key, new_value, scoring)[None], None
 
 
 def _plain(

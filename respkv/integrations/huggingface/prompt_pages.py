@@ -206,8 +206,7 @@ class PromptPages:
         if end <= first:
             return first
         begun = time.perf_counter()
-        tiers = "" if match is None else match.tiers
-        loaded = self._ask("load", lambda: self._loads.load(data, target, end, tiers, chain))
+        loaded = self._ask("load", lambda: self._loads.load(data, target, end, known, chain))
         if loaded is None:
             return first
         self._count(

@@ -1,0 +1,134 @@
+"""The process of a gateway: listen, load the model meanwhile, serve, and end well.
+
+The port is open and /healthz answers before the model is loaded, so that a supervisor can tell a
+slow start from a dead process; /readyz says when requests are taken. SIGTERM or SIGINT: no new
+requests, those in flight may take ``stop_timeout_s`` to finish, pages that wait are stored, and the
+process ends with 0. A second signal ends it at once.
+"""
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from respkv.errors import CacheError, ConfigError
+from respkv.gateway.app import make_app
+from respkv.gateway.model import Model
+from respkv.gateway.protocol import protocol_of
+from respkv.gateway.settings import GatewaySettings
+from respkv.gateway.state import Gateway
+
+# Of the time to stop, for saying to the last ones that they were not finished.
+FAREWELL_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, whose process ends with 0 when it was told to end."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at a signal; it is not raised again afterwards."""
+        wanted = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; the second time, stop at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._on_stop()
+
+
+class Process:
+    """One run of a gateway. load: makes the model, in a thread; raises CacheError when it cannot."""
+
+    def __init__(self, settings: GatewaySettings, load: Callable[[], Model]) -> None:
+        self._settings = settings
+        self._load = load
+        self._gateway = Gateway(settings)
+        self._failure: CacheError | None = None
+        self._closing: threading.Thread | None = None
+        self._loading = threading.Thread(target=self._load_model, name="respkv-load", daemon=True)
+        config = uvicorn.Config(
+            make_app(self._gateway),
+            http=protocol_of(settings),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=settings.keep_alive_s,
+            timeout_graceful_shutdown=settings.stop_timeout_s,
+        )
+        self._server = _Server(config, self._begin_to_stop)
+
+    def run(self, announce: Callable[[str], None]) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        announce: gets a line when the port is open, and one when the model is loaded.
+        Raises ConfigError when the address cannot be had; CacheError when the model cannot be
+        loaded.
+        """
+        with _listen(self._settings) as listener:
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            self._announce = announce
+            announce(f"listening on http://{shown}:{port}")
+            self._loading.start()
+            self._server.run(sockets=[listener])
+        self._begin_to_stop()
+        self._loading.join(self._settings.stop_timeout_s)
+        if self._closing is not None:
+            self._closing.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _load_model(self) -> None:
+        try:
+            model = self._load()
+        except CacheError as error:
+            self._failure = error
+            self._server.should_exit = True
+            return
+        self._announce(f"ready to serve {model.name}")
+        self._gateway.install(model)
+
+    def _begin_to_stop(self) -> None:
+        """Refuse new requests and let the others finish; a signal's handler may call this."""
+        if self._closing is None:
+            model = self._gateway.stop()
+            if model is not None:
+                drain_s = max(self._settings.stop_timeout_s - FAREWELL_S, 0.0)
+                self._closing = threading.Thread(target=model.close, args=[drain_s])
+                self._closing.start()
+
+
+def _listen(settings: GatewaySettings) -> socket.socket:
+    """Return a listening socket. Raises ConfigError when the address cannot be had."""
+    address = (settings.host, settings.port)
+    try:
+        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server(address, family=family, backlog=1024)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from error
+    # A connection inherits it: what nobody takes does not stay in the kernel for ever.
+    wait_ms = int(settings.read_timeout_s * 1000)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, wait_ms)
+    return listener

@@ -1,0 +1,250 @@
+"""Continuous batching of a transformers model over a paged cache, with respkv behind it.
+
+What a request is spared comes from two places. The blocks of this process hold what was computed
+here of late, and are shared as they are; respkv holds what any worker computed, and is copied into
+blocks when a sequence is admitted. Prompts that came to their end have their last logits kept, here
+and there: the same prompt again has its first token without a forward pass.
+
+A request whose prompt begins like one that is being computed waits for that one: ten clients that
+ask about the same document at once have it computed once.
+"""
+
+from collections.abc import Hashable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from respkv.batching.request import GenerationRequest
+from respkv.batching.runner import Admission
+from respkv.batching.sequence import Chunk, Sequence
+from respkv.client.sequences import ChainOptions
+from respkv.integrations.huggingface.dynamic_runner import context_tokens, forward, vocab_size
+from respkv.integrations.huggingface.paged_attention import PagedModel, paged_config
+from respkv.integrations.huggingface.paged_logits import LastLogits
+from respkv.integrations.huggingface.paged_pages import Brought, PagedPages
+from respkv.integrations.huggingface.prompt_pages import PromptPages
+from respkv.paged import Chunk as PagedChunk
+from respkv.paged import OutOfBlocks, PagedAttentionCache, PagedStats
+
+MEMORY_BYTES: Final = 1 << 30
+LOGITS_BYTES: Final = 64 << 20
+
+
+@dataclass(slots=True)
+class _Held:
+    """A sequence that is in the blocks.
+
+    number:  what the paged cache calls it.
+    unstored: the logits of its prompt's end, which has been computed and not been stored.
+    """
+
+    number: int
+    salt: Hashable
+    chain: ChainOptions
+    unstored: Tensor | None = None
+
+
+class PagedRunner:
+    """A model, its blocks, and its pages in respkv.
+
+    model:        one that blocks can serve; its attention is replaced until ``close``.
+    pages:        where KV is found and stored; None for this process's blocks alone. It stays the
+                  caller's, who closes it after the loop.
+    memory_bytes, num_blocks: of the blocks; 1 GiB, or what 64 longest contexts take, when neither is
+                  given. On the CPU it is taken as it is first used.
+    block_tokens: tokens of a block.
+    tokens_max:   of one sequence; the model's longest context when None. No more than fit the blocks.
+    logits_bytes: of the last logits of prompts that are kept here.
+    Raises UnsupportedModel for a model that blocks cannot serve: see DynamicRunner.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pages: PromptPages | None = None,
+        *,
+        memory_bytes: int | None = None,
+        num_blocks: int | None = None,
+        block_tokens: int = 16,
+        tokens_max: int | None = None,
+        logits_bytes: int = LOGITS_BYTES,
+    ) -> None:
+        context = tokens_max or context_tokens(model)
+        if memory_bytes is None and num_blocks is None:
+            config = paged_config(model, num_blocks=1, block_tokens=block_tokens)
+            enough = 64 * -(-context // block_tokens)
+            config = config.with_blocks(min(enough, max(MEMORY_BYTES // config.block_bytes, 1)))
+        else:
+            config = paged_config(
+                model, num_blocks=num_blocks, memory_bytes=memory_bytes, block_tokens=block_tokens
+            )
+        self.model = model
+        self.cache = PagedAttentionCache(config)
+        self.vocab_size = vocab_size(model)
+        self.tokens_max = min(context, config.num_blocks * block_tokens)
+        self._paged = PagedModel(model, self.cache)
+        self._pages = None if pages is None else PagedPages(self.cache, pages)
+        self._last = LastLogits(logits_bytes)
+        self._held: dict[Sequence, _Held] = {}
+
+    def begin(self, sequence: Sequence) -> Admission | None:
+        """Take a sequence in, with what the blocks and respkv have of it."""
+        request, tokens = sequence.request, sequence.tokens
+        if self.cache.num_free_blocks <= len(self._held):
+            return None
+        salt, chain = (request.salt, request.tenant), _chain(request)
+        if request.shares and self._is_coming(tokens, salt):
+            return None
+        logits = self._last.find(salt, tokens) if request.shares else None
+        limit = None if logits is None else len(tokens)
+        held = _Held(
+            self.cache.allocate_sequence(tokens, salt=salt, limit=limit, share=request.shares),
+            salt,
+            chain,
+        )
+        if self._held and not self._fits(held.number):
+            self.cache.free_sequence(held.number)
+            return None
+        self._held[sequence] = held
+        local = self.cache.computed(held.number)
+        if local == len(tokens):
+            return Admission(local, local, logits)
+        brought = Brought()
+        if self._pages is not None and request.shares:
+            brought = self._pages.bring(held.number, tokens, chain)
+        if brought.logits is not None:
+            self._last.keep(salt, tokens, brought.logits)
+        computed = self.cache.computed(held.number)
+        return Admission(computed, local, brought.logits, brought.failures)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make room in the blocks; waits for stores that hold some before it says no."""
+        number = self._held[sequence].number
+        known = self.cache.length(number)
+        if num_tokens > known:
+            self.cache.extend(number, sequence.tokens[known:num_tokens])
+        count = num_tokens - self.cache.computed(number)
+        while True:
+            try:
+                self.cache.reserve(number, count)
+            except OutOfBlocks:
+                if self._pages is None or not self._pages.wait():
+                    return False
+            else:
+                return True
+
+    def drop(self, sequence: Sequence) -> None:
+        """Give the blocks back; what is in them can be found until they are needed."""
+        held = self._held.pop(sequence)
+        self._store_prompt(sequence, held)
+        self.cache.free_sequence(held.number)
+
+    def step(self, chunks: Several[Chunk]) -> Tensor:
+        """Compute all chunks with a cache in one forward pass, and each of the others in its own."""
+        for sequence, held in self._held.items():
+            self._store_prompt(sequence, held)
+        cached = [each for each in chunks if each.sequence.request.use_cache]
+        batch = [
+            PagedChunk(self._held[each.sequence].number, each.stop - each.start, each.is_last)
+            for each in cached
+        ]
+        computed = iter(self._paged.step(batch) if batch else ())
+        rows: list[Tensor] = []
+        for chunk in chunks:
+            if not chunk.sequence.request.use_cache:
+                rows.append(forward(self.model, chunk.tokens, None))
+            elif chunk.is_last:
+                rows.append(next(computed))
+                self._keep(chunk.sequence, rows[-1])
+        return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+
+    def end(self, sequence: Sequence, *, is_good: bool) -> None:
+        """Give the blocks back, and store what was computed, in the background."""
+        held = self._held.pop(sequence)
+        if is_good:
+            self._store_prompt(sequence, held)
+            self._store_answer(sequence, held)
+        self.cache.free_sequence(held.number, keep=is_good)
+        if not is_good:  # who knows what else it shares blocks with
+            self.clear()
+
+    def clear(self) -> int:
+        """Forget the blocks that no sequence has, and all logits; returns their bytes."""
+        return self.cache.clear() * self.cache.config.block_bytes + self._last.clear()
+
+    def close(self) -> None:
+        """Store what is to be stored, and give the model its attention back."""
+        for sequence in list(self._held):
+            self.end(sequence, is_good=True)
+        if self._pages is not None:
+            self._pages.close()
+        self._paged.close()
+
+    def local_stats(self) -> PagedStats:
+        """Return what the blocks hold; from any thread."""
+        return self.cache.stats()
+
+    def _fits(self, number: int) -> bool:
+        """Whether all its tokens, one more, and one more of each other sequence have room."""
+        length = self.cache.length(number)
+        missing = self.cache.blocks_needed(number, length - self.cache.computed(number))
+        missing += length % self.cache.config.block_tokens == 0
+        return missing + len(self._held) <= self.cache.num_free_blocks
+
+    def _is_coming(self, tokens: list[int], salt: Hashable) -> bool:
+        """Whether a sequence is computing a longer prefix of these tokens than is there."""
+        size = self.cache.config.block_tokens
+        coming = 0
+        for other, held in self._held.items():
+            if other.pending > 1 and held.salt == salt and other.request.shares:
+                coming = max(coming, _common(tokens, other.tokens) // size * size)
+        return coming > 0 and self.cache.match(tokens[:coming], salt) < coming
+
+    def _keep(self, sequence: Sequence, logits: Tensor) -> None:
+        """Keep the logits of a prompt's end, to be stored once its first token has been told."""
+        if sequence.request.shares and not sequence.num_generated:
+            held = self._held[sequence]
+            held.unstored = logits.clone()
+
+    def _store_prompt(self, sequence: Sequence, held: _Held) -> None:
+        """Store a prompt that has just come to its end, if it has."""
+        if held.unstored is None:
+            return
+        prompt, logits, held.unstored = sequence.tokens[: sequence.num_prompt], held.unstored, None
+        self._last.keep(held.salt, prompt, logits)
+        if self._pages is not None:
+            self._pages.store(held.number, prompt, held.chain, logits)
+
+    def _store_answer(self, sequence: Sequence, held: _Held) -> None:
+        """Store prompt and answer, for whoever goes on from there."""
+        computed = self.cache.computed(held.number)
+        if self._pages is None or not sequence.request.shares or computed <= sequence.num_prompt:
+            return
+        self._pages.store(held.number, sequence.tokens[:computed], held.chain, None)
+
+
+def _chain(request: GenerationRequest) -> ChainOptions:
+    chain = ChainOptions()
+    if request.salt is not None:
+        chain["salt"] = request.salt
+    if request.tenant is not None:
+        chain["tenant"] = request.tenant
+    if request.session is not None:
+        chain["session"] = request.session
+    return chain
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two lists begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,5 @@
+"""Tensors under names, the simplest way to have a KV cache: ``SimpleKVCache``."""
+
+from respkv.simple.cache import SimpleKVCache
+
+__all__ = ["SimpleKVCache"]
