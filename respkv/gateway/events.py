@@ -18,15 +18,19 @@ class Events(Protocol):
 
     def begin(self, generation: Generation) -> Iterator[bytes]:
         """Yield what comes before any text."""
+        ...
 
     def piece(self, answer: Answer, text: str) -> Iterator[bytes]:
         """Yield new text of an answer, and its end if it has ended."""
+        ...
 
     def end(self, generation: Generation) -> Iterator[bytes]:
         """Yield what comes after the last answer's end."""
+        ...
 
     def failed(self, failure: Refused) -> Iterator[bytes]:
         """Yield an error that came too late for a status."""
+        ...
 
 
 def event(data: object, name: str | None = None) -> bytes:

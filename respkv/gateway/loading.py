@@ -1,6 +1,6 @@
 """From a folder with a checkpoint to a model that is ready: weights, tokenizer, cache, model loop."""
 
-from collections.abc import Callable
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +12,13 @@ from transformers.utils import logging
 
 import respkv
 from respkv.batching.model_loop import Limits, ModelLoop
-from respkv.batching.runner import Runner
 from respkv.client import Client
 from respkv.errors import ConfigError
 from respkv.gateway.model import Local, Model
 from respkv.gateway.settings import GatewaySettings
 from respkv.gateway.tokenizer import TextCoder, load_tokenizer
-from respkv.integrations.huggingface import PromptPages
-from respkv.integrations.huggingface.dynamic_runner import DynamicRunner
+from respkv.integrations.huggingface import PromptPages, UnsupportedModel
+from respkv.integrations.huggingface.paged_runner import PagedRunner
 
 STEP_TOKENS = 512
 
@@ -74,30 +73,64 @@ def load(checkpoint: Checkpoint, settings: GatewaySettings) -> Model:
     with ExitStack() as undo:
         store = _store(checkpoint)
         undo.callback(store.close)
-        pages = PromptPages(
-            store, model=model, namespace=checkpoint.namespace, page_tokens=checkpoint.page_tokens
-        )
-        undo.callback(pages.close)
-        pages.check()
-        runner = DynamicRunner(model)
-        limits = Limits(
-            sequences_max=settings.max_concurrency,
-            waiting_max=settings.max_waiting,
-            step_tokens_max=max(STEP_TOKENS, settings.max_concurrency),
-            prompt_tokens_max=settings.max_prompt_tokens,
-            new_tokens_max=settings.max_new_tokens,
-        )
+        try:
+            pages = PromptPages(
+                store,
+                model=model,
+                namespace=checkpoint.namespace,
+                page_tokens=checkpoint.page_tokens,
+            )
+            undo.callback(pages.close)
+            pages.check()
+            runner = PagedRunner(model, pages=pages, memory_bytes=checkpoint.kv_memory)
+        except UnsupportedModel as error:
+            raise ConfigError(f"--model {str(checkpoint.folder)!r}: {error}") from error
         made = Model(
             name=checkpoint.name or checkpoint.folder.resolve().name,
             coder=coder,
-            loop=ModelLoop(runner, limits=limits),
+            loop=ModelLoop(runner, limits=limits_of(settings)),
             stop_tokens=_stop_tokens(model) or coder.stop_tokens,
             store=store,
-            pages=pages,
-            local=_local(runner),
+            pages=StorePages(store, pages),
+            local=lambda: _local(runner),
         )
         made.close_store = undo.pop_all().close
     return made
+
+
+def limits_of(settings: GatewaySettings) -> Limits:
+    """Return the limits of the model loop that the settings come to."""
+    return Limits(
+        sequences_max=settings.max_concurrency,
+        waiting_max=settings.max_waiting,
+        step_tokens_max=max(STEP_TOKENS, settings.max_concurrency),
+        prompt_tokens_max=settings.max_prompt_tokens,
+        new_tokens_max=settings.max_new_tokens,
+    )
+
+
+class StorePages:
+    """A model's pages in the store."""
+
+    def __init__(self, store: Client, pages: PromptPages) -> None:
+        self.namespace = pages.namespace
+        self._store = store
+        self._pages = pages
+        self._lock = threading.Lock()
+
+    def clear(self) -> int:
+        """Forget them all; returns how many there were. Raises CacheError.
+
+        The namespace goes and is declared again; a store that comes in between fails and is counted.
+        """
+        with self._lock:
+            before = self._store.quota(self.namespace)
+            self._store.command("KV.SCHEMA", "DEL", self.namespace)
+            self._pages.check()
+            limits = {name: before[name] for name in ("max_bytes", "tenant_bytes")}
+            if any(limits.values()):
+                self._store.quota(self.namespace, **limits)
+        return int(before["pages"])
 
 
 def _weights(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -123,8 +156,7 @@ def _stop_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(found)
 
 
-def _local(runner: Runner) -> Callable[[], Local]:
-    def ask() -> Local:
-        return Local()
-
-    return ask
+def _local(runner: PagedRunner) -> Local:
+    stats = runner.local_stats()
+    size = stats.blocks_cached * runner.cache.config.block_bytes
+    return Local(stats.blocks_cached, size, stats.evictions)

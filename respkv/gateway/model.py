@@ -15,12 +15,11 @@ from respkv.gateway.tokenizer import TextCoder
 class Pages(Protocol):
     """What is asked of the model's pages in the store; PromptPages is one."""
 
-    @property
-    def namespace(self) -> str:
-        """Where they are."""
+    namespace: str
 
     def clear(self) -> int:
         """Forget them all; returns how many there were. Raises CacheError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

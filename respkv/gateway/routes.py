@@ -95,9 +95,15 @@ async def cache_clear(gateway: Here) -> CacheCleared:
     return CacheCleared(status="cleared", local_bytes=freed, store_pages=pages)
 
 
-@router.get("/healthz", summary="Say that the process lives", tags=["operation"])
-async def healthz() -> Health:
-    """Answer, whatever the model does; a probe that fails means: restart."""
+@router.get(
+    "/healthz",
+    summary="Say that the process lives",
+    responses=responses(503),
+    tags=["operation"],
+)
+async def healthz(gateway: Here) -> Health:
+    """Answer 503 when the model has crashed, as it will not come back: a restart helps."""
+    gateway.check_alive()
     return Health(status="alive")
 
 

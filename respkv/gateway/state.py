@@ -48,9 +48,15 @@ class Gateway:
             raise unavailable("stopping", "the gateway is being stopped", wait)
         if self._model is None:
             raise unavailable("loading", "the model is being loaded", wait)
-        if not self._model.loop.is_alive:
-            raise unavailable("model_down", "the model has crashed; restart the gateway", wait)
+        self.check_alive()
         return self._model
+
+    def check_alive(self) -> None:
+        """Raise Refused when the model has crashed, after which nothing is served any more."""
+        model = self._model
+        if model is not None and not model.loop.is_alive and not self._is_stopping:
+            message = "the model has crashed; restart the gateway"
+            raise unavailable("model_down", message, self.settings.retry_after_s)
 
     def named_model(self, name: str | None) -> Model:
         """Return the model if that is its name, or none was said.

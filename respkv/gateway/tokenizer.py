@@ -55,7 +55,7 @@ class TextCoder:
     def stop_tokens(self) -> frozenset[int]:
         """The token that ends a text, if the tokenizer knows one."""
         end = self._tokenizer.eos_token_id
-        return frozenset([end] if isinstance(end, int) else end or [])
+        return frozenset([end] if isinstance(end, int) else [])
 
     def encode(self, text: str, *, specials: bool = True) -> list[int]:
         """Return a text's tokens. specials: with what the model wants in front, such as BOS."""

@@ -5,13 +5,13 @@ from typing import Any, Self, TypeVar, Unpack
 
 import anyio
 
-from respkv.client import AsyncClient, PageEvent
+from respkv.client import AsyncClient, AsyncListening, PageEvent
 from respkv.client.replies import Reply
 from respkv.errors import ConnectionLost, ProtocolError
 from respkv.semantic.core import Core, Hit, SemanticStats
-from respkv.semantic.effects import Ask, AsyncCache, AsyncEvents, Effect, Hear, Heard, Steps
+from respkv.semantic.effects import Ask, Effect, Hear, Heard, Steps
 from respkv.semantic.settings import Options, make_settings
-from respkv.semantic.sync import EVENTS_MAX, as_cache
+from respkv.semantic.sync import EVENTS_MAX
 
 T = TypeVar("T")
 
@@ -27,17 +27,22 @@ class AsyncSemanticCache:
 
     def __init__(
         self,
-        cache: AsyncCache | str,
+        cache: AsyncClient | str,
         namespace: str = "answers",
         *,
         dim: int,
         **options: Unpack[Options],
     ) -> None:
         self._core = Core(make_settings(namespace, dim, options))
-        self._own: AsyncClient | None = AsyncClient(cache) if isinstance(cache, str) else None
-        self._cache: Any = self._own if self._own is not None else as_cache(cache)
+        if not isinstance(cache, AsyncClient | str):
+            raise TypeError(
+                f"cache is an AsyncClient, an engine from respkv.open or a URL, not"
+                f" {type(cache).__name__}"
+            )
+        self._cache = AsyncClient(cache) if isinstance(cache, str) else cache
+        self._is_own = isinstance(cache, str)
         self._lock = anyio.Lock()
-        self._events: AsyncEvents | None = None
+        self._events: AsyncListening[PageEvent] | None = None
 
     async def put(
         self,
@@ -88,8 +93,8 @@ class AsyncSemanticCache:
     async def close(self) -> None:
         """Stop listening, and close the client if it was opened here."""
         await self._stop_listening()
-        if self._own is not None:
-            await self._own.close()
+        if self._is_own:
+            await self._cache.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -130,8 +135,7 @@ class AsyncSemanticCache:
         pipeline = self._cache.pipeline()
         for command in effect.commands:
             pipeline.command(*command)
-        replies: list[Reply] = await pipeline.execute(raise_on_error=False)
-        return replies
+        return await pipeline.execute(raise_on_error=False)
 
     async def _hear(self, namespace: str) -> Heard:
         heard: list[PageEvent] = []
@@ -150,7 +154,7 @@ class AsyncSemanticCache:
                 raise
         if self._events is not None:
             return Heard(heard, is_new=False)
-        events: AsyncEvents = self._cache.events(namespace)
+        events = self._cache.events(namespace)
         await events.__aenter__()
         self._events = events
         return Heard((), is_new=True)

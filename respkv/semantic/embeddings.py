@@ -29,8 +29,11 @@ def as_vector(embedding: Any, dim: int, metric: Metric) -> Vector:
     if hasattr(embedding, "untyped_storage"):  # a tensor, told without importing torch
         embedding = embedding.detach().cpu().double().numpy()
     try:
-        wide = numpy.asarray(embedding, dtype=numpy.float64)
-    except (TypeError, ValueError) as error:
+        given = numpy.asarray(embedding)
+        if given.dtype.kind in "cmMSU":  # complex numbers, times, text: they convert, and lie
+            raise TypeError(f"{given.dtype} are no such numbers")
+        wide = given.astype(numpy.float64)
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"an embedding is a list, an array or a tensor of {dim} numbers,"
             f" not {type(embedding).__name__}: {error}"

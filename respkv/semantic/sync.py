@@ -5,11 +5,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar, Unpack
 
-from respkv.client import Client, PageEvent
+from respkv.client import Client, Listening, PageEvent
 from respkv.client.replies import Reply
 from respkv.errors import ConnectionLost, ProtocolError
 from respkv.semantic.core import Core, Hit, SemanticStats
-from respkv.semantic.effects import Ask, Cache, Effect, Events, Hear, Heard, Steps
+from respkv.semantic.effects import Ask, Effect, Hear, Heard, Steps
 from respkv.semantic.settings import Options, make_settings
 
 T = TypeVar("T")
@@ -41,19 +41,26 @@ class SemanticCache:
 
     def __init__(
         self,
-        cache: Cache | str,
+        cache: Client | str,
         namespace: str = "answers",
         *,
         dim: int,
         **options: Unpack[Options],
     ) -> None:
         self._core = Core(make_settings(namespace, dim, options))
-        self._own: Client | None = Client(cache) if isinstance(cache, str) else None
-        self._cache: Cache = self._own if self._own is not None else as_cache(cache)
+        if not isinstance(cache, Client | str):
+            raise TypeError(
+                f"cache is a Client, an engine from respkv.open_sync or a URL, not"
+                f" {type(cache).__name__}"
+            )
+        self._cache = Client(cache) if isinstance(cache, str) else cache
+        self._is_own = isinstance(cache, str)
         self._lock = threading.Lock()
-        self._events: Events | None = None
+        self._events: Listening[PageEvent] | None = None
         self._pid = os.getpid()
-        self._inherited: list[Events] = []  # a forked child leaves its parent's connection alone
+        self._inherited: list[
+            Listening[PageEvent]
+        ] = []  # a forked child leaves its parent's connection alone
 
     def put(
         self,
@@ -120,8 +127,8 @@ class SemanticCache:
         """Stop listening, and close the client if it was opened here."""
         with self._lock:
             self._stop_listening()
-        if self._own is not None:
-            self._own.close()
+        if self._is_own:
+            self._cache.close()
 
     def __enter__(self) -> Self:
         return self
@@ -198,14 +205,3 @@ class SemanticCache:
         if self._events is not None:
             self._inherited.append(self._events)
         self._events = None
-
-
-def as_cache(cache: Any) -> Cache:
-    """Return a cache. Raises TypeError for what is none."""
-    if not hasattr(cache, "pipeline") or not hasattr(cache, "events"):
-        raise TypeError(
-            f"cache is a client, an engine or a URL, not {type(cache).__name__}: it lacks"
-            " pipeline() and events()"
-        )
-    found: Cache = cache
-    return found

@@ -117,6 +117,18 @@ def test_what_was_used_longest_ago_is_evicted_first_and_from_its_end() -> None:
     assert blocks.stats.evictions == 1
 
 
+def test_a_longer_tail_takes_the_place_of_a_shorter_one() -> None:
+    blocks = BlockManager(16, T)
+    longer, shorter = blocks.allocate([1, 2, 3]), blocks.allocate([1, 2])
+    compute(blocks, shorter)
+    compute(blocks, longer)
+    blocks.free(shorter)
+    assert blocks.num_cached_blocks == 1
+    blocks.free(longer)
+    assert (blocks.num_cached_blocks, blocks.match([1, 2, 3])) == (1, 3)
+    blocks.check()
+
+
 def test_salts_and_those_that_do_not_share_stay_among_themselves() -> None:
     blocks = BlockManager(16, T)
     blocks.free(prompt(blocks, [1] * 8, salt="a"))

@@ -44,12 +44,14 @@ class BufferPool:
         """
         nbytes = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or nbytes < SMALL_BYTES:
-            return torch.empty(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):
+                return torch.empty(shape, dtype=dtype, device=device)
         block = self._take(rounded(nbytes))
         # torch holds on to the array for as long as any tensor has its memory.
         loan = numpy.frombuffer(block, numpy.uint8)
         weakref.finalize(loan, self._give_back, block).atexit = False
-        return torch.from_numpy(loan)[:nbytes].view(dtype).view(shape)
+        with torch.inference_mode(False):  # else nobody could write into it outside of that mode
+            return torch.from_numpy(loan)[:nbytes].view(dtype).view(shape)
 
     def _take(self, nbytes: int) -> mmap.mmap:
         with self._lock:

@@ -37,6 +37,7 @@ class TokenMajorLayer(DynamicLayer):
         self.length = 0
         self.record_past = False
         self._buffers = buffers
+        self._lent = 0  # tokens that someone reads meanwhile: they are not written over
 
     def adopt(self, memory: Tensor, length: int, base: int = 0) -> None:
         """Take memory over that has ``length - base`` tokens in its first rows."""
@@ -44,6 +45,7 @@ class TokenMajorLayer(DynamicLayer):
         self.dtype, self.device = memory.dtype, memory.device
         self.is_initialized = True
         self.base = base
+        self._lent = 0
         self.set_length(length)
 
     def set_length(self, length: int) -> None:
@@ -68,6 +70,7 @@ class TokenMajorLayer(DynamicLayer):
         count = key_states.shape[-2]
         row = self.length - self.base
         memory = self._room_for(row + count)
+        key_states, value_states = key_states.detach(), value_states.detach()
         memory[0, :, row : row + count].copy_(key_states.transpose(1, 2))
         memory[1, :, row : row + count].copy_(value_states.transpose(1, 2))
         first = self._first_visible(count)
@@ -133,8 +136,12 @@ class TokenMajorLayer(DynamicLayer):
         raise NotImplementedError("a cache that loads from respkv cannot be offloaded")
 
     def kv_of(self, row: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of positions ``first`` to ``stop`` of a row, ``[n, H, D]``."""
+        """Lend keys and values of positions ``first`` to ``stop`` of a row, ``[n, H, D]``.
+
+        They stay as they are: what is cropped and written anew is written elsewhere.
+        """
         assert self.memory is not None
+        self._lent = max(self._lent, stop)
         part = self.memory[:, row, first - self.base : stop - self.base]
         return part[0], part[1]
 
@@ -154,14 +161,16 @@ class TokenMajorLayer(DynamicLayer):
     def _room_for(self, rows: int) -> Tensor:
         memory = self.memory
         assert memory is not None
-        if rows > memory.shape[2]:
-            room = max(rows + ROOM_MIN, memory.shape[2] * 3 // 2)
+        if rows > memory.shape[2] or self.length < self._lent:
+            grown = max(rows + ROOM_MIN, memory.shape[2] * 3 // 2)
+            room = grown if rows > memory.shape[2] else memory.shape[2]
             larger = self._buffers.empty(
                 (2, memory.shape[1], room, *memory.shape[3:]), memory.dtype, memory.device
             )
             used = self.length - self.base
             larger[:, :, :used].copy_(memory[:, :, :used])
-            self.memory = memory = larger
+            self.memory, self._lent = larger, 0
+            return larger
         return memory
 
     def _check(self, states: Tensor) -> None:

@@ -20,6 +20,7 @@ from respkv.integrations.huggingface.layers import SlidingTokenMajorLayer, Token
 from respkv.integrations.huggingface.model_kv import ModelKV
 from respkv.integrations.huggingface.prefix_cache import PrefixCache, Row
 from respkv.integrations.huggingface.prompt_pages import PromptPages
+from respkv.integrations.huggingface.rates import Rates
 
 STEP_TOKENS: Final = 16  # lower steps are computed again
 
@@ -33,6 +34,8 @@ class BatchCache(PrefixCache):
     answer:    logits [B, V] behind the prompts, which stand in for the first forward pass.
     logits:    those that were computed, [B, V].
     reused:    tokens of each prompt that were loaded. load_s: what that took.
+    was_answered: the first forward pass did not happen.
+    rates:     what passes cost is told to these.
     """
 
     def __init__(
@@ -46,16 +49,19 @@ class BatchCache(PrefixCache):
         repeats: int,
         room: int,
         chain: ChainOptions,
+        rates: Rates,
     ) -> None:
         super().__init__(pages, kv, rows, room=room, chain=chain)
         self.input_ids = input_ids
         self.mask = mask
         self.repeats = repeats
+        self.rates = rates
         self.starts = [row.padding for row in rows]
         self.answer: Tensor | None = None
         self.logits: Tensor | None = None
         self.reused = [0] * len(rows)
         self.load_s = 0.0
+        self.was_answered = False
 
     def begin_at(self, starts: Sequence[int]) -> None:
         """Say at which column each prompt begins to be computed; nothing is loaded yet."""
@@ -67,7 +73,7 @@ class BatchCache(PrefixCache):
     def take_answer(self) -> Tensor:
         """Return the logits behind the prompts, [B * repeats, 1, V], as a forward pass would."""
         assert self.answer is not None
-        answer, self.answer = self.answer, None
+        answer, self.answer, self.was_answered = self.answer, None, True
         self.set_length(self.columns)
         return answer.repeat_interleave(self.repeats, dim=0)[:, None]
 
@@ -90,6 +96,16 @@ class BatchCache(PrefixCache):
         if min(reached) < target:
             _Climb(self, forward, signature).run(reached, target)
         self.set_length(target)
+        if self.repeats > 1:
+            self.batch_repeat_interleave(self.repeats)  # type: ignore[no-untyped-call]
+
+    def bring_alone(self) -> None:
+        """Get keys and values without the model, as far as they can be had; the others are forgotten."""
+        if self.is_loaded:
+            return
+        target = self.length
+        ends = self.load([max(0, target - row.padding) for row in self.rows])
+        self.set_length(min(row.padding + end for row, end in zip(self.rows, ends, strict=True)))
         if self.repeats > 1:
             self.batch_repeat_interleave(self.repeats)  # type: ignore[no-untyped-call]
 

@@ -136,6 +136,8 @@ class PrefixCache(Cache):
                 end = self.pages.load(
                     row.tokens, into, first=base, stop=stop, match=row.match, **self.chain
                 )
+            if base and end < stop:  # a part of the windows is of no use
+                return self._load_nothing(stop)
             ends.append(end if end > base else 0)
         for layer, tensor in zip(self.kv_layers, memory, strict=True):
             layer.adopt(tensor, layer.length, base)
@@ -166,6 +168,13 @@ class PrefixCache(Cache):
         kv = [layer.kv_of(line, start, stop) for layer in self.kv_layers]
         return self.pages.store(data, kv, first=first, logits=logits, **self.chain)
 
+    def _load_nothing(self, stop: int) -> list[int]:
+        """Make memory for a prompt that is to be computed from its beginning."""
+        memory, _ = self._make_memory(stop, windows=False)
+        for layer, tensor in zip(self.kv_layers, memory, strict=True):
+            layer.adopt(tensor, layer.length)
+        return [0]
+
     def _twin(self, number: int, stops: Sequence[int]) -> int | None:
         """Return an earlier row with the same prompt, of which as much is wanted."""
         row = self.rows[number]
@@ -174,9 +183,13 @@ class PrefixCache(Cache):
                 return index
         return None
 
-    def _make_memory(self, stop: int) -> tuple[list[Tensor], int]:
-        """Return ``[2, B, room, H, D]`` for each layer, and the column that it begins with."""
-        page, window, base = self.pages.page_tokens, self.kv.window_max, 0
+    def _make_memory(self, stop: int, *, windows: bool = True) -> tuple[list[Tensor], int]:
+        """Return ``[2, B, room, H, D]`` for each layer, and the column that it begins with.
+
+        windows: leave out what is outside the windows of all layers.
+        """
+        page, base = self.pages.page_tokens, 0
+        window = self.kv.window_max if windows else 0
         if window and len(self.rows) == 1 and not self.rows[0].padding:
             base = max(0, stop - window + 1) // page * page
         columns = max(self.columns, self.length) - base + self._room
@@ -268,8 +281,6 @@ class RespKVCache(PrefixCache):
         if stop <= 0:
             return
         (end,) = self.load([stop])
-        if self.base and end < stop:
-            end = 0  # a part of the window is no window
         if not end:
             self.reset()  # type: ignore[no-untyped-call]
             return

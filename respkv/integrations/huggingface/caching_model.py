@@ -1,0 +1,95 @@
+"""A model as generate sees it: the same one, but its first forward pass may be answered from a cache.
+
+generate calls the model in many places, and each way of generating calls it elsewhere. So nothing
+of it is written again: a second object, of a subclass, shares everything with the model, its
+parameters, hooks and settings, and differs in two methods. The model itself is left as it is, so
+others may use it meanwhile, in other threads too.
+"""
+
+import functools
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from respkv.integrations.huggingface.prefill import BatchCache
+
+
+def caching_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the view of a model that understands a BatchCache."""
+    kind = _caching_class(type(model))
+    view = kind.__new__(kind)
+    object.__setattr__(view, "__dict__", vars(model))
+    return cast(PreTrainedModel, view)
+
+
+@functools.cache
+def _caching_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the subclass for a class of models; it has its name, which generate looks at."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = functools.partial(kind.__call__, self)
+        cache = kwargs.get("past_key_values")
+        if args or not isinstance(cache, BatchCache) or kwargs.get("input_ids") is None:
+            return forward(*args, **kwargs)
+        return _forward(self, forward, cache, kwargs)
+
+    def prepare(
+        self: Any,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        # Assisted decoding feeds the whole prompt to its first step, whatever the cache has.
+        if is_first_iteration and isinstance(past_key_values, BatchCache):
+            past, count = past_key_values.length, input_ids.shape[1]
+            if next_sequence_length is None and past and count >= past_key_values.columns:
+                next_sequence_length = count - past
+        return kind.prepare_inputs_for_generation(
+            self,
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    body = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__call__": call,
+        "prepare_inputs_for_generation": prepare,
+    }
+    return type(kind.__name__, (kind,), body)
+
+
+def _forward(
+    model: Any, forward: Callable[..., Any], cache: BatchCache, inputs: dict[str, Any]
+) -> Any:
+    """Run a forward pass, or answer without one."""
+    count = inputs["input_ids"].shape[1]
+    if cache.answer is not None:
+        wants_more = inputs.get("output_attentions") or inputs.get("output_hidden_states")
+        if count == 1 and cache.length == cache.columns - 1 and not wants_more:
+            logits = cache.take_answer().to(inputs["input_ids"].device)
+            return CausalLMOutputWithPast(logits=cast(Any, logits), past_key_values=cache)
+        cache.answer = None
+    if not cache.is_loaded:
+        cache.bring(forward, inspect.signature(model.forward))
+    begun = time.perf_counter()
+    output = forward(**inputs)
+    if cache.logits is None:
+        cache.keep_logits(output.logits, cache.length)
+        if output.logits.is_cuda:
+            torch.cuda.synchronize(output.logits.device)  # the token is waited for in any case
+    if count > 1 or not output.logits.is_cuda:
+        cache.rates.computed(count, time.perf_counter() - begun)
+    return output

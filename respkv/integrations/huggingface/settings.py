@@ -1,0 +1,105 @@
+"""What a call of generate asks for, as far as a cache has to know."""
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+ROOM_MAX: Final = 4096  # tokens that memory is made for at once
+
+# Beside the fields of GenerationConfig; what is in neither may change what tokens mean to the model.
+_ARGUMENTS: Final = frozenset(
+    "input_ids attention_mask logits_processor stopping_criteria prefix_allowed_tokens_fn"
+    " synced_gpus assistant_model streamer tokenizer assistant_tokenizer logits_to_keep"
+    " use_model_defaults".split()
+)
+_FIELDS: Final = frozenset(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
+
+
+class Settings:
+    """The settings of one call: its arguments, over its config, over that of the model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generation_config: GenerationConfig | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        self._model = model
+        self._arguments = arguments
+        self._configs = [
+            config for config in (generation_config, model.generation_config) if config is not None
+        ]
+
+    def get(self, name: str) -> Any:
+        """Return a setting, None when nobody has said it."""
+        if self._arguments.get(name) is not None:
+            return self._arguments[name]
+        for config in self._configs:
+            if getattr(config, name, None) is not None:
+                return getattr(config, name)
+        return None
+
+    def why_not(self, ids: Tensor | None) -> str:
+        """Return why the cache cannot be used; empty: it can."""
+        if ids is None or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+            return "the input is no batch of tokens"
+        if self._arguments.get("past_key_values") is not None:
+            return "the call brings a cache of its own"
+        if self.get("use_cache") is False:
+            return "use_cache is False"
+        implementation = self.get("cache_implementation")
+        if implementation not in (None, "dynamic"):
+            return f"cache_implementation is {implementation!r}"
+        others = sorted(
+            name
+            for name, value in self._arguments.items()
+            if value is not None and name not in _ARGUMENTS and name not in _FIELDS
+        )
+        if others:
+            return f"{', '.join(others)}: what tokens mean may depend on it"
+        return ""
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """Return the attention mask [B, columns], found as generate finds it when none is given."""
+        given = self._arguments.get("attention_mask")
+        if given is not None:
+            mask: Tensor = given
+            return mask
+        padding, ends = self.get("pad_token_id"), self.end_tokens
+        if padding is not None and padding not in ends and bool((ids == padding).any()):
+            return (ids != padding).long()
+        return torch.ones_like(ids)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text."""
+        found = self.get("eos_token_id")
+        if found is None:
+            return []
+        return [int(each) for each in found] if isinstance(found, list | tuple) else [int(found)]
+
+    @property
+    def is_beam_search(self) -> bool:
+        """Whether lines of the batch change places."""
+        return (self.get("num_beams") or 1) > 1
+
+    @property
+    def repeats(self) -> int:
+        """Lines of the batch for each prompt."""
+        return max(self.get("num_beams") or 1, self.get("num_return_sequences") or 1)
+
+    @property
+    def may_skip_forward(self) -> bool:
+        """Whether logits are all that is wanted of the first forward pass."""
+        is_assisted = self.get("assistant_model") or self.get("prompt_lookup_num_tokens")
+        wants_more = self.get("output_attentions") or self.get("output_hidden_states")
+        return not is_assisted and not wants_more
+
+    def room(self, columns: int, default: int) -> int:
+        """Return how many tokens will be generated, as far as is known."""
+        new, length = self.get("max_new_tokens"), self.get("max_length")
+        if new is None:
+            new = default if length is None else length - columns
+        return int(min(max(1, new), ROOM_MAX))

@@ -1,0 +1,115 @@
+"""Attention in memory: what the plain reference computes, whatever is grouped with what."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from respkv.kernels.attention import paged_decode_reference
+from respkv.kernels.paged_kv import PLAIN, Scoring
+from respkv.paged.host_attention import Span, attend, host_decode, plan
+from tests.kernels.batches import Batch, error_of, make_batch
+
+CPU = torch.device("cpu")
+CONTEXTS = (1, 37, 64, 16, 5, 130, 2)
+SCORINGS = [
+    PLAIN,
+    Scoring(window=20),
+    Scoring(soft_cap=5.0),
+    Scoring(sm_scale=0.2, window=7, soft_cap=3.0),
+]
+
+
+def exact(batch: Batch, scoring: Scoring) -> Tensor:
+    out = torch.zeros_like(batch.query, dtype=torch.float64)
+    paged_decode_reference(
+        batch.query, batch.pages, out=out, scoring=scoring, precision=torch.float64
+    )
+    return out
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize(("heads", "group"), [(2, 4), (3, 1), (1, 8)])
+def test_decodes_are_those_of_the_reference(scoring: Scoring, heads: int, group: int) -> None:
+    batch = make_batch(CONTEXTS, dim=16, heads=heads, group=group, device=CPU)
+    ours = host_decode(batch.query, batch.pages, scoring=scoring)
+    assert error_of(ours, exact(batch, scoring)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_small_types_are_computed_as_exactly_as_they_can_be_written(
+    scoring: Scoring, dtype: torch.dtype
+) -> None:
+    batch = make_batch(CONTEXTS, dim=16, dtype=dtype, device=CPU)
+    # What is added to the error by writing the result, and the weights before it.
+    written = 2 * torch.finfo(dtype).eps
+    assert error_of(host_decode(batch.query, batch.pages, scoring=scoring), exact(batch, scoring)) < written
+
+
+def test_a_sequence_of_no_tokens_gets_zeros() -> None:
+    batch = make_batch((0, 3, 0), dim=16, device=CPU)
+    ours = host_decode(batch.query, batch.pages)
+    assert not ours[0].any()
+    assert not ours[2].any()
+    assert error_of(ours, exact(batch, PLAIN)) < 1e-5
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("gathered_bytes_max", [0, 1 << 14, 1 << 30])
+def test_pieces_of_prompts_and_single_tokens_attend_as_each_would_alone(
+    scoring: Scoring, gathered_bytes_max: int
+) -> None:
+    news, contexts = (1, 1, 1, 17, 40, 3), (1, 90, 33, 17, 100, 64)
+    batch = make_batch(contexts, new=news, dim=16, device=CPU)
+    spans = [
+        Span(table, context, new)
+        for table, context, new in zip(
+            batch.pages.block_tables.tolist(), contexts, news, strict=True
+        )
+    ]
+    # One sequence whose blocks lie side by side, as the view of a run is another path.
+    spans[4] = Span(list(range(7)), 100, 40)
+    pages = replace(batch.pages, keys=batch.pages.keys.clone(), values=batch.pages.values.clone())
+    for plane in (pages.keys, pages.values):
+        plane[:7] = plane[:7].nan_to_num(0.5)
+    groups = plan(
+        spans,
+        block_tokens=16,
+        token_bytes=2 * 16 * 4,
+        dtype=torch.float32,
+        window=scoring.window,
+        gathered_bytes_max=gathered_bytes_max,
+    )
+    assert sum(group.count for group in groups) == len(spans)
+    out = torch.full_like(batch.query, float("nan"))
+    attend(batch.query, pages.keys, pages.values, groups, scoring=scoring, out=out)
+    row = 0
+    for span in spans:
+        for new in range(span.new):
+            context = span.context - span.new + new + 1
+            one = replace(
+                pages,
+                block_tables=torch.tensor([span.blocks], dtype=torch.int32),
+                context_lens=torch.tensor([context], dtype=torch.int32),
+            )
+            alone = replace(batch, query=batch.query[row : row + 1], pages=one)
+            assert error_of(out[row : row + 1], exact(alone, scoring)) < 1e-5
+            row += 1
+
+
+def test_short_sequences_are_one_product_and_long_ones_are_read_where_they_lie() -> None:
+    spans = [Span([3, 9], 20, 1), Span([4], 5, 1), Span(list(range(20, 60)), 640, 1)]
+    groups = plan(
+        spans, block_tokens=16, token_bytes=256, dtype=torch.float32, gathered_bytes_max=1 << 14
+    )
+    assert [group.count for group in groups] == [2, 1]
+    assert groups[1].slots == slice(320, 960)
+    assert groups[1].mask is None
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    batch = make_batch((3,), dim=16, device=CPU)
+    with pytest.raises(ValueError, match="do not share heads"):
+        host_decode(batch.query[:, :3], batch.pages)
