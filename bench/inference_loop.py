@@ -124,29 +124,33 @@ def _batching(bench: Bench) -> Row:
 
 
 def _against_no_cache(bench: Bench) -> Iterator[Row]:
-    requests = _requests(bench, CONCURRENT, shared=True)
-    with running_loop(bench) as loop:
-        bench.progress(f"{CONCURRENT} requests, no KV cache")
-        none = ask(loop, requests, CONCURRENT, use_cache=False, prefixes=False)
-        bench.progress(f"{CONCURRENT} requests, KV cache")
-        own = ask(loop, requests, CONCURRENT, prefixes=False)
-        ask(loop, _requests(bench, 1, shared=True), 1, prefixes=True)
-        with_prefixes = ask(loop, requests, CONCURRENT, prefixes=True)
-    prompt = f"{bench.sizes.context_tokens} + {QUESTION_TOKENS} tokens"
-    for words, answers, goal in (
-        ("prefixes from the cache", with_prefixes, CONCURRENT_MIN),
-        ("each with a KV of its own, nothing shared", own, None),
+    """Compare with a model that keeps nothing: long prompts about one context, and short ones."""
+    for shared, prompt_tokens in (
+        (True, bench.sizes.context_tokens + QUESTION_TOKENS),
+        (False, 2 * QUESTION_TOKENS),
     ):
-        yield Row(
-            PART,
-            f"{CONCURRENT} requests at once, {words}",
-            f"{none.tokens_per_s:.2f} tokens/s",
-            f"{answers.tokens_per_s:.2f} tokens/s",
-            answers.tokens_per_s / none.tokens_per_s,
-            goal=goal,
-            note="against no KV cache at all (use_cache=False: the whole sequence is computed for"
-            f" every new token) in the same loop; prompts of {prompt}",
-        )
+        requests = _requests(bench, CONCURRENT, shared=shared)
+        answers = dict[str, Answers]()
+        with running_loop(bench) as loop:
+            bench.progress(f"{CONCURRENT} requests of {prompt_tokens} tokens, no KV cache")
+            none = ask(loop, requests, CONCURRENT, use_cache=False, prefixes=False)
+            bench.progress(f"{CONCURRENT} requests of {prompt_tokens} tokens, KV cache")
+            answers["nothing looked up"] = ask(loop, requests, CONCURRENT, prefixes=False)
+            if shared:
+                ask(loop, _requests(bench, 1, shared=True), 1, prefixes=True)
+                answers["prefixes from the cache"] = ask(loop, requests, CONCURRENT, prefixes=True)
+        new_tokens = requests[0][1]
+        for words, each in answers.items():
+            yield Row(
+                PART,
+                f"{CONCURRENT} requests of {prompt_tokens} tokens at once, {words}",
+                f"{none.tokens_per_s:.2f} tokens/s",
+                f"{each.tokens_per_s:.2f} tokens/s",
+                each.tokens_per_s / none.tokens_per_s,
+                goal=CONCURRENT_MIN,
+                note="against no KV cache at all (use_cache=False: the whole sequence is computed"
+                f" for every new token) in the same loop; answers of {new_tokens}",
+            )
 
 
 def ask(

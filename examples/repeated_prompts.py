@@ -27,8 +27,8 @@ class Workload:
     """Prompts, each of ``prompt_tokens`` tokens and asked ``times`` times, in a mixed order."""
 
     prompts: int = 3
-    times: int = 6
-    prompt_tokens: int = 800
+    times: int = 5
+    prompt_tokens: int = 1000
     new_tokens: int = 8
 
     def order(self) -> list[int]:

@@ -58,7 +58,7 @@ def decode(raw: Any, agent: str, session: str) -> Values:
         raise PageCorrupt(f"the value of session {session!r} is no session")
     try:
         found = _decoder.decode(data[len(MAGIC) :])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise PageCorrupt(f"the value of session {session!r} cannot be read: {error}") from error
     if (found.agent, found.session) != (agent, session):
         raise PageCorrupt(f"the value of session {session!r} is another session's")

@@ -7,11 +7,20 @@ prompts.py.
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-SEED_MIN, SEED_MAX = -(1 << 63), (1 << 63) - 1
+# What every reader of JSON takes exactly: beyond, many round.
+SEED_MAX = (1 << 53) - 1
 NEW_TOKENS_DEFAULT = 64
 
+
+def _whole(value: object) -> object:
+    """Return 5 for 5.0, which to JSON is the same number; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Behind the limits, so that they stay in the schema.
+WHOLE = BeforeValidator(_whole)
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=4)]
 Temperature = Annotated[
@@ -21,9 +30,11 @@ Temperature = Annotated[
     ),
 ]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=1, le=1_000_000)]
+TopK = Annotated[int, Field(ge=1, le=1_000_000), WHOLE]
 Seed = Annotated[
-    int, Field(ge=SEED_MIN, le=SEED_MAX, description="The same seed gives the same tokens.")
+    int,
+    Field(ge=-SEED_MAX, le=SEED_MAX, description="The same seed gives the same tokens."),
+    WHOLE,
 ]
 # The salt of a prompt's pages and the name of a conversation; the cache takes 1024 bytes of either.
 Word = Annotated[str, Field(min_length=1, max_length=128)]
@@ -39,7 +50,7 @@ class GenerateRequest(Input):
     """A prompt, and how it is to go on."""
 
     prompt: Annotated[str, Field(min_length=1)]
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_new_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(
         None, description=f"{NEW_TOKENS_DEFAULT} if it is not given, or the limit if that is less."
     )
     use_cache: bool = Field(

@@ -7,12 +7,19 @@ given something else than it asked for; those that change nothing in the answer 
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
-from respkv.gateway.inputs import Input, Seed, Stop, Temperature, TopK, TopP, Word
+from respkv.gateway.inputs import WHOLE, Input, Seed, Stop, Temperature, TopK, TopP, Word
 from respkv.gateway.settings import CHOICES_MAX
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+def _no(value: bool) -> bool:
+    if value:
+        raise ValueError("this is not supported: leave it out, or say false")
+    return value
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 Prompt = (
     Text
@@ -21,6 +28,10 @@ Prompt = (
     | Annotated[list[TokenIds], Field(min_length=1, max_length=CHOICES_MAX)]
 )
 Ignored = Annotated[str, Field(max_length=1024)]
+# Not Literal[False] and Literal[0]: in Python those are equal, in JSON they are not.
+No = Annotated[bool, AfterValidator(_no), WithJsonSchema({"const": False, "type": "boolean"})]
+Zero = Annotated[int, Field(ge=0, le=0), WHOLE]
+One = Annotated[int, Field(ge=1, le=1), WHOLE]
 NoPenalty = Annotated[float, Field(ge=0, le=0)]
 Nothing = Annotated[dict[str, int], Field(max_length=0)]
 
@@ -29,14 +40,14 @@ class StreamOptions(Input):
     """What a stream brings beside the text."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class OpenAIRequest(Input):
     """The fields of both endpoints."""
 
     model: str | None = Field(None, description="The model of this gateway, if it is named.")
-    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX), WHOLE] | None = None
     temperature: Temperature | None = Field(None, description="1 if it is not given.")
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -58,9 +69,11 @@ class CompletionRequest(OpenAIRequest):
     """A prompt or several, as texts or as tokens."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="16 if not given.")
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(
+        None, description="16 if not given."
+    )
+    best_of: One | None = None
+    echo: No | None = None
     logprobs: None = None
     suffix: Literal[""] | None = None
 
@@ -90,14 +103,14 @@ class ChatCompletionRequest(OpenAIRequest):
     """A conversation that the assistant is to go on with."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(
         None, description="As many as the gateway allows if not given."
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(
         None, description="The old name of max_completion_tokens, which wins."
     )
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: No | None = None
+    top_logprobs: Zero | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[None], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None

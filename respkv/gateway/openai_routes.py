@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
     "/completions",
     summary="Continue texts",
     response_model=Completion,
-    responses=responses(*GENERATING, 404, stream=True),
+    responses=responses(*GENERATING, 404, stream=("message",)),
     dependencies=[Depends(json_body)],
 )
 async def completions(
@@ -42,7 +42,7 @@ async def completions(
     "/chat/completions",
     summary="Continue a conversation",
     response_model=ChatCompletion,
-    responses=responses(*GENERATING, 404, stream=True),
+    responses=responses(*GENERATING, 404, stream=("message",)),
     dependencies=[Depends(json_body)],
 )
 async def chat_completions(

@@ -4,6 +4,7 @@ A client that reads the document knows exactly what this gateway takes: the larg
 name of the model, whether a token is needed. And a test that is generated from it tests just that.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -31,17 +32,15 @@ _HEADERS = {
 }
 # What every endpoint that generates may answer.
 GENERATING = (400, 401, 408, 413, 415, 500, 503)
-_STREAM = {
-    "schema": {"type": "string", "description": "Server-sent events, with `stream` set."},
-}
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 
 
-def responses(*statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
-    """Return what FastAPI is to document beside the success; stream: that may be a stream."""
+def responses(*statuses: int, stream: Sequence[str] = ()) -> dict[int | str, dict[str, Any]]:
+    """Return what FastAPI is to document beside the success; stream: names of events, if
+    it may be a stream; an event without a name is a message."""
     documented: dict[int | str, dict[str, Any]] = {}
     if stream:
-        documented[200] = {"content": {"text/event-stream": _STREAM}}
+        documented[200] = {"content": {"text/event-stream": _stream(stream)}}
     for status in statuses:
         documented[status] = {"model": Error, "description": _MEANINGS[status]}
         if status in _HEADERS:
@@ -70,6 +69,9 @@ def document(app: FastAPI, gateway: Gateway) -> dict[str, Any]:
             elif path not in OPEN_PATHS:
                 operation["security"] = [{"token": []}]
     _add_limits(schemas, gateway)
+    if gateway.loaded is not None:
+        (name,) = made["paths"]["/v1/models/{name}"]["get"]["parameters"]
+        name["schema"]["enum"] = [gateway.loaded.name]
     return made
 
 
@@ -96,6 +98,19 @@ def _add_limits(schemas: dict[str, Any], gateway: Gateway) -> None:
             ids["maxItems"] = most_prompt
             if model is not None:
                 ids["items"]["maximum"] = model.vocab_size - 1
+
+
+def _stream(names: Sequence[str]) -> dict[str, Any]:
+    """Return the media type of events; their data is JSON, or OpenAI's `[DONE]`.
+
+    itemSchema is OpenAPI 3.2's, which 3.1 lets pass.
+    """
+    properties = {
+        "event": {"enum": [*names]},
+        "data": {"type": "string", "minLength": 1},
+    }
+    item = {"type": "object", "properties": properties, "required": ["data"]}
+    return {"itemSchema": item | {"additionalProperties": False}}
 
 
 def _of_kind(field: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Prompts:
 
     async def of_chat(self, request: ChatCompletionRequest, model: Model, started: float) -> Job:
         """Return the job of a /v1/chat/completions. Raises Refused for what is over a limit."""
+        self._new_tokens(request.max_tokens, 1, "max_tokens")  # checked, even if the other wins
         asked = request.max_completion_tokens or request.max_tokens
         messages = _messages(request)
         more = () if model.coder.has_template else (PLAIN_STOP,)

@@ -44,7 +44,7 @@ Here = Annotated[Gateway, Depends(here)]
     "/generate",
     summary="Generate text",
     response_model=GenerateResponse,
-    responses=responses(*GENERATING, 422, stream=True),
+    responses=responses(*GENERATING, 422, stream=("token", "done", "error")),
     dependencies=[Depends(json_body)],
     tags=["respkv"],
 )

@@ -71,10 +71,10 @@ class PagedAttentionCache:
 
     def __init__(self, config: PagedCacheConfig) -> None:
         self.config = config
+        storage = _storage(config)
         self.blocks = BlockManager(
             config.num_blocks, config.block_tokens, prefix_sharing=config.prefix_sharing
         )
-        storage = _storage(config)
         self.keys: tuple[Tensor, ...] = storage[:, 0].unbind(0)
         self.values: tuple[Tensor, ...] = storage[:, 1].unbind(0)
         self._whole = whole_blocks(PagedBuffer(self.keys, self.values))

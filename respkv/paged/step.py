@@ -52,7 +52,11 @@ class PagedStep:
                 f"a step takes one chunk of each of some sequences, not {list(chunks)}"
             )
         self._cache = cache
-        order = sorted(chunks, key=lambda each: (each.count > 1, -cache.computed(each.sequence)))
+        decodes = sorted(
+            (each for each in chunks if each.count == 1),
+            key=lambda each: -cache.computed(each.sequence),
+        )
+        order = [*decodes, *(each for each in chunks if each.count != 1)]
         tokens = [cache.blocks.next_tokens(each.sequence, each.count) for each in order]
         _reserve(cache, order)
         self._chunks = order
@@ -75,7 +79,7 @@ class PagedStep:
             ends[chunk.sequence] = end - 1
         self.last = _ids([ends[each.sequence] for each in chunks if each.logits], device)
         self._slots = _ids(self._all_slots(), device)
-        self._num_decodes = sum(each.count == 1 for each in order)
+        self._num_decodes = len(decodes)
         if device.type == "cuda":
             self._set_tables(device)
 

@@ -126,6 +126,7 @@ class Core:
         shelf = self._shelves.open(owner)
         shelf.put(entry, vector, created_ms)
         shelf.use(entry)
+        self._shelves.keys.setdefault(owner, set()).add(entry)
         self._puts += 1
         yield from self._make_room(owner, shelf, entry)
         return name
@@ -337,7 +338,8 @@ class Core:
         """Return what an entry is now. None: it is gone, or was replaced by one of another place."""
         shelf = self._shelves.open(owner)
         if reply is None:
-            self._gone += shelf.drop(entry)
+            self._gone += entry in shelf.entries
+            self._shelves.removed(owner, entry)
             return None
         try:
             record = records.decode(reply, owner, entry, self._settings.dim)

@@ -12,6 +12,7 @@ neither reads nor answers, and the slots that are being sent stay held.
 
 import asyncio
 import contextlib
+import contextvars
 import ipaddress
 import logging
 import os
@@ -242,8 +243,9 @@ def calling_from_threads() -> Callable[[Callable[[], None]], None]:
     It raises RuntimeError once the loop is closed.
     """
     loop = asyncio.get_running_loop()
+    here = contextvars.copy_context()  # that of a thread does not say that there is a loop
 
     def call(work: Callable[[], None]) -> None:
-        loop.call_soon_threadsafe(work)
+        loop.call_soon_threadsafe(work, context=here)
 
     return call

@@ -1,4 +1,7 @@
-"""The real servers, and every client in one blocking form: sync, asyncio, uvloop and trio."""
+"""The real servers, and every client in one blocking form: sync, asyncio, uvloop and trio.
+
+Embedded engines are clients, too: what a client of a server does they do as well.
+"""
 
 import itertools
 import os
@@ -9,11 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.client.faces import FACES, Face, open_face
+from tests.client.faces import FACES, Face, open_embedded_face, open_face
 from tests.redis_server import RedisServer, why_not
 from tests.server_process import ServerProcess
 
 Connect = Callable[..., Face]
+
+CLIENTS = [(where, face) for where in ("unix", "tcp") for face in FACES]
+CLIENTS += [("embedded", face) for face in ("sync", "asyncio", "trio")]
+EMBEDDED = {"maxmemory": "256mb", "prefault": False}
 
 _numbers = itertools.count()
 
@@ -59,7 +66,29 @@ def namespace() -> str:
     return f"client-{os.getpid()}-{next(_numbers)}"
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def client(request: pytest.FixtureRequest, connect: Connect, server: ServerProcess) -> Face:
-    """Return a client of the respkv server, of each face over each kind of socket."""
-    return connect(server.url if request.param == "tcp" else f"unix://{server.unixsocket}")
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[Callable[[str], Face]]:
+    """Return what gives the embedded engine of a face, one for all tests."""
+    with ExitStack() as stack:
+        opened: dict[str, Face] = {}
+
+        def find(face: str) -> Face:
+            if face not in opened:
+                opened[face] = stack.enter_context(open_embedded_face(face, EMBEDDED))
+            return opened[face]
+
+        yield find
+
+
+@pytest.fixture(params=CLIENTS, ids="-".join)
+def client(
+    request: pytest.FixtureRequest, server: ServerProcess, embedded: Callable[[str], Face]
+) -> Iterator[Face]:
+    """Return a client of the respkv server, of each face over each kind of socket and over none."""
+    where, face = request.param
+    if where == "embedded":
+        yield embedded(face)
+        return
+    url = server.url if where == "tcp" else f"unix://{server.unixsocket}"
+    with open_face(face, url, {}) as opened:
+        yield opened

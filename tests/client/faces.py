@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+import respkv
 from respkv.client import AsyncClient, Client
 from respkv.client.sequence_faces import AsyncLayers
 
@@ -90,3 +91,16 @@ def open_face(face: str, url: str, options: dict[str, Any]) -> Iterator[Face]:
             yield Blocking(portal, target)
         finally:
             portal.call(target.close)
+
+
+@contextmanager
+def open_embedded_face(face: str, settings: dict[str, Any]) -> Iterator[Face]:
+    """Open an engine in this process behind one of FACES and close it at the end."""
+    if face == "sync":
+        with respkv.open_sync(**settings) as client:
+            yield client
+        return
+    backend = "trio" if face == "trio" else "asyncio"
+    with start_blocking_portal(backend) as portal:
+        with portal.wrap_async_context_manager(respkv.open(**settings)) as target:
+            yield Blocking(portal, target)

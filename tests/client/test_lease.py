@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from respkv.client import AsyncClient, Client, as_bytes, as_numpy, as_torch
+from respkv.embedded import AsyncEmbeddedCache, EmbeddedCache
 from respkv.errors import ConfigError, LeaseGone, ProtocolError, ServerError, TimedOut
 from tests.client.pages import NBYTES, SHAPE, chain, declare, payload
 from tests.client.peer import Answer, Peer
@@ -23,10 +24,13 @@ StartServer = Callable[..., ServerProcess]
 
 
 @pytest.fixture
-def other(server: ServerProcess) -> Iterator[Client]:
-    """Return a second client that looks on."""
-    with Client(server.url) as client:
+def other(client: Any, server: ServerProcess) -> Iterator[Any]:
+    """Return a second client that looks on; an embedded engine has only the one."""
+    if isinstance(getattr(client, "target", client), EmbeddedCache | AsyncEmbeddedCache):
         yield client
+        return
+    with Client(server.url) as looking:
+        yield looking
 
 
 def read(lease: Any) -> bytes:

@@ -45,7 +45,10 @@ def test_small_types_are_computed_as_exactly_as_they_can_be_written(
     batch = make_batch(CONTEXTS, dim=16, dtype=dtype, device=CPU)
     # What is added to the error by writing the result, and the weights before it.
     written = 2 * torch.finfo(dtype).eps
-    assert error_of(host_decode(batch.query, batch.pages, scoring=scoring), exact(batch, scoring)) < written
+    assert (
+        error_of(host_decode(batch.query, batch.pages, scoring=scoring), exact(batch, scoring))
+        < written
+    )
 
 
 def test_a_sequence_of_no_tokens_gets_zeros() -> None:

@@ -16,7 +16,9 @@ def add(tree: PrefixTree, tokens: list[int], salt: str = "") -> None:
 
 
 @given(PROMPTS, st.lists(st.integers(0, 2), max_size=9))
-def test_the_longest_common_prefix_of_all_is_found(prompts: list[list[int]], want: list[int]) -> None:
+def test_the_longest_common_prefix_of_all_is_found(
+    prompts: list[list[int]], want: list[int]
+) -> None:
     tree = PrefixTree(T)
     for tokens in prompts:
         add(tree, tokens)

@@ -35,7 +35,7 @@ def open_cache(request: pytest.FixtureRequest, namespace: str) -> Iterator[OpenC
             cache = request.getfixturevalue("engine")
 
         def open_it(**options: Any) -> SemanticCache:
-            settings = {"namespace": namespace, "dim": 4} | options
+            settings: Any = {"namespace": namespace, "dim": 4} | options
             return stack.enter_context(SemanticCache(cache, **settings))
 
         yield open_it

@@ -189,8 +189,9 @@ def test_threads_may_share_a_cache(open_cache: OpenCache) -> None:
     ids=str,
 )
 def test_a_wrong_setting_is_named(options: dict[str, Any], said: str) -> None:
+    settings: Any = {"dim": 4} | options
     with pytest.raises(ConfigError, match=said):
-        SemanticCache("respkv://127.0.0.1:1", **({"dim": 4} | options))
+        SemanticCache("respkv://127.0.0.1:1", **settings)
 
 
 def test_what_is_no_cache_or_no_option_is_a_type_error() -> None:

@@ -6,9 +6,8 @@ returns what it returns. What the cache cannot serve goes to the model as it is.
 
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,14 +83,13 @@ class KVCacheAdapter:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings = Settings(self.model, generation_config, kwargs)
         reason = settings.why_not(ids)
-        rows = None
-        if not reason and ids is not None:
-            mask = settings.mask(ids)
-            rows = as_rows(ids, mask)
-            reason = "" if rows else "padding stands elsewhere than in front of the prompts"
-        if reason or rows is None or ids is None:
+        mask = None if reason or ids is None else settings.mask(ids)
+        rows = None if mask is None or ids is None else as_rows(ids, mask)
+        if ids is None or mask is None or rows is None:
+            reason = reason or "padding stands elsewhere than in front of the prompts"
             self._note_uncached(reason)
-            return self.model.generate(inputs, generation_config=generation_config, **kwargs)
+            plain: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
+            return plain(inputs, generation_config=generation_config, **kwargs)
         if inputs is None:
             kwargs = {name: each for name, each in kwargs.items() if name != "input_ids"}
         cache = BatchCache(
@@ -99,7 +97,7 @@ class KVCacheAdapter:
             self.model_kv,
             rows,
             input_ids=ids,
-            mask=mask if mask is not None and not bool(mask.all()) else None,
+            mask=None if bool(mask.all()) else mask,
             repeats=settings.repeats,
             room=settings.room(ids.shape[1], GROWTH_TOKENS),
             chain=self.config.chain,
@@ -109,8 +107,8 @@ class KVCacheAdapter:
         self._choose(cache, settings)
         kwargs["attention_mask"] = mask
         # Called on the class, or what someone put on the model instead would be called.
-        generate = type(self._view).generate
-        output = generate(
+        kind: Any = type(self._view)
+        output = kind.generate(
             self._view, ids, generation_config=generation_config, past_key_values=cache, **kwargs
         )
         sequences = output if isinstance(output, Tensor) else output.sequences

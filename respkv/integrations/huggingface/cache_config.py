@@ -8,7 +8,6 @@ from respkv.client import Client
 from respkv.client.commands import Key
 from respkv.client.sequences import ChainOptions
 from respkv.client.url import DEFAULT_URL
-from respkv.integrations.huggingface.prompt_pages import PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class CacheConfig:
 
     cache: Client | str = DEFAULT_URL
     namespace: str | None = None
-    page_tokens: int = PAGE_TOKENS
+    page_tokens: int | None = None
     store: bool = True
     store_generated: bool = True
     use_logits: bool = True
@@ -49,8 +48,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         for name in ("page_tokens", "min_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
 
     @property
     def chain(self) -> ChainOptions:

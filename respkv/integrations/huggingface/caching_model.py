@@ -22,14 +22,15 @@ from respkv.integrations.huggingface.prefill import BatchCache
 
 def caching_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the view of a model that understands a BatchCache."""
-    kind = _caching_class(type(model))
-    view = kind.__new__(kind)
+    original: Any = type(model)
+    kind = _caching_class(original)
+    view: PreTrainedModel = kind.__new__(kind)
     object.__setattr__(view, "__dict__", vars(model))
-    return cast(PreTrainedModel, view)
+    return view
 
 
 @functools.cache
-def _caching_class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _caching_class(kind: Any) -> Any:
     """Return the subclass for a class of models; it has its name, which generate looks at."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -184,7 +184,7 @@ class TokenMajorLayer(DynamicLayer):
             )
 
 
-class SlidingTokenMajorLayer(TokenMajorLayer):
+class SlidingTokenMajorLayer(TokenMajorLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer that attends to the last ``window`` tokens."""
 
     is_sliding = True
@@ -193,11 +193,6 @@ class SlidingTokenMajorLayer(TokenMajorLayer):
         super().__init__(buffers)
         self.window = self.sliding_window = window
         self._sliding_window_tensor = torch.tensor(window, dtype=torch.long)
-
-    @property
-    def cumulative_length(self) -> int:
-        """Tokens so far, as layers of transformers call it."""
-        return self.length
 
     def get_max_length(self) -> int:
         """Return the window."""

@@ -24,9 +24,25 @@ from respkv.page import DTYPE_BYTES, Geometry
 
 # What differs between two checkouts of the same weights, or between versions of transformers.
 _NOT_THE_MODEL: Final = frozenset(
-    "_name_or_path _attn_implementation architectures transformers_version torch_dtype use_cache"
-    " bos_token_id eos_token_id pad_token_id id2label label2id num_labels return_dict"
-    " output_attentions output_hidden_states problem_type chunk_size_feed_forward".split()
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
 _WEIGHT_BYTES: Final = 64 << 20  # of a weight are brought to the CPU at a time
 
@@ -86,7 +102,9 @@ def read_model(model: PreTrainedModel) -> ModelKV:
     keys and values of one shape: recurrent states, latents, indexer keys.
     """
     if model.config.is_encoder_decoder:
-        raise UnsupportedModel(f"{type(model).__name__} has an encoder; only decoders are supported")
+        raise UnsupportedModel(
+            f"{type(model).__name__} has an encoder; only decoders are supported"
+        )
     found = DynamicCache(config=model.config)
     for layer in found.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
@@ -99,9 +117,9 @@ def read_model(model: PreTrainedModel) -> ModelKV:
         model(input_ids=token, past_key_values=found, use_cache=True)
     layers, shapes = [], set()
     for index, layer in enumerate(found.layers):
-        keys, values = layer.keys, layer.values
-        if keys is None or values is None:
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
             continue
+        keys, values = layer.keys, layer.values
         if keys.shape != values.shape or keys.dtype != values.dtype:
             raise UnsupportedModel(
                 f"layer {index} of {type(model).__name__} has keys {list(keys.shape)} and values"

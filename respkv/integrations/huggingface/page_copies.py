@@ -8,7 +8,6 @@ pages that lie one behind the other in the server's memory as one piece.
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy
@@ -20,16 +19,23 @@ from respkv.page import Geometry
 KVPair: TypeAlias = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stored:
-    """Tokens of a prompt as they are stored: a page, a tail, or some layers' worth of one.
+    """Tokens of a prompt as they are stored, a page or a tail, ``[L, 2, count, H, D]``.
 
-    first: its first token. view: ``[L, 2, count, H, D]``.
+    first: its first token. address, nbytes: where it is; someone else holds it there.
     """
 
     first: int
     count: int
-    view: memoryview
+    address: int
+    nbytes: int
+
+
+def stored(first: int, count: int, view: memoryview) -> Stored:
+    """Say where a page is that a view shows; the view has to outlive what is made of it."""
+    address: int = numpy.frombuffer(view, numpy.uint8).__array_interface__["data"][0]
+    return Stored(first, count, address, len(view))
 
 
 class Target:
@@ -72,10 +78,9 @@ class Target:
     def _source(self, run: Sequence[Stored]) -> Tensor:
         """Return pages at equal distances as ``[P, L, 2, T, H, D]``."""
         page = self.geometry
-        start = _address(run[0].view)
-        step = _address(run[1].view) - start if len(run) > 1 else len(run[0].view)
-        span = step * (len(run) - 1) + len(run[-1].view)
-        memory = (ctypes.c_ubyte * span).from_address(start)
+        step = run[1].address - run[0].address if len(run) > 1 else run[0].nbytes
+        span = step * (len(run) - 1) + run[-1].nbytes
+        memory = (ctypes.c_ubyte * span).from_address(run[0].address)
         flat = torch.frombuffer(memory, dtype=self._dtype)
         shape = (len(run), page.layers, 2, run[0].count, page.heads, page.dim)
         strides = [1]
@@ -95,12 +100,14 @@ class Target:
     def _copy_many(self, source: Tensor, begin: int, end: int) -> None:
         rows, sizes = slice(begin - self.first, end - self.first), (len(source), source.shape[3])
         if self._whole is not None:
-            window = self._whole[:, :, rows].unflatten(2, sizes)
+            window = torch.unflatten(self._whole[:, :, rows], 2, sizes)
             window.copy_(source.permute(1, 2, 0, 3, 4, 5), non_blocking=True)
             return
         for layer, pair in enumerate(self._into):
             for side, tensor in enumerate(pair):
-                tensor[rows].unflatten(0, sizes).copy_(source[:, layer, side], non_blocking=True)
+                torch.unflatten(tensor[rows], 0, sizes).copy_(
+                    source[:, layer, side], non_blocking=True
+                )
 
 
 def _check(into: Sequence[KVPair], geometry: Geometry, dtype: torch.dtype) -> int:
@@ -140,13 +147,13 @@ def as_one(into: Sequence[KVPair]) -> Tensor | None:
 
 def _runs(pages: Sequence[Stored], first: int, stop: int) -> Iterator[list[Stored]]:
     """Cut pages into runs that are one copy each: whole ones at equal distances in memory."""
-    wanted = [page for page in pages if page.first < stop and page.first + page.count > first]
     run: list[Stored] = []
     step = 0
-    for before, page in pairwise([None, *wanted]):
-        assert page is not None
-        if before is not None and run:
-            distance = _address(page.view) - _address(before.view)
+    for page in pages:
+        if page.first >= stop or page.first + page.count <= first:
+            continue
+        if run:
+            distance = page.address - run[-1].address
             is_whole = run[0].first >= first and page.first + page.count <= stop
             fits = page.count == run[0].count and distance > 0 and distance % 64 == 0
             if is_whole and fits and (len(run) == 1 or distance == step):
@@ -157,8 +164,3 @@ def _runs(pages: Sequence[Stored], first: int, stop: int) -> Iterator[list[Store
         run = [page]
     if run:
         yield run
-
-
-def _address(view: memoryview) -> int:
-    address: int = numpy.frombuffer(view, numpy.uint8).ctypes.data
-    return address

@@ -5,20 +5,23 @@ into the tensors. Over a network the server sends layer after layer. A worker na
 their chain; what is left, part of another prompt's page, only the server can find.
 """
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
 
 from respkv.chain import NO_EXTRAS, TOKEN_BYTES, Chain, Extras, Media, Prompt
-from respkv.client import Client
+from respkv.client import Client, as_bytes
 from respkv.client.sequences import ChainOptions
 from respkv.errors import CacheError, ServerError
 from respkv.integrations.huggingface.availability import is_no_shared_memory
 from respkv.integrations.huggingface.buffers import BufferPool
-from respkv.integrations.huggingface.page_copies import Stored, Target
-from respkv.page import Geometry
+from respkv.integrations.huggingface.page_copies import Stored, Target, stored
+from respkv.page import Geometry, part_key
 
+RECENT_MAX: Final = 16  # prompts whose ids are kept
 LEASE_BYTES: Final = 256 << 20  # at a time: all of a lease has to be in the server's memory
 
 
@@ -46,6 +49,29 @@ class PageLoads:
         self._buffers = buffers
         self._chain = Chain("blake3", fingerprint, geometry.tokens)
         self._can_lease = True
+        self._recent: OrderedDict[tuple[bytes, Extras], Prompt] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def prompt(self, data: bytes, chain: ChainOptions) -> Prompt:
+        """Return a prompt, whose ids are made once: it is matched, and then loaded."""
+        key = (data, extras_of(chain))
+        with self._lock:
+            found = self._recent.get(key)
+            if found is None:
+                found = self._chain.prompt(self._namespace.encode(), *key)
+                self._recent[key] = found
+            self._recent.move_to_end(key)
+            while len(self._recent) > RECENT_MAX:
+                self._recent.popitem(last=False)
+        return found
+
+    def logits(self, data: bytes, chain: ChainOptions) -> bytes | None:
+        """Return what is stored as the logits behind a prompt. Raises CacheError."""
+        prompt = self.prompt(data, chain)
+        if not prompt.num_tokens:
+            return None
+        found = self._client.get(part_key(prompt.position_key(prompt.num_tokens), b"logits"))
+        return None if found is None else bytes(found)
 
     def load(
         self, data: bytes, target: Target, stop: int, known: int, chain: ChainOptions
@@ -68,15 +94,13 @@ class PageLoads:
     ) -> int:
         """Copy full pages, and the tail that ends where the stored tokens do; return their end."""
         tokens, end = self._geometry.tokens, target.first
-        prompt = self._chain.prompt(
-            self._namespace.encode(), data[: known * TOKEN_BYTES], extras_of(chain)
-        )
+        prompt = self.prompt(data, chain)
         pages_max = max(1, LEASE_BYTES // self._geometry.page_bytes)
         while end < stop:
             first = end // tokens
             last = min(first + pages_max, -(-stop // tokens))
             try:
-                copied = self._copy_leased(prompt, target, first, last, stop)
+                copied = self._copy_leased(prompt, target, (first, last), known, stop)
             except CacheError as error:
                 if is_no_shared_memory(error):
                     self._can_lease = False
@@ -90,18 +114,20 @@ class PageLoads:
                 break
         return end
 
-    def _copy_leased(self, prompt: Prompt, target: Target, first: int, last: int, stop: int) -> int:
+    def _copy_leased(
+        self, prompt: Prompt, target: Target, pages: tuple[int, int], known: int, stop: int
+    ) -> int:
         """Copy some pages; return the token at which those end that were there."""
-        keys = prompt.keys(first, min(last, prompt.num_pages))
-        if last > prompt.num_pages:
-            keys.append(prompt.position_key(prompt.num_tokens))
+        first, last = pages
+        full = known // self._geometry.tokens
+        keys = prompt.keys(first, min(last, full))
+        if last > full:
+            keys.append(prompt.position_key(known))
         # The end of the block confirms the lease; only then are the copies known to be good.
         with self._client.lease(keys) as lease:
-            pages = list(self._stored(lease.pages, first, prompt.num_tokens))
-            target.copy(pages, stop)
-            end = pages[-1].first + pages[-1].count if pages else 0
-            del pages
-        return min(end, stop)
+            there = list(self._stored(lease.pages, first, known))
+            target.copy(there, stop)
+        return min(there[-1].first + there[-1].count, stop) if there else 0
 
     def _stored(self, views: list[memoryview | None], first: int, known: int) -> Iterator[Stored]:
         """Say what the views are, up to the first page that is not there."""
@@ -112,7 +138,7 @@ class PageLoads:
             count = min(tokens, known - begin)
             if view is None or len(view) != count * token_bytes:
                 return
-            yield Stored(begin, count, view)
+            yield stored(begin, count, view)
 
     def _load_sent(
         self, data: bytes, target: Target, first: int, stop: int, chain: ChainOptions
@@ -123,7 +149,7 @@ class PageLoads:
         dtype: torch.dtype = getattr(torch, page.dtype)
         count = stop - first
         staged = self._buffers.empty((page.layers, count * row), dtype, torch.device("cpu"))
-        into = [memoryview(layer.view(torch.uint8).numpy()) for layer in staged]
+        into = [as_bytes(layer) for layer in staged]
         prompt = data[: stop * TOKEN_BYTES]
         with self._client.seq.get(
             self._namespace, prompt, first=first, into=into, **chain

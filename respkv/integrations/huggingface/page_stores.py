@@ -1,7 +1,7 @@
 """Send a prompt's KV to respkv: the pages that it has not, cut from a worker's tensors."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from respkv.client.sequences import ChainOptions
 from respkv.integrations.huggingface.buffers import BufferPool
 from respkv.integrations.huggingface.page_copies import KVPair, as_one
 from respkv.page import Geometry
+
+# Gives K and V of the tokens from one up to another, counted from the prompt's beginning.
+Gather: TypeAlias = Callable[[int, int], Sequence[KVPair]]
 
 STAGED_BYTES: Final = 32 << 20  # of pages are cut at a time, and sent in one command
 
@@ -36,14 +39,14 @@ class PageStores:
     def store(
         self,
         data: bytes,
-        kv: Sequence[KVPair] | None,
+        kv: Sequence[KVPair] | Gather | None,
         first: int,
         logits: bytes | None,
         chain: ChainOptions,
     ) -> int:
         """Send the pages from ``first`` on that are not there; return how many were stored.
 
-        data: the tokens as int32. kv: of tokens[first:].
+        data: the tokens as int32. kv: of tokens[first:], or what gathers some of them.
         Raises CacheError; the pages before the one that failed are stored, they are a prefix.
         """
         seq, tokens = self._client.seq, self._geometry.tokens
@@ -58,7 +61,10 @@ class PageStores:
         step = max(1, STAGED_BYTES // self._geometry.page_bytes) * tokens
         for start in range(begin, count, step):
             end = min(start + step, count)
-            pages = self._cut(kv, start - first, end - first)
+            if callable(kv):
+                pages = self._cut(kv(start, end), 0, end - start)
+            else:
+                pages = self._cut(kv, start - first, end - first)
             # What was sent before is there, so it need not be asked again.
             there = SequenceMatch(start, start // tokens, "", 0, False)
             put = seq.put(
@@ -95,8 +101,9 @@ class PageStores:
         sizes = (pages.shape[0], pages.shape[3])
         whole = as_one(kv)
         if whole is not None:
-            pages.copy_(whole[:, :, start:end].unflatten(2, sizes).permute(2, 0, 1, 3, 4, 5))
+            rows = torch.unflatten(whole[:, :, start:end], 2, sizes)
+            pages.copy_(rows.permute(2, 0, 1, 3, 4, 5))
             return
         for layer, pair in enumerate(kv):
             for side, tensor in enumerate(pair):
-                pages[:, layer, side].copy_(tensor[start:end].unflatten(0, sizes))
+                pages[:, layer, side].copy_(torch.unflatten(tensor[start:end], 0, sizes))

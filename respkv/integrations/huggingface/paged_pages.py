@@ -1,5 +1,7 @@
 """Between the blocks of a paged cache and pages of respkv: load what is missing, store what is new."""
 
+import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +34,9 @@ class PagedPages:
     def __init__(self, cache: PagedAttentionCache, pages: PromptPages) -> None:
         self._cache = cache
         self._pages = pages
+        self._under_way = 0  # stores whose blocks are held
+        self._news = threading.Condition()
+        self._finished: deque[int] = deque()  # the forks of those that are over
 
     def bring(self, number: int, tokens: list[int], chain: ChainOptions) -> Brought:
         """Load what respkv has of a prompt and the blocks have not."""
@@ -62,21 +67,55 @@ class PagedPages:
     def store(
         self, number: int, tokens: list[int], chain: ChainOptions, logits: Tensor | None
     ) -> None:
-        """Store the first tokens of a sequence, in the background."""
-        runs = self._cache.runs(number, 0, len(tokens))
-        kv: list[KVPair] = [
-            (
-                torch.cat([run.keys[layer] for run in runs]),
-                torch.cat([run.values[layer] for run in runs]),
-            )
-            for layer in range(self._cache.config.num_layers)
-        ]
-        self._pages.store(tokens, kv, logits=logits, **chain)
+        """Store the first tokens of a sequence, in the background.
+
+        A fork holds their blocks until that is done, so that nothing is copied here, and nobody
+        writes to them meanwhile.
+        """
+        hold = self._cache.fork(number)
+
+        def piece(start: int, end: int) -> list[KVPair]:
+            runs = self._cache.runs(hold, start, end)
+            if len(runs) == 1:
+                return list(zip(runs[0].keys, runs[0].values, strict=True))
+            return [
+                (
+                    torch.cat([run.keys[layer] for run in runs]),
+                    torch.cat([run.values[layer] for run in runs]),
+                )
+                for layer in range(self._cache.config.num_layers)
+            ]
+
+        is_queued = self._pages.store(
+            tokens, piece, logits=logits, done=lambda: self._done(hold), **chain
+        )
+        if is_queued:
+            self._under_way += 1
+        else:
+            self._cache.free_sequence(hold, keep=False)
 
     def wait(self) -> bool:
-        """Wait for a store that holds blocks; returns whether any were given back."""
-        return False
+        """Wait for a store that holds blocks; returns whether there was one."""
+        if not self._under_way:
+            return False
+        with self._news:
+            self._news.wait_for(lambda: self._finished)
+        self.take_back()
+        return True
+
+    def take_back(self) -> None:
+        """Give back the blocks of stores that are over."""
+        while self._finished:
+            self._cache.free_sequence(self._finished.popleft(), keep=False)
+            self._under_way -= 1
 
     def close(self) -> None:
         """Wait until everything is stored."""
-        self._pages.flush()
+        while self.wait():
+            pass
+
+    def _done(self, hold: int) -> None:
+        """Note that a store is over; its thread calls this."""
+        with self._news:
+            self._finished.append(hold)
+            self._news.notify()

@@ -94,7 +94,8 @@ class PagedRunner:
     def begin(self, sequence: Sequence) -> Admission | None:
         """Take a sequence in, with what the blocks and respkv have of it."""
         request, tokens = sequence.request, sequence.tokens
-        if self.cache.num_free_blocks <= len(self._held):
+        self._take_back()
+        if self._held and self.cache.num_free_blocks <= len(self._held):
             return None
         salt, chain = (request.salt, request.tenant), _chain(request)
         if request.shares and self._is_coming(tokens, salt):
@@ -106,7 +107,7 @@ class PagedRunner:
             salt,
             chain,
         )
-        if self._held and not self._fits(held.number):
+        if self._held and not self._fits(held.number):  # alone it always does
             self.cache.free_sequence(held.number)
             return None
         self._held[sequence] = held
@@ -123,6 +124,7 @@ class PagedRunner:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room in the blocks; waits for stores that hold some before it says no."""
+        self._store_prompt(sequence, self._held[sequence])
         number = self._held[sequence].number
         known = self.cache.length(number)
         if num_tokens > known:
@@ -145,8 +147,6 @@ class PagedRunner:
 
     def step(self, chunks: Several[Chunk]) -> Tensor:
         """Compute all chunks with a cache in one forward pass, and each of the others in its own."""
-        for sequence, held in self._held.items():
-            self._store_prompt(sequence, held)
         cached = [each for each in chunks if each.sequence.request.use_cache]
         batch = [
             PagedChunk(self._held[each.sequence].number, each.stop - each.start, each.is_last)
@@ -174,6 +174,7 @@ class PagedRunner:
 
     def clear(self) -> int:
         """Forget the blocks that no sequence has, and all logits; returns their bytes."""
+        self._take_back()
         return self.cache.clear() * self.cache.config.block_bytes + self._last.clear()
 
     def close(self) -> None:
@@ -187,6 +188,11 @@ class PagedRunner:
     def local_stats(self) -> PagedStats:
         """Return what the blocks hold; from any thread."""
         return self.cache.stats()
+
+    def _take_back(self) -> None:
+        """Have the blocks again that were held to be stored."""
+        if self._pages is not None:
+            self._pages.take_back()
 
     def _fits(self, number: int) -> bool:
         """Whether all its tokens, one more, and one more of each other sequence have room."""

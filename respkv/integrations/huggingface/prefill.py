@@ -97,7 +97,7 @@ class BatchCache(PrefixCache):
             _Climb(self, forward, signature).run(reached, target)
         self.set_length(target)
         if self.repeats > 1:
-            self.batch_repeat_interleave(self.repeats)  # type: ignore[no-untyped-call]
+            self.batch_repeat_interleave(self.repeats)
 
     def bring_alone(self) -> None:
         """Get keys and values without the model, as far as they can be had; the others are forgotten."""
@@ -107,7 +107,7 @@ class BatchCache(PrefixCache):
         ends = self.load([max(0, target - row.padding) for row in self.rows])
         self.set_length(min(row.padding + end for row, end in zip(self.rows, ends, strict=True)))
         if self.repeats > 1:
-            self.batch_repeat_interleave(self.repeats)  # type: ignore[no-untyped-call]
+            self.batch_repeat_interleave(self.repeats)
 
     def keep_logits(self, logits: Tensor, end: int) -> None:
         """Note the logits behind the prompts, if these are among some.
@@ -185,10 +185,9 @@ class _Climb:
     def _part(self, rows: int, length: int) -> Cache:
         """Return a cache of the first rows, whose layers write into the memory of the whole."""
         cache = self._cache
-        layers: list[Any] = [
-            DummyLayer()  # type: ignore[no-untyped-call]
-            for _ in range(cache.kv.num_layers)
-        ]
+        layers: list[Any] = []
+        for _ in range(cache.kv.num_layers):
+            layers.append(DummyLayer())  # type: ignore[no-untyped-call]
         for place, whole in zip(cache.kv.layers, cache.kv_layers, strict=True):
             assert whole.memory is not None
             part = (
@@ -198,4 +197,4 @@ class _Climb:
             )
             part.adopt(whole.memory[:, :rows], length, whole.base)
             layers[place.index] = part
-        return Cache(layers=layers)  # type: ignore[no-untyped-call]
+        return Cache(layers=layers)

@@ -78,7 +78,7 @@ class PrefixCache(Cache):
             )
             self.kv_layers.append(made)
             layers.append(made)
-        super().__init__(layers=layers)  # type: ignore[no-untyped-call]
+        super().__init__(layers=layers)
 
     @property
     def length(self) -> int:
@@ -139,8 +139,8 @@ class PrefixCache(Cache):
             if base and end < stop:  # a part of the windows is of no use
                 return self._load_nothing(stop)
             ends.append(end if end > base else 0)
-        for layer, tensor in zip(self.kv_layers, memory, strict=True):
-            layer.adopt(tensor, layer.length, base)
+        for kept, tensor in zip(self.kv_layers, memory, strict=True):
+            kept.adopt(tensor, kept.length, base)
         return ends
 
     def store(

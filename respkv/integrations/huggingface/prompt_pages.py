@@ -9,11 +9,10 @@ counted and logged, and only mistakes of the caller are raised.
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, TypeAlias, Unpack
+from typing import Any, Final, Literal, TypeAlias, TypeVar, Unpack
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,12 +26,15 @@ from respkv.integrations.huggingface.logits import pack_logits, unpack_logits
 from respkv.integrations.huggingface.model_kv import ModelKV, fingerprint_of, read_model
 from respkv.integrations.huggingface.page_copies import KVPair, Target
 from respkv.integrations.huggingface.page_loads import PageLoads
-from respkv.integrations.huggingface.page_stores import PageStores
+from respkv.integrations.huggingface.page_stores import Gather, PageStores
 from respkv.integrations.huggingface.store_queue import StoreQueue
-from respkv.page import Geometry
+from respkv.page import Geometry, part_of
 
-PAGE_TOKENS: Final = 64
+PAGE_TOKENS_MIN: Final = 64
+PAGE_TOKENS_MAX: Final = 256
+PAGE_BYTES: Final = 1 << 20  # a page has at least, if that is not too many tokens
 NO_MATCH: Final = SequenceMatch(0, 0, "", 0, False)
+T = TypeVar("T")
 KV: TypeAlias = Sequence[KVPair]
 
 
@@ -70,7 +72,8 @@ class PromptPages:
                  fingerprint is a hash of its configuration and all its weights, read once. Or give
                  ``geometry``, whose tokens are those of a page, and ``fingerprint``.
     namespace:   after the fingerprint if None.
-    page_tokens: tokens of a page. Prompts are matched to the token whatever it is.
+    page_tokens: tokens of a page; 64 to 256, so that pages of small models are not too many, if None.
+                 Prompts are matched to the token whatever it is.
     codecs, ttl_ms, durability: of the namespace, as in ``Client.schema_set``.
     queue_max:   stores that may wait.
     spare_bytes: of memory are kept for the next prompt.
@@ -85,7 +88,7 @@ class PromptPages:
         geometry: Geometry | None = None,
         fingerprint: bytes | None = None,
         namespace: str | None = None,
-        page_tokens: int = PAGE_TOKENS,
+        page_tokens: int | None = None,
         codecs: Mapping[str, str] | None = None,
         ttl_ms: int | None = None,
         durability: Literal["memory", "written", "durable"] | None = None,
@@ -97,7 +100,9 @@ class PromptPages:
         self.model_kv: ModelKV | None = None if model is None else read_model(model)
         if geometry is None:
             assert self.model_kv is not None
-            geometry = self.model_kv.geometry(page_tokens)
+            geometry = self.model_kv.geometry(
+                page_tokens or _page_tokens(self.model_kv.token_bytes)
+            )
         if fingerprint is None:
             fingerprint = b"" if model is None else fingerprint_of(model)
         self.geometry = geometry
@@ -121,8 +126,9 @@ class PromptPages:
         self.client = Client(cache, reconnect_max=1) if isinstance(cache, str) else cache
         self._is_declared = False
         self._state = Availability()
-        self._counts = dict.fromkeys((each.name for each in fields(PagesStats)), 0)
+        self._counts: dict[str, Any] = dict.fromkeys((each.name for each in fields(PagesStats)), 0)
         self._lock = threading.Lock()
+        self._storing = threading.Lock()
         self._queue = StoreQueue(queue_max)
         where = (self.client, self.namespace, geometry, fingerprint, self.buffers)
         self._loads = PageLoads(*where)
@@ -167,17 +173,7 @@ class PromptPages:
         """Return the logits [V] that follow a prompt, as they were stored; None: they are not."""
         data = token_bytes(tokens)
 
-        def ask() -> bytes | None:
-            # One layer of the last token alone: it is dropped, the head is what is wanted.
-            first = max(0, len(data) // TOKEN_BYTES - 1)
-            options: dict[str, Any] = {"first": first, "layers": (0, 1), "logits": True}
-            with self.client.seq.get(self.namespace, data, **options, **chain) as head:
-                found = None if head.logits is None else bytes(head.logits)
-                for _ in head:  # read to its end, the connection can be used again
-                    pass
-            return found
-
-        packed = self._ask("logits", ask)
+        packed = self._ask("logits", lambda: self._loads.logits(data, chain))
         return None if packed is None else unpack_logits(packed)
 
     def load(
@@ -223,36 +219,47 @@ class PromptPages:
     def store(
         self,
         tokens: Tokens,
-        kv: KV | None,
+        kv: KV | Gather | None,
         *,
         first: int = 0,
         logits: Tensor | None = None,
+        done: Callable[[], None] | None = None,
         **chain: Unpack[ChainOptions],
     ) -> bool:
         """Store the KV of a prompt in the background; pages that are there are not sent.
 
         kv:      K and V of every layer, each ``[n, H, D]`` of tokens[first:], any strides and
-                 device. They must not change until it is done (``flush``). None: only logits.
+                 device. They must not change until it is done (``flush``). Or a function that is
+                 called with a first token and an end, in the thread that stores, for each part
+                 that is missing, and returns K and V of these tokens. None: only logits.
         first:   a multiple of page_tokens; pages in front of it are there, or nothing is stored.
         logits:  [V] that follow the last token.
-        Returns: False when too much waits already, and it was dropped.
+        done:    called in the thread that stores when kv is not needed any more, be it stored or not.
+        Returns: False when too much waits already, and it was dropped; ``done`` is not called then.
         Raises:  ValueError when kv does not fit.
         """
         data = token_bytes(tokens)
         count = len(data) // TOKEN_BYTES
         if first % self.page_tokens:
             raise ValueError(f"first = {first}: accepted are multiples of {self.page_tokens}")
-        if kv is not None and (room := Target(kv, self.geometry, first).room) < count - first:
-            raise ValueError(f"kv has {room} tokens, {count - first} are to be stored")
+        if kv is not None and not callable(kv):
+            room = Target(kv, self.geometry, first).room
+            if room < count - first:
+                raise ValueError(f"kv has {room} tokens, {count - first} are to be stored")
         packed = None if logits is None else pack_logits(logits)
         if not self._state.is_open:
             self._count(stores_dropped=1)
             return False
 
         def work() -> None:
-            stored = self._ask(
-                "store", lambda: self._stores.store(data, kv, first, packed, chain)
-            )
+            try:
+                with self._storing:
+                    stored = self._ask(
+                        "store", lambda: self._stores.store(data, kv, first, packed, chain)
+                    )
+            finally:
+                if done is not None:
+                    done()
             if stored is None:
                 self._count(stores_dropped=1)
             else:
@@ -262,6 +269,24 @@ class PromptPages:
         if not is_queued:
             self._count(stores_dropped=1)
         return is_queued
+
+    def clear(self) -> int:
+        """Forget all pages of the namespace, and what hangs on them; return how many there were.
+
+        What is queued at this time is stored before that or after it.
+        Raises CacheError.
+        """
+        pattern = b"".join(b"\\" + bytes([each]) for each in self.namespace.encode()) + b":*"
+        count, cursor = 0, b"0"
+        with self._storing:
+            while True:
+                reply: Any = self.client.command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+                cursor, keys = bytes(reply[0]), [bytes(key) for key in reply[1]]
+                if keys:
+                    self.client.delete(*keys)
+                count += sum(part_of(key) is None for key in keys)
+                if cursor == b"0":
+                    return count
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until what was queued is stored, or has failed; False: it takes longer."""
@@ -282,13 +307,13 @@ class PromptPages:
     def stats(self) -> PagesStats:
         """Return what was done since the beginning."""
         with self._lock:
-            counts: dict[str, Any] = dict(self._counts)
+            counts = dict(self._counts)
         counts["errors"], counts["last_error"] = self._state.errors, self._state.last_error
         return PagesStats(**counts)
 
     # -- asking -------------------------------------------------------------------------------
 
-    def _ask(self, what: str, ask: "Any") -> Any:
+    def _ask(self, what: str, ask: Callable[[], T]) -> T | None:
         """Return an answer, None when there is none to be had."""
         if not self._state.is_open:
             return None
@@ -322,4 +347,12 @@ class PromptPages:
     def _count(self, **more: float) -> None:
         with self._lock:
             for name, number in more.items():
-                self._counts[name] += number  # type: ignore[assignment]
+                self._counts[name] += number
+
+
+def _page_tokens(token_bytes: int) -> int:
+    """Return how long a page is: a power of two, of 1 MiB or more if that is not too long."""
+    tokens = PAGE_TOKENS_MIN
+    while tokens < PAGE_TOKENS_MAX and tokens * token_bytes < PAGE_BYTES:
+        tokens *= 2
+    return tokens

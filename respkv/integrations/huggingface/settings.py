@@ -10,9 +10,20 @@ ROOM_MAX: Final = 4096  # tokens that memory is made for at once
 
 # Beside the fields of GenerationConfig; what is in neither may change what tokens mean to the model.
 _ARGUMENTS: Final = frozenset(
-    "input_ids attention_mask logits_processor stopping_criteria prefix_allowed_tokens_fn"
-    " synced_gpus assistant_model streamer tokenizer assistant_tokenizer logits_to_keep"
-    " use_model_defaults".split()
+    {
+        "assistant_model",
+        "assistant_tokenizer",
+        "attention_mask",
+        "input_ids",
+        "logits_processor",
+        "logits_to_keep",
+        "prefix_allowed_tokens_fn",
+        "stopping_criteria",
+        "streamer",
+        "synced_gpus",
+        "tokenizer",
+        "use_model_defaults",
+    }
 )
 _FIELDS: Final = frozenset(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
 
@@ -63,13 +74,12 @@ class Settings:
 
     def mask(self, ids: Tensor) -> Tensor:
         """Return the attention mask [B, columns], found as generate finds it when none is given."""
-        given = self._arguments.get("attention_mask")
+        given: Tensor | None = self._arguments.get("attention_mask")
         if given is not None:
-            mask: Tensor = given
-            return mask
+            return given
         padding, ends = self.get("pad_token_id"), self.end_tokens
         if padding is not None and padding not in ends and bool((ids == padding).any()):
-            return (ids != padding).long()
+            return ids.ne(padding).long()
         return torch.ones_like(ids)
 
     @property

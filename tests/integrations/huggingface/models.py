@@ -74,10 +74,12 @@ def tiny_model(
         attention = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    assert isinstance(model, PreTrainedModel)
+        made: Any = AutoModelForCausalLM
+        model: PreTrainedModel = made.from_config(config, attn_implementation=attention)
     _sharpen(model, seed)
-    return model.eval()
+    model.requires_grad_(False)
+    model.train(False)
+    return model
 
 
 @cache

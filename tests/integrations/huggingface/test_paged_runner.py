@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import cache as remembered
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from respkv.integrations.huggingface.model_kv import UnsupportedModel
 from respkv.integrations.huggingface.paged_runner import PagedRunner
 from respkv.integrations.huggingface.prompt_pages import PromptPages
 from tests.conftest import StartServer
-from tests.integrations.huggingface.models import FAMILIES, VOCAB, prompt, tiny_model
+from tests.integrations.huggingface.models import FAMILIES, prompt, tiny_model
 
 NEW = 8
 # Longer than the window of sliding layers, shorter than a block, and sharing what they begin with.
 PROMPTS = [prompt(50, seed=1), prompt(5, seed=2), prompt(33, seed=3), prompt(64, seed=4)]
 PROMPTS += [prompt(7, seed=5, like=PROMPTS[0]), prompt(20, seed=6, like=PROMPTS[3][:40])]
 DOCUMENT = prompt(200, seed=7)
+POISON = 1  # in no prompt, and in no answer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,12 +42,20 @@ def model_of(family: str) -> PreTrainedModel:
 
 
 @remembered
+def plain_model_of(family: str) -> PreTrainedModel:
+    """Another one, with attention of its own."""
+    return tiny_model(family)
+
+
+@remembered
 def greedy(family: str, tokens: tuple[int, ...], count: int = NEW) -> list[int]:
     """Return what plain ``generate`` says, without any of this."""
+    return generated(plain_model_of(family), list(tokens), max_new_tokens=count, do_sample=False)
+
+
+def generated(model: Any, tokens: list[int], **wishes: Any) -> list[int]:
     ids = torch.tensor([tokens])
-    answer = tiny_model(family).generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
-    )
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), **wishes)
     new: list[int] = answer[0, len(tokens) :].tolist()
     return new
 
@@ -59,7 +69,7 @@ def engine() -> Iterator[Client]:
 @pytest.fixture
 def pages(engine: Client) -> Iterator[PromptPages]:
     """An empty namespace for the llama."""
-    engine.flushall()
+    engine.command("FLUSHALL")
     with PromptPages(engine, model=model_of("llama"), page_tokens=16) as running:
         yield running
 
@@ -85,7 +95,7 @@ def computed(loop: ModelLoop) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_equals_generate_one_by_one(family: str, engine: Client) -> None:
-    engine.flushall()
+    engine.command("FLUSHALL")
     model = model_of(family)
     with PromptPages(engine, model=model, page_tokens=16) as pages:
         for restart in range(2):
@@ -138,7 +148,8 @@ def test_eviction_everywhere_changes_no_token(pages: PromptPages, engine: Client
         for _ in range(3):
             check(ask(loop, *PROMPTS), *PROMPTS)
             pages.flush()
-            for key in list(engine.scan_iter())[::2]:
+            scanned: Any = engine.command("SCAN", 0, "COUNT", 10_000)
+            for key in scanned[1][::2]:
                 engine.delete(key)
             loop.clear()
 
@@ -200,23 +211,16 @@ def test_a_conversation_goes_on_from_its_last_token(pages: PromptPages) -> None:
 
 
 def test_sampled_tokens_equal_generate_with_the_same_seed(pages: PromptPages) -> None:
-    model, ids = model_of("llama"), torch.tensor([DOCUMENT])
+    model = model_of("llama")
     torch.manual_seed(5)
-    want = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW,
-        do_sample=True,
-        temperature=0.9,
-        top_k=30,
-        top_p=0.9,
-    )
+    wishes = {"temperature": 0.9, "top_k": 30, "top_p": 0.9}
+    want = generated(model, DOCUMENT, max_new_tokens=NEW, do_sample=True, **wishes)
     wish = Sampling(0.9, 30, 0.9, seed=5)
     with ModelLoop(PagedRunner(model, pages)) as loop:
         for _ in range(2):
             ask(loop, *PROMPTS)
             got = loop.submit(GenerationRequest(DOCUMENT, NEW, wish)).result(60)
-            assert list(got.tokens) == want[0, len(DOCUMENT) :].tolist()
+            assert list(got.tokens) == want
 
 
 def test_a_server_that_goes_away_costs_no_request(
@@ -234,17 +238,19 @@ def test_a_server_that_goes_away_costs_no_request(
 def test_what_cannot_be_told_as_numbers_is_kept_from_everyone(pages: PromptPages) -> None:
     model = tiny_model("llama", seed=1)
     with torch.no_grad():
-        model.get_input_embeddings().weight[VOCAB - 1] = float("nan")  # type: ignore[index, operator]
+        weight = model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        weight[POISON] = float("nan")
     runner = PagedRunner(model, pages)
     with ModelLoop(runner) as loop:
         good = loop.submit(GenerationRequest(DOCUMENT, NEW))
-        bad = loop.submit(GenerationRequest([*DOCUMENT[:40], VOCAB - 1, *DOCUMENT[:40]], NEW))
+        bad = loop.submit(GenerationRequest([*DOCUMENT[:40], POISON, *DOCUMENT[:40]], NEW))
         with pytest.raises(GenerationFailed, match="no numbers"):
             bad.result(60)
         assert good.result(60).finish_reason == "length"
         loop.clear()
         assert runner.cache.num_free_blocks == runner.cache.config.num_blocks
-    assert pages.match([*DOCUMENT[:40], VOCAB - 1, *DOCUMENT[:40]]).tokens == 40
+    assert pages.match([*DOCUMENT[:40], POISON, *DOCUMENT[:40]]).tokens == 40
 
 
 def test_the_model_is_as_it_was_when_the_loop_has_closed(pages: PromptPages) -> None:
@@ -260,6 +266,7 @@ def test_the_model_is_as_it_was_when_the_loop_has_closed(pages: PromptPages) -> 
 
 
 def test_a_model_that_blocks_cannot_serve_is_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_model("llama", rope_parameters=rope)
     with pytest.raises(UnsupportedModel, match="rope of type dynamic"):
-        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-        PagedRunner(tiny_model("llama", rope_parameters=rope))
+        PagedRunner(model)
