@@ -95,16 +95,20 @@ bench-gpu: $(ALL) ## Kernels, attention and eviction on a GPU, in under 10 minut
 gpu-test: $(ALL) ## The tests that need a GPU, and those of the kernels, on it
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# What computes and waits for nobody may share the machine; tests with servers have it to themselves.
-COMPUTING := tests/kernels tests/wire tests/engine tests/tiers
+# Tests start hundreds of servers, each of which would compile all of respkv anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Each worker has servers of its own, on ports that the system chooses. What needs the machine to
+# itself is marked, and comes afterwards.
+WORKERS ?= 2
 
 .PHONY: test
 test: lint types $(ALL) redis fio ## What the gate checks: ruff, mypy, pyright, pytest
 ifeq ($(strip $(ARGS)),)
-	@$(call title,pytest: $(COMPUTING) on two cores)
-	@$(BIN)/python -m pytest -n 2 $(COMPUTING)
-	@$(call title,pytest: all others)
-	@$(BIN)/python -m pytest $(COMPUTING:%=--ignore=%)
+	@$(call title,pytest with $(WORKERS) workers)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not long and not alone'
+	@$(call title,pytest: what is alone on the machine)
+	@$(BIN)/python -m pytest -m 'alone and not long'
 else
 	@$(call title,pytest)
 	@$(BIN)/python -m pytest $(ARGS)

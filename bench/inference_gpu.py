@@ -58,7 +58,7 @@ class Shape:
 
 
 LLAMA_8B: Final = Shape()
-TINY: Final = Shape(64, 128, 2, 4, 2, 128, (80,), 32 * MIB, 32, 2)
+TINY: Final = Shape(64, 128, 2, 4, 2, 128, (96,), 32 * MIB, 32, 2)
 TIERS: Final = {"gpu": "g", "cpu": "c", "nvme": "n"}
 
 

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from bench.machine import hardware, load, software
 from bench.result import MIB
@@ -49,10 +50,10 @@ class Sizes:
     tokens: int = 2048
     prompts: int = 16
     shared: int = 1000
-    own: int = 64
+    own: int = 24  # to whole pages: the gpu tier takes no shorter ones
 
 
-QUICK: Final = Sizes(2, 64, 4, 2, 256, 4, 100, 20)
+QUICK: Final = Sizes(2, 64, 4, 2, 256, 4, 100, 28)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,10 @@ def make_model(sizes: Sizes) -> LlamaForCausalLM:
         num_key_value_heads=sizes.kv_heads,
         max_position_embeddings=max(sizes.tokens, sizes.shared + sizes.own) + 1,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model.eval()
 
 
 def read(model: LlamaForCausalLM, prompts: Sequence[list[int]]) -> Iterator[Prompt]:
@@ -117,9 +121,20 @@ def read(model: LlamaForCausalLM, prompts: Sequence[list[int]]) -> Iterator[Prom
             model(input_ids=torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
         layers = [
             torch.stack([keys[0].transpose(0, 1), values[0].transpose(0, 1)])
-            for keys, values, *_ in cache
+            for keys, values in tensors(cache)
         ]
         yield Prompt(tokens, torch.stack(layers).contiguous())
+
+
+def tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values of each layer, each [1, H, tokens, D]."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        found.append((layer.keys, layer.values))
+    return found
 
 
 def workloads(sizes: Sizes) -> dict[str, list[Prompt]]:
@@ -144,7 +159,7 @@ def workloads(sizes: Sizes) -> dict[str, list[Prompt]]:
 def in_dynamic_caches(prompts: Sequence[Prompt]) -> int:
     """Return the bytes of the tensors of a DynamicCache for each prompt."""
     caches = [prompt.cache() for prompt in prompts]
-    return sum(keys.nbytes + values.nbytes for cache in caches for keys, values, *_ in cache)
+    return sum(keys.nbytes + values.nbytes for cache in caches for keys, values in tensors(cache))
 
 
 def saved_by_torch(prompts: Sequence[Prompt]) -> int:
@@ -152,7 +167,7 @@ def saved_by_torch(prompts: Sequence[Prompt]) -> int:
     total = 0
     for prompt in prompts:
         into = io.BytesIO()
-        torch.save([(keys, values) for keys, values, *_ in prompt.cache()], into)
+        torch.save(tensors(prompt.cache()), into)
         total += into.getbuffer().nbytes
     return total
 
@@ -230,20 +245,21 @@ def _error(client: Client, codec: str) -> float:
     return max(float(said["key_relative_l2"]), float(said["value_relative_l2"]))
 
 
-def ways(
-    *, with_errors: bool
-) -> Iterator[tuple[str, Callable[[Sequence[Prompt]], tuple[int, float | None]]]]:
-    """Yield every way to keep prompts, by what it is called."""
+Way: TypeAlias = Callable[[Sequence[Prompt]], tuple[int, float | None]]
+
+
+def ways(*, is_full: bool) -> Iterator[tuple[str, Way]]:
+    """Yield ways to keep prompts, by what they are called; is_full: all codecs, and their errors."""
     yield "transformers DynamicCache", lambda prompts: (in_dynamic_caches(prompts), 0.0)
     yield "torch.save, a file for each prompt", lambda prompts: (saved_by_torch(prompts), 0.0)
 
-    def way(tier: str, codec: str) -> Callable[[Sequence[Prompt]], tuple[int, float | None]]:
-        return lambda prompts: in_respkv(prompts, tier, codec, with_error=with_errors)
+    def way(tier: str, codec: str) -> Way:
+        return lambda prompts: in_respkv(prompts, tier, codec, with_error=is_full)
 
     yield "respkv cpu tier (raw, lent in place)", way("cpu", "raw")
-    for codec in GPU_CODECS:
+    for codec in GPU_CODECS if is_full else ("raw", "rh4"):
         yield f"respkv gpu tier, {codec}", way("gpu", codec)
-    for codec in FILE_CODECS:
+    for codec in FILE_CODECS if is_full else ("raw", "xs", "rh4"):
         yield f"respkv nvme tier, {codec}", way("nvme", codec)
     yield "respkv disk tier, as it comes (lossless)", way("disk", "default")
 
@@ -253,7 +269,7 @@ def measure(sizes: Sizes, progress: Callable[[str], None]) -> Iterator[Line]:
     for number, (work, prompts) in enumerate(workloads(sizes).items()):
         tokens = sum(len(prompt.tokens) for prompt in prompts)
         dynamic = in_dynamic_caches(prompts)
-        for kept, way in ways(with_errors=number == 0):
+        for kept, way in ways(is_full=number == 0):
             progress(f"{work}: {kept}")
             nbytes, error = way(prompts)
             yield Line(work, kept, nbytes, tokens, nbytes / dynamic, error)

@@ -1,10 +1,13 @@
 """The real redis-server, for tests that hold ours, or our client, against it."""
 
+import itertools
+import os
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,9 +16,11 @@ import hiredis
 
 from tests.server.raw import Word, pipeline, request
 
+PORT_MIN = 10_000
 START_S = 10.0
 REPLY_S = 10.0
 _MARK = b"end-of-reply-7f3a"
+_numbers = itertools.count()
 
 
 def why_not(version: str = "") -> str | None:
@@ -32,10 +37,18 @@ def why_not(version: str = "") -> str | None:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
+    """Return a TCP port that was free a moment ago, and is given to nobody who asks for any port.
+
+    So neither a server on port 0 nor a connection takes it before it is used, nor while a server
+    that had it is started again. Processes that run tests at the same time begin at other places.
+    """
+    given_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    num_ports = max(given_out - PORT_MIN, 1000)
+    for _ in range(num_ports):
+        port = PORT_MIN + (os.getpid() * 101 + next(_numbers)) % num_ports
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError(f"none of {num_ports} ports from {PORT_MIN} on is free")
 
 
 class RedisServer:

@@ -6,6 +6,7 @@ keeps its descriptor until that has ended: a descriptor closed early is soon ano
 
 import contextlib
 import errno
+import fcntl
 import logging
 import math
 import os
@@ -120,8 +121,9 @@ class Directory(ABC):
                 self._abandon()
                 await self._all_idle()
             fds = [file.fd for file in self._unclosed if not file.is_lost]
-            if not waiting.cancelled_caught:
-                fds.append(self._lock_fd)  # else our writes may still reach the files
+            if not waiting.cancelled_caught:  # else our writes may still reach the files
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # a forked child has it open, too
+                fds.append(self._lock_fd)
             self._files.clear()
             self._unclosed.clear()
             self._end()

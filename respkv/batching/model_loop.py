@@ -114,7 +114,7 @@ class ModelLoop:
         """Return what was done so far, and what is under way; from any thread."""
         with self._news:
             submitted, rejected, waiting = self._submitted, self._rejected, self._waiting
-        running = list(self._scheduler.running)
+        running = [*self._scheduler.running, *self._scheduler.loading]
         return LoopStats(
             running=len(running),
             waiting=waiting,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from torch import Tensor
@@ -25,14 +26,38 @@ class Admission:
     failures: int = 0
 
 
+class Refusal(Enum):
+    """Why a sequence is not taken in now.
+
+    NO_ROOM: there is none; who came later is not to take it away.
+    SOON:    what another sequence is computing, or loading, will spare it work; others may go first.
+    """
+
+    NO_ROOM = "no room"
+    SOON = "soon"
+
+
+class Loading(Enum):
+    """A sequence was taken in, and what is cached of it is on its way; ``arrived`` will tell."""
+
+    LOADING = "loading"
+
+
 class Room(Protocol):
     """The cache memory that sequences compete for. All calls come from one thread."""
 
-    def begin(self, sequence: Sequence) -> Admission | None:
-        """Take a sequence in, with what is cached of it; None when there is no room for it now.
+    def begin(self, sequence: Sequence) -> Admission | Loading | Refusal:
+        """Take a sequence in, with what is cached of it, or say why not now.
 
         There is room when its tokens and one more fit beside what the others hold. With no other
-        sequence begun there always is, up to ``tokens_max``.
+        sequence begun there always is, up to ``tokens_max``, and it is neither SOON nor LOADING.
+        """
+        ...
+
+    def arrived(self, *, wait: bool) -> Several[tuple[Sequence, Admission]]:
+        """Return the sequences whose cached tokens have come, each once.
+
+        wait: until there is one; only when one is LOADING.
         """
         ...
 

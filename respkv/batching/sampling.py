@@ -12,7 +12,6 @@ from torch import Tensor
 
 from respkv.batching.request import Sampling
 
-
 # Below this the likeliest token has all the probability, and logits divided by it overflow.
 TEMPERATURE_MIN: Final = 1e-5
 TEMPERATURE_MAX: Final = 1e30

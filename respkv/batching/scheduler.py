@@ -10,6 +10,9 @@ When memory runs out, the sequence that was admitted last gives its own away and
 front of the waiting line. The oldest is never asked to, and one sequence alone always fits, so there
 is always one that advances. Nobody is admitted in a step in which someone had to leave.
 
+What is cached of a sequence may take its time to come. Until then it has its memory and is in no
+step, so that the others do not wait for it.
+
 Source: Yu et al., Orca, OSDI 2022 (iterations); Agrawal et al., Sarathi-Serve, OSDI 2024,
         arXiv:2403.02310 (chunks); Kwon et al., PagedAttention, SOSP 2023, arXiv:2309.06180 (preemption).
 """
@@ -17,7 +20,7 @@ Source: Yu et al., Orca, OSDI 2022 (iterations); Agrawal et al., Sarathi-Serve, 
 from collections import deque
 from collections.abc import Iterator
 
-from respkv.batching.runner import Admission, Room
+from respkv.batching.runner import Admission, Loading, Refusal, Room
 from respkv.batching.sequence import Chunk, Sequence
 
 
@@ -35,6 +38,7 @@ class Scheduler:
         self._step_tokens_max = step_tokens_max
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the one admitted first comes first
+        self.loading: list[Sequence] = []  # admitted, and what is cached of it is on its way
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -42,10 +46,11 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Take a sequence out, wherever it is; returns whether it was running."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            return True
+        """Take a sequence out, wherever it is; returns whether it had been admitted."""
+        for admitted in (self.running, self.loading):
+            if sequence in admitted:
+                admitted.remove(sequence)
+                return True
         self.waiting.remove(sequence)
         return False
 
@@ -53,20 +58,38 @@ class Scheduler:
         """Let waiting sequences in, in their order, while there is room; tells what each brings.
 
         One for which the logits are known has nothing to compute: it must get its next token, by
-        ``chosen``, or be removed, before ``plan`` is called.
+        ``chosen``, or be removed, before ``plan`` is called. With nothing else to do this waits for
+        what is loading.
         """
-        while self.waiting and len(self.running) < self._sequences_max:
-            sequence = self.waiting[0]
-            admission = Admission()
+        yield from self._arrived(room, wait=False)
+        for sequence in list(self.waiting):
+            if len(self.running) + len(self.loading) >= self._sequences_max:
+                return
+            found: Admission | Loading | Refusal = Admission()
             if sequence.request.use_cache:
                 found = room.begin(sequence)
-                if found is None:
-                    return
-                admission = found
-            self.waiting.popleft()
-            sequence.computed = admission.computed
-            self.running.append(sequence)
-            yield sequence, admission
+            if found is Refusal.NO_ROOM:
+                return
+            if isinstance(found, Refusal):
+                continue
+            self.waiting.remove(sequence)
+            if isinstance(found, Admission):
+                yield self._admitted(sequence, found)
+            else:
+                self.loading.append(sequence)
+        if not self.running:
+            yield from self._arrived(room, wait=True)
+
+    def _arrived(self, room: Room, *, wait: bool) -> Iterator[tuple[Sequence, Admission]]:
+        if self.loading:
+            for sequence, admission in room.arrived(wait=wait):
+                self.loading.remove(sequence)
+                yield self._admitted(sequence, admission)
+
+    def _admitted(self, sequence: Sequence, admission: Admission) -> tuple[Sequence, Admission]:
+        sequence.computed = admission.computed
+        self.running.append(sequence)
+        return sequence, admission
 
     def plan(self, room: Room) -> list[Chunk]:
         """Choose the chunks of the next step, and make room for them; empty when nothing runs."""

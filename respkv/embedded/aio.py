@@ -16,7 +16,7 @@ from respkv.embedded.engine import Engine, settings_for
 from respkv.embedded.memory import OwnArenas, OwnGpus
 from respkv.embedded.settings import read_settings
 from respkv.embedded.stream import EngineStream
-from respkv.errors import CacheError
+from respkv.errors import CacheError, ConfigError
 
 
 class AsyncEmbeddedCache(AsyncClient):
@@ -27,12 +27,23 @@ class AsyncEmbeddedCache(AsyncClient):
         self._settings = settings_for(self._dial, pool_max, timeout_s)
         self._tasks: TaskGroup | None = None
         self._ended = anyio.Event()
+        self._has_begun = False
 
     async def __aenter__(self) -> Self:
         """Open the engine. Raises CacheError. Cancelled: nothing stays open."""
         assert self._tasks is None, "an embedded cache is entered once"
+        disk, loop = self._engine.config.disk_path, anyio.get_cancelled_exc_class().__module__
+        if disk and loop.partition(".")[0] != "asyncio":
+            raise ConfigError(
+                f"disk-path = {disk!r}: the disk tier needs asyncio; without it, use open_sync,"
+                " whose event loop is its own"
+            )
         self._tasks = await anyio.create_task_group().__aenter__()
-        await self._tasks.start(self._host)
+        try:
+            await self._tasks.start(self._host)
+        except BaseException as error:  # a cancellation, that is
+            await self._end(error)
+            raise
         server = self._engine.server
         if server is None or self._engine.failure is not None:
             await self._end(None)
@@ -58,6 +69,7 @@ class AsyncEmbeddedCache(AsyncClient):
 
     async def _host(self, *, task_status: TaskStatus[None]) -> None:
         # A cancellation ends the engine as everything does that leaves the block: see _end.
+        self._has_begun = True
         has_started = False
 
         def started() -> None:
@@ -65,16 +77,19 @@ class AsyncEmbeddedCache(AsyncClient):
             has_started = True
             task_status.started()
 
-        with anyio.CancelScope(shield=True):
-            await self._engine.run(started)
-        self._ended.set()
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._engine.run(started)
+        finally:
+            self._ended.set()
         if not has_started:
             task_status.started()
 
     async def _stop(self) -> None:
         self._engine.stop()
-        with anyio.CancelScope(shield=True):
-            await self._ended.wait()
+        if self._has_begun:
+            with anyio.CancelScope(shield=True):
+                await self._ended.wait()
 
     async def _end(self, error: BaseException | None) -> None:
         """Stop the engine and leave the task group, which shall not wrap an error of the block."""

@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Protocol
 
 import anyio
+import anyio.lowlevel
 
 
 class Bell(Protocol):
@@ -46,8 +47,10 @@ class TaskBell:
             self._event.set()
 
     async def wait(self) -> None:
-        """Wait until it is rung. Cancelled: it is as it was."""
-        if not self._is_rung:
+        """Wait until it is rung; let others have a turn even if it is. Cancelled: it is as it was."""
+        if self._is_rung:
+            await anyio.lowlevel.checkpoint()
+        else:
             self._event = anyio.Event()
             try:
                 await self._event.wait()

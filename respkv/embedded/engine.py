@@ -25,6 +25,7 @@ class Engine:
 
     server:  once it runs.
     failure: why it could not start, or has ended before it was told to.
+    is_unwanted: it was told to end.
     """
 
     def __init__(self, config: Config) -> None:
@@ -33,6 +34,7 @@ class Engine:
         self.failure: BaseException | None = None
         self._pid = os.getpid()
         self._stop: anyio.Event | None = None
+        self.is_unwanted = False
         self._is_open = False
         self._streams: weakref.WeakSet[EngineStream] = weakref.WeakSet()
         self._registering = threading.Lock()
@@ -44,12 +46,14 @@ class Engine:
         Cancelled: as if it had been stopped; what only memory held may not have been written.
         """
         self._stop = anyio.Event()
+        if self.is_unwanted:
+            self._stop.set()
         try:
             check_directories(self.config)
             async with having_engine(self.config, is_embedded=True) as server, working(server):
                 self.server = server
                 begin_publishing(server)
-                self._is_open = True
+                self._is_open = not self.is_unwanted
                 started()
                 try:
                     await self._stop.wait()
@@ -61,12 +65,16 @@ class Engine:
             self._give_up()
 
     def stop(self) -> None:
-        """Have it end. To be called in its event loop."""
+        """Have it end, once it has started. To be called in its event loop, or before there is one."""
+        self.is_unwanted = True
         if self._stop is not None:
             self._stop.set()
 
-    def dial(self, bell: Bell, post: Post) -> EngineStream:
-        """Open a connection. Raises ConnectionLost."""
+    def dial(self, bell: Bell, post: Post, own_thread: int | None = None) -> EngineStream:
+        """Open a connection. Raises ConnectionLost.
+
+        own_thread: of the engine, which must not wait for itself.
+        """
         if os.getpid() != self._pid:
             raise ConnectionLost(
                 "the engine is in the process that has opened it, of which this one is a fork;"
@@ -76,7 +84,7 @@ class Engine:
             if not self._is_open or self.server is None:
                 why = f": {self.failure}" if self.failure is not None else ""
                 raise ConnectionLost(f"the engine is closed{why}")
-            stream = EngineStream(self.server, bell, post)
+            stream = EngineStream(self.server, bell, post, own_thread)
             self._streams.add(stream)
         return stream
 

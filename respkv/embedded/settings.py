@@ -3,29 +3,11 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from respkv.config import Config
+from respkv.config import OF_SOCKETS, SETTINGS, Config
 from respkv.errors import ConfigError
-
-# In a file they are passed over, so that a server's file can be used as it is.
-OF_SOCKETS = {
-    "host",
-    "port",
-    "unixsocket",
-    "unixsocketperm",
-    "tcp-backlog",
-    "maxclients",
-    "timeout",
-    "requirepass",
-    "protected-mode",
-    "shm",
-    "shm-path",
-    "logfile",
-    "loglevel",
-}
 
 
 def read_settings(config: "str | Path | Config | None", settings: Mapping[str, object]) -> Config:
@@ -44,8 +26,9 @@ def read_settings(config: "str | Path | Config | None", settings: Mapping[str, o
     else:
         path = None if config is None else os.fspath(config)
         found = Config.load(path, named, source="respkv.open")
-    quiet: dict[str, Any] = {"port": 0, "unixsocket": "", "requirepass": "", "shm": "off"}
-    return msgspec.structs.replace(found, **quiet)
+    # A server's file can be used as it is: what it says of sockets is passed over.
+    plain = {SETTINGS[name].field: SETTINGS[name].default for name in OF_SOCKETS}
+    return msgspec.structs.replace(found, **{**plain, "port": 0})
 
 
 def _plain(value: object) -> object:

@@ -32,21 +32,28 @@ if TYPE_CHECKING:
     from respkv.server.state import Server
 
 TAKEN_BYTES = 64 * 1024  # of small answers count as sent before they were taken
+TURN_BYTES = 4 << 20  # are copied before others have a turn
 ADDRESS = "embedded"
 
 
 class EngineStream(Stream):
     """One connection to the engine of this process.
 
-    post: calls a function in the engine's event loop, now or soon.
+    post:       calls a function in the engine's event loop, now or soon.
+    own_thread: of the engine; whoever calls there would wait for himself.
     """
 
     def __init__(
-        self, server: "Server", bell: Bell, post: Callable[[Callable[[], None]], None]
+        self,
+        server: "Server",
+        bell: Bell,
+        post: Callable[[Callable[[], None]], None],
+        own_thread: int | None = None,
     ) -> None:
         self._server = server
         self._bell = bell
         self._post = post
+        self._own_thread = own_thread
         self._pid = os.getpid()
         self._session: Session | None = None
         self._inbox: deque[memoryview] = deque()
@@ -55,6 +62,7 @@ class EngineStream(Stream):
         self._parts: deque[bytes | memoryview] = deque()
         self._num_taken = 0  # bytes of the first of them that the caller has
         self._put_bytes = self._got_bytes = 0
+        self._moved_bytes = 0  # by the caller, since it waited last
         self._is_over = False  # nothing more comes
         self._is_void = False  # nor is what was not taken by then to be trusted
         self._is_closed = False  # by the caller
@@ -66,6 +74,10 @@ class EngineStream(Stream):
         """Let the session have all of these bytes, which it takes from where they are."""
         if self._is_over or self._is_closed or os.getpid() != self._pid:
             raise BrokenPipeError("the engine has closed the connection")
+        if threading.get_ident() == self._own_thread:
+            raise BrokenPipeError("a call in the engine's own thread, as of a finalizer")
+        if self._has_moved_much():
+            return Event.WRITE
         nbytes = 0
         for chunk in chunks:
             if chunk:
@@ -74,6 +86,7 @@ class EngineStream(Stream):
         if not self._is_posted:
             self._is_posted = True
             self._ask(self._look)
+        self._moved_bytes += nbytes
         return nbytes
 
     def receive(self, into: memoryview) -> int | Event:
@@ -81,7 +94,9 @@ class EngineStream(Stream):
 
         So what stands in front of a page comes alone, and the page then lands where it belongs.
         """
-        parts, count, room = self._parts, 0, len(into)
+        parts, count, room = self._parts, 0, min(len(into), TURN_BYTES)
+        if self._has_moved_much():
+            return Event.READ
         if not parts:
             # In this order: the last part comes before the end.
             return (0 if not parts else self.receive(into)) if self._is_over else Event.READ
@@ -102,8 +117,10 @@ class EngineStream(Stream):
         self._got_bytes += count
         if self._is_void:
             raise ConnectionResetError("the engine has closed the connection")
-        if not parts and self._session is not None and self._session.is_draining:
+        session = self._session
+        if not parts and session is not None and session.is_draining:
             self._ask(self._go_on)
+        self._moved_bytes += count
         return count
 
     def wait_for(self, events: Event, deadline: float) -> Effect:
@@ -126,6 +143,14 @@ class EngineStream(Stream):
         """Note that the engine has ended, so that nobody waits for it."""
         self._is_over = self._is_void = True
         self._bell.ring()
+
+    def _has_moved_much(self) -> bool:
+        """Whether others should have a turn; then the bell rings at once."""
+        if self._moved_bytes < TURN_BYTES:
+            return False
+        self._moved_bytes = 0
+        self._bell.ring()
+        return True
 
     def _ask(self, work: Callable[[], None]) -> None:
         try:
@@ -206,11 +231,16 @@ class EngineStream(Stream):
         session = self._session
         if session is None:
             session = self._session = self._begin()
+        num_fed = 0
         while self._inbox and session.wants_input and not self._is_over:
+            if num_fed >= TURN_BYTES:
+                self._server.spawn(self._look_later)
+                return
             with self._lending:
                 if self._is_closed:
                     return
                 nbytes = self._fill(session.window(), is_slot=session.is_filling)
+            num_fed += nbytes
             if session.received(nbytes):
                 self._flush(session)
 

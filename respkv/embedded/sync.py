@@ -4,7 +4,6 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from respkv.client.core import Core
 from respkv.client.sync import Client
 from respkv.config import Config
 from respkv.embedded.bells import ThreadBell
-from respkv.embedded.engine import Engine, settings_for
+from respkv.embedded.engine import Engine, Post, settings_for
 from respkv.embedded.memory import OwnArenas, OwnGpus
 from respkv.embedded.settings import read_settings
 from respkv.embedded.stream import EngineStream
@@ -29,7 +28,7 @@ class Runner:
     def __init__(self, config: Config) -> None:
         self.engine = Engine(config)
         self._pid = os.getpid()
-        self._post: Callable[[Callable[[], None]], None]
+        self._post: Post | None = None  # until there is an event loop
         self._error: BaseException | None = None
         self._has_started = threading.Event()
         # A daemon, and with it the threads that it starts: an engine that nobody closed shall not
@@ -38,7 +37,6 @@ class Runner:
 
     def start(self) -> None:
         """Return when the engine can be talked to. Raises CacheError when it cannot start."""
-        _running.add(self)
         self._thread.start()
         try:
             self._has_started.wait()
@@ -50,18 +48,23 @@ class Runner:
 
     def dial(self) -> EngineStream:
         """Open a connection. Raises ConnectionLost."""
-        return self.engine.dial(ThreadBell(), self._post)
+        assert self._post is not None, "the engine has not started"
+        return self.engine.dial(ThreadBell(), self._post, self._thread.ident)
 
     def stop(self) -> None:
         """Have the engine end; a second call does nothing. It does not wait."""
-        if os.getpid() == self._pid and hasattr(self, "_post"):
-            with suppress(RuntimeError):  # its loop has ended
-                self._post(self.engine.stop)
+        if os.getpid() != self._pid:
+            return
+        if self._post is None:
+            self.engine.stop()
+            return
+        with suppress(RuntimeError):  # its loop has ended
+            self._post(self.engine.stop)
 
     def join(self) -> None:
         """Wait for the end. Raises CacheError: what the engine failed of, once."""
-        if os.getpid() != self._pid:
-            return
+        if os.getpid() != self._pid or threading.current_thread() is self._thread:
+            return  # the latter when the collector finds there what is to be closed
         self._thread.join()
         error, self._error = self._error, None
         failure, self.engine.failure = self.engine.failure, None
@@ -80,7 +83,11 @@ class Runner:
             self._has_started.set()
 
     async def _main(self) -> None:
-        self._post = calling_from_threads()
+        post = calling_from_threads()
+        _running.add(self)
+        self._post = post
+        if self.engine.is_unwanted:  # it was told so meanwhile
+            self.engine.stop()
         await self.engine.run(self._has_started.set)
 
 
@@ -92,10 +99,10 @@ class EmbeddedCache(Client):
 
     def __init__(self, config: Config, *, pool_max: int, timeout_s: float) -> None:
         self._runner = Runner(config)
+        settings = settings_for(self._runner.dial, pool_max, timeout_s)
         self._runner.start()
         server = self._runner.engine.server
         assert server is not None
-        settings = settings_for(self._runner.dial, pool_max, timeout_s)
         self._core = Core(settings, threading.Semaphore, OwnArenas(server), OwnGpus(server))
         weakref.finalize(self, self._runner.stop).atexit = False
 

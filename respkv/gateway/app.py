@@ -90,8 +90,14 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 def _param(problem: dict[str, Any]) -> str | None:
     """Return the field that a problem is about, such as messages.0.role; None for the whole body."""
-    path = problem["loc"][1:]  # without "body"
-    return ".".join(str(each)[:VALUE_CHARS] for each in path) or None
+    first, *rest = problem["loc"][1:] or [""]  # without "body"
+    # Between the names there are those of a union's members, which only we know.
+    names = [each for each in rest if isinstance(each, int) or _is_name(each)]
+    return ".".join(str(each)[:VALUE_CHARS] for each in (first, *names)) or None
+
+
+def _is_name(part: str) -> bool:
+    return part.isidentifier() and part not in ("str", "int", "float", "bool", "list", "dict")
 
 
 def _described(problem: dict[str, Any]) -> str:

@@ -67,7 +67,7 @@ class Guard:
         finally:
             metrics.in_flight.dec()
             took = time.perf_counter() - start
-            route = getattr(scope.get("route"), "path", "none")
+            route = getattr(scope.get("route"), "path_format", "none")
             metrics.answered(_method(scope), route, status, took)
             level = logging.DEBUG if route in OPEN_PATHS else logging.INFO
             logger.log(

@@ -1,6 +1,7 @@
 """From what a client sent to a job: tokens, limits checked, one request for each answer.
 
-Tokenizing a long text takes a while, so it happens in worker threads, a few at a time.
+Tokenizing a long text takes a while, so it happens in worker threads, a few at a time; a short one is
+done sooner than a thread would begin.
 """
 
 import time
@@ -20,6 +21,7 @@ from respkv.gateway.settings import GatewaySettings
 from respkv.gateway.tokenizer import PLAIN_STOP, Message
 
 TOKENIZING_MAX = 2
+SHORT_CHARS = 4096
 # Below this the likeliest token is as good as certain, and far below it the logits overflow.
 TEMPERATURE_LEAST = 0.01
 COMPLETION_TOKENS_DEFAULT = 16
@@ -63,7 +65,10 @@ class Prompts:
             session=request.session,
             salt=request.cache_salt,
         )
-        return await self._job(lambda: [model.coder.encode(request.prompt)], wish, model, started)
+        prompt = request.prompt
+        return await self._job(
+            lambda: [model.coder.encode(prompt)], len(prompt), wish, model, started
+        )
 
     async def of_completion(self, request: CompletionRequest, model: Model, started: float) -> Job:
         """Return the job of a /v1/completions. Raises Refused for what is over a limit."""
@@ -81,7 +86,8 @@ class Prompts:
         def encode() -> list[list[int]]:
             return [model.coder.encode(each) if isinstance(each, str) else each for each in prompts]
 
-        return await self._job(encode, wish, model, started, param="prompt")
+        num_chars = sum(len(each) for each in prompts)
+        return await self._job(encode, num_chars, wish, model, started)
 
     async def of_chat(self, request: ChatCompletionRequest, model: Model, started: float) -> Job:
         """Return the job of a /v1/chat/completions. Raises Refused for what is over a limit."""
@@ -95,8 +101,15 @@ class Prompts:
             return [model.coder.encode_chat(messages)]
 
         # Without a number the answer is as long as the room behind the prompt.
+        num_chars = sum(len(each["content"]) for each in messages)
         return await self._job(
-            encode, wish, model, started, param="messages", may_shorten=asked is None
+            encode,
+            num_chars,
+            wish,
+            model,
+            started,
+            param="messages",
+            may_shorten=asked is None,
         )
 
     def _openai_wish(
@@ -128,6 +141,7 @@ class Prompts:
     async def _job(
         self,
         encode: Encode,
+        num_chars: int,
         wish: _Wish,
         model: Model,
         started: float,
@@ -140,9 +154,12 @@ class Prompts:
         Cancelled: the thread may go on for a moment, for nobody.
         """
         begin = time.perf_counter()
-        prompts = await anyio.to_thread.run_sync(
-            encode, abandon_on_cancel=True, limiter=self._tokenizing
-        )
+        if num_chars <= SHORT_CHARS:
+            prompts = encode()
+        else:
+            prompts = await anyio.to_thread.run_sync(
+                encode, abandon_on_cancel=True, limiter=self._tokenizing
+            )
         tokenize_s = time.perf_counter() - begin
         requests = []
         for tokens in prompts:

@@ -76,6 +76,10 @@ class BlockManager:
         tokens = self._get(sequence).tokens
         return None if tokens is None else tuple(tokens)
 
+    def has_ids(self, sequence: int) -> bool:
+        """Whether the ids of the tokens are known, not just their number."""
+        return self._get(sequence).tokens is not None
+
     def next_tokens(self, sequence: int, count: int) -> list[int]:
         """Return the first tokens that are not computed. Raises ValueError when they are fewer."""
         state = self._get(sequence)

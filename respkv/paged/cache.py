@@ -239,7 +239,7 @@ class PagedAttentionCache:
         if min(written) != computed:  # a step or a load came in between
             written[:] = [computed] * self.config.num_layers
         first, stop = written[layer], written[layer] + key.shape[0]
-        if self.blocks.tokens(sequence) is None and stop > self.blocks.length(sequence):
+        if stop > self.blocks.length(sequence) and not self.blocks.has_ids(sequence):
             self.blocks.extend(sequence, stop - self.blocks.length(sequence))
         self.reserve(sequence, stop - computed)
         for run in self.runs(sequence, first, stop):

@@ -3,7 +3,8 @@
 The reference there copies what a sequence sees, in float32, one sequence after the other. Here blocks
 that lie side by side are attended to where they are, through a strided view. Short sequences that
 make one token each are gathered and padded into one product, since for these a call costs more than
-its work. What is gathered is bounded, so that no step takes the memory that pages were to save.
+its work. What is gathered is a few MiB, or one long sequence of one layer whose blocks are apart, so
+that no step takes the memory that pages were to save.
 
 How tokens are grouped depends on the tables and on the window alone, so a step plans once for all
 its layers of one kind.

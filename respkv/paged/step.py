@@ -42,11 +42,19 @@ class PagedStep:
     tokens, positions: [S] int64, on the cache's device.
     last:              [chunks with logits] int64: which of the S are the last of their chunks, in the order
                        in which the chunks were given.
+    by_kernels:        whether attention is that of respkv.kernels; when not given, on a GPU, for a processor
+                       has a quicker way.
     Raises OutOfBlocks when there is no room for all of them, and none has got any; ValueError for
     chunks of tokens that there are not, or two of one sequence.
     """
 
-    def __init__(self, cache: PagedAttentionCache, chunks: Sequence[Chunk]) -> None:
+    def __init__(
+        self,
+        cache: PagedAttentionCache,
+        chunks: Sequence[Chunk],
+        *,
+        by_kernels: bool | None = None,
+    ) -> None:
         if not chunks or len({each.sequence for each in chunks}) < len(chunks):
             raise ValueError(
                 f"a step takes one chunk of each of some sequences, not {list(chunks)}"
@@ -80,7 +88,8 @@ class PagedStep:
         self.last = _ids([ends[each.sequence] for each in chunks if each.logits], device)
         self._slots = _ids(self._all_slots(), device)
         self._num_decodes = len(decodes)
-        if device.type == "cuda":
+        self._by_kernels = device.type == "cuda" if by_kernels is None else by_kernels
+        if self._by_kernels:
             self._set_tables(device)
 
     def attend(
@@ -95,8 +104,8 @@ class PagedStep:
         keys.flatten(0, 1).index_copy_(0, self._slots, key)
         values.flatten(0, 1).index_copy_(0, self._slots, value)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if query.is_cuda:
-            return self._attend_on_gpu(keys, values, query, key, value, scoring, out)
+        if self._by_kernels:
+            return self._attend_by_kernels(keys, values, query, key, value, scoring, out)
         groups = self._plans.get(scoring.window)
         if groups is None:
             groups = self._plans[scoring.window] = self._plan(scoring.window, query.dtype)
@@ -148,7 +157,7 @@ class PagedStep:
         self._context_lens = to_device(torch.tensor(lengths, dtype=torch.int32), device)
         self._cu_seqlens = to_device(torch.tensor(starts, dtype=torch.int32), device)
 
-    def _attend_on_gpu(
+    def _attend_by_kernels(
         self,
         keys: Tensor,
         values: Tensor,

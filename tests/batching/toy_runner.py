@@ -9,7 +9,7 @@ from collections.abc import Sequence as Several
 import torch
 from torch import Tensor
 
-from respkv.batching.runner import Admission
+from respkv.batching.runner import Admission, Loading, Refusal
 from respkv.batching.sequence import Chunk, Sequence
 
 VOCAB = 50
@@ -36,17 +36,24 @@ def expected(prompt: Several[int], count: int, stop: frozenset[int] = frozenset(
 
 
 class ToyRunner:
-    """Blocks of ``block_tokens`` tokens each; prompts that ended here once are remembered."""
+    """Blocks of ``block_tokens`` tokens each; prompts that ended here once are remembered.
+
+    is_slow: what is remembered takes a few steps to come, and prompts wait for others like them.
+    """
 
     vocab_size = VOCAB
 
-    def __init__(self, *, num_blocks: int = 100, block_tokens: int = 4) -> None:
+    def __init__(
+        self, *, num_blocks: int = 100, block_tokens: int = 4, is_slow: bool = False
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.tokens_max = num_blocks * block_tokens
         self.held: dict[Sequence, int] = {}  # blocks
         self.state: dict[Sequence, tuple[int, int]] = {}  # tokens computed, and their hash
         self.remembered: dict[tuple[int, ...], int] = {}
+        self.is_slow = is_slow
+        self.coming: dict[Sequence, int] = {}  # asks until it has come
         self.steps: list[list[tuple[int, int]]] = []  # of each chunk: sequence, tokens
         self.is_closed = False
 
@@ -54,10 +61,14 @@ class ToyRunner:
     def num_free(self) -> int:
         return self.num_blocks - sum(self.held.values())
 
-    def begin(self, sequence: Sequence) -> Admission | None:
+    def begin(self, sequence: Sequence) -> Admission | Loading | Refusal:
         assert sequence not in self.held
+        for other in self.held if self.is_slow and sequence.request.shares else ():
+            if other.request.shares and other.tokens[0] == sequence.tokens[0] and other.pending > 1:
+                return Refusal.SOON
         if self._blocks(len(sequence.tokens) + 1) > self.num_free:
-            return None
+            return Refusal.NO_ROOM
+        is_alone = not self.held
         self.held[sequence] = 0
         assert self.grow(sequence, len(sequence.tokens))
         known = 0
@@ -65,6 +76,22 @@ class ToyRunner:
             cuts = range(len(sequence.tokens), 0, -1)
             known = next((c for c in cuts if tuple(sequence.tokens[:c]) in self.remembered), 0)
         self.state[sequence] = known, mix(0, sequence.tokens[:known])
+        if known and self.is_slow and not is_alone:
+            self.coming[sequence] = 2
+            return Loading.LOADING
+        return self._admission(sequence, known)
+
+    def arrived(self, *, wait: bool) -> Several[tuple[Sequence, Admission]]:
+        assert self.coming
+        self.coming = {each: asks - 1 for each, asks in self.coming.items()}
+        come = [each for each, asks in self.coming.items() if not asks]
+        if wait and not come:
+            come = list(self.coming)[:1]
+        for each in come:
+            del self.coming[each]
+        return [(each, self._admission(each, self.state[each][0])) for each in come]
+
+    def _admission(self, sequence: Sequence, known: int) -> Admission:
         if known < len(sequence.tokens):
             return Admission(known, known)
         return Admission(known, 0, self._logits(sequence))
@@ -77,9 +104,11 @@ class ToyRunner:
         return True
 
     def drop(self, sequence: Sequence) -> None:
+        assert sequence not in self.coming
         del self.held[sequence], self.state[sequence]
 
     def end(self, sequence: Sequence, *, is_good: bool) -> None:
+        self.coming.pop(sequence, None)
         if sequence.request.shares and is_good:
             self.remembered[tuple(sequence.request.tokens)] = 0
         self.drop(sequence)

@@ -255,6 +255,7 @@ def test_flushall_says_when_the_disk_will_not_remember_it(trial: Trial) -> None:
         assert raw.ask("DBSIZE") == 0
 
 
+@pytest.mark.alone
 def test_values_in_memory_are_served_while_reads_and_writes_hang(trial: Trial) -> None:
     with Raw(trial.server.connect()) as raw:
         for key, value in HOT.items():

@@ -1,11 +1,9 @@
 """Drive a gateway with requests that schemathesis makes from its OpenAPI document."""
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import schemathesis
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, events, from_schema
 

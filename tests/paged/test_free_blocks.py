@@ -37,7 +37,8 @@ def test_what_does_not_fit_in_one_run_comes_in_few() -> None:
 def test_any_order_of_taking_and_giving_back_loses_nothing(data: st.DataObject) -> None:
     free, taken = FreeBlocks(12), list[int]()
     for _ in range(data.draw(st.integers(0, 20))):
-        if taken and data.draw(st.booleans()):
+        is_given_back: bool = data.draw(st.booleans())
+        if taken and is_given_back:
             free.give_back(taken.pop(data.draw(st.integers(0, len(taken) - 1))))
         else:
             after = data.draw(st.sampled_from([None, *taken]))

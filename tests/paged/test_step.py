@@ -21,14 +21,17 @@ def numbers(step: PagedStep) -> tuple[Tensor, Tensor, Tensor]:
     for token, position in zip(step.tokens.tolist(), step.positions.tolist(), strict=True):
         generator = torch.Generator().manual_seed(1000 * token + position)
         made.append(torch.randn(4 * H, D, generator=generator))
-    query, key, value = torch.stack(made).split([2 * H, H, H], dim=1)
+    query, key, value = torch.split(torch.stack(made), [2 * H, H, H], dim=1)
     return query, key, value
 
 
 def run(
-    cache: PagedAttentionCache, *chunks: Chunk, scoring: Scoring = PLAIN
+    cache: PagedAttentionCache,
+    *chunks: Chunk,
+    scoring: Scoring = PLAIN,
+    by_kernels: bool | None = None,
 ) -> tuple[PagedStep, Tensor]:
-    step = PagedStep(cache, chunks)
+    step = PagedStep(cache, chunks, by_kernels=by_kernels)
     out = step.attend(0, *numbers(step), scoring)
     step.commit()
     return step, out
@@ -48,13 +51,21 @@ def test_tokens_lie_one_after_the_other_and_single_ones_first() -> None:
     assert step.last.tolist() == [2, 0]
 
 
+@pytest.mark.parametrize("by_kernels", [None, True])
 @pytest.mark.parametrize("scoring", [PLAIN, Scoring(window=6), Scoring(soft_cap=1.0)])
-def test_pieces_mixed_with_others_are_what_the_whole_would_be_alone(scoring: Scoring) -> None:
+def test_pieces_mixed_with_others_are_what_the_whole_would_be_alone(
+    scoring: Scoring, by_kernels: bool | None
+) -> None:
     prompts = [[token * 7 % 13 for token in range(start, start + 19)] for start in (0, 3, 5)]
     whole = []
     for prompt in prompts:
         alone = new_cache()
-        _, out = run(alone, Chunk(alone.allocate_sequence(prompt), 19), scoring=scoring)
+        _, out = run(
+            alone,
+            Chunk(alone.allocate_sequence(prompt), 19),
+            scoring=scoring,
+            by_kernels=by_kernels,
+        )
         step = PagedStep(new := new_cache(), [Chunk(new.allocate_sequence(prompt), 19)])
         empty = PagedKV(
             alone.keys[0],
@@ -70,9 +81,10 @@ def test_pieces_mixed_with_others_are_what_the_whole_would_be_alone(scoring: Sco
         whole.append(out)
     cache = new_cache()
     first, second, third = (cache.allocate_sequence(prompt) for prompt in prompts)
-    _, out = run(cache, Chunk(first, 11), Chunk(second, 1), scoring=scoring)
+    _, out = run(cache, Chunk(first, 11), Chunk(second, 1), scoring=scoring, by_kernels=by_kernels)
     torch.testing.assert_close(out, torch.cat([whole[1][:1], whole[0][:11]]))
-    _, out = run(cache, Chunk(third, 19), Chunk(first, 1), Chunk(second, 5), scoring=scoring)
+    chunks = (Chunk(third, 19), Chunk(first, 1), Chunk(second, 5))
+    _, out = run(cache, *chunks, scoring=scoring, by_kernels=by_kernels)
     # Pieces in the order in which they came, single tokens in front of them.
     torch.testing.assert_close(out, torch.cat([whole[0][11:12], whole[2], whole[1][1:6]]))
 

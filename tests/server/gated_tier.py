@@ -20,6 +20,7 @@ class Gate:
         self.errors: dict[bytes, str] = {}
         self.passed: list[bytes] = []
         self._changed = anyio.Event()
+        self._came = anyio.Event()
 
     def shut(self) -> None:
         self.is_open = False
@@ -33,10 +34,18 @@ class Gate:
         self.waiting.remove(name)
         self._wake()
 
+    async def has_waiting(self, count: int) -> None:
+        """Wait until so many wait here."""
+        with anyio.fail_after(10):
+            while len(self.waiting) < count:
+                await self._came.wait()
+
     async def go_through(self, name: bytes) -> None:
         """Wait for one's turn; raise the error that is laid out for this name."""
         if not self.is_open:
             self.waiting.append(name)
+            self._came.set()
+            self._came = anyio.Event()
         while not self.is_open and name in self.waiting:
             await self._changed.wait()
         if name in self.waiting:

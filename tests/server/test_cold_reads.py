@@ -334,9 +334,11 @@ async def test_only_so_much_is_read_ahead() -> None:
         cold.tier.reads.shut()
         large, small = FakeWire(cold.server), FakeWire(cold.server)
         large.feed(pipeline([("GET", key) for key in VALUES]))
+        await cold.tier.reads.has_waiting(2)
         await anyio.sleep(0.05)
         assert sorted(cold.tier.reads.waiting) == [b"k0", b"k1"]  # in front, and an eighth of 4 MiB
         small.feed(pipeline([("GET", b"small%d" % number) for number in range(100)]))
+        await cold.tier.reads.has_waiting(2 + 64)
         await anyio.sleep(0.05)
         assert len(cold.tier.reads.waiting) == 2 + 64
         cold.tier.reads.open()

@@ -171,6 +171,7 @@ async def test_a_durable_commit_is_answered_when_it_is_written(nbytes: int) -> N
         ((lease, _),) = await replies(wire, 1)
         cold.tier.writes.shut()
         wire.feed(pipeline([("KV.COMMIT", lease, "DURABLE"), ("STRLEN", "k")]))
+        await cold.tier.writes.has_waiting(1)
         await anyio.sleep(0.05)
         assert wire.drain() == b""
         assert cold.tier.writes.waiting == [b"k"]

@@ -322,6 +322,7 @@ def test_a_flush_is_not_undone_by_a_crash(kept: Restarted) -> None:
         assert kept.client.get(page_key(100)) == value(100)
 
 
+@pytest.mark.alone  # what is not written within a second is given up
 def test_more_than_memory_holds_is_kept_and_served(kept: Restarted) -> None:
     count = 500  # 50 MB for 32 MiB of memory and 64 MiB of files
     for number in range(count):

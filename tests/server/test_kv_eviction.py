@@ -68,6 +68,7 @@ def test_five_times_the_memory_is_put_and_the_budget_holds(
     assert int(info["kv_oom"]) == 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("asked", ["EXISTS", "KV.MATCH"])
 def test_what_a_client_was_told_is_there_stays_for_it(
     asked: str, start_server: StartServer

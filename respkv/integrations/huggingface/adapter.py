@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from respkv.client.commands import Key
+from respkv.client.sequences import ChainOptions
 from respkv.integrations.huggingface.cache_config import CacheConfig
 from respkv.integrations.huggingface.caching_model import caching_model
 from respkv.integrations.huggingface.model_kv import ModelKV, read_model
@@ -73,12 +75,17 @@ class KVCacheAdapter:
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        *,
+        session: Key | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate as ``model.generate`` does, with the same arguments and the same result.
 
         Prompts are matched, what is stored of them is loaded, and what is new is stored in the
         background. ``last`` then says what was reused.
+
+        session: the conversation that this is a turn of, which tells the server what will be used
+                 again.
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings = Settings(self.model, generation_config, kwargs)
@@ -100,7 +107,7 @@ class KVCacheAdapter:
             mask=None if bool(mask.all()) else mask,
             repeats=settings.repeats,
             room=settings.room(ids.shape[1], GROWTH_TOKENS),
-            chain=self.config.chain,
+            chain=self._chain(session),
             rates=self.rates,
         )
         cache.match()
@@ -140,6 +147,12 @@ class KVCacheAdapter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _chain(self, session: Key | None) -> ChainOptions:
+        chain = self.config.chain
+        if session is not None:
+            chain["session"] = session
+        return chain
+
     def _choose(self, cache: BatchCache, settings: Settings) -> None:
         """Say what of the matches is used."""
         rows, config = cache.rows, self.config
@@ -177,7 +190,7 @@ class KVCacheAdapter:
         known: dict[bytes, Tensor] = {}
         for row in cache.rows:
             if row.tokens not in known:
-                found = self.pages.logits(row.tokens, **self.config.chain)
+                found = self.pages.logits(row.tokens, **cache.chain)
                 if found is None:
                     return None
                 known[row.tokens] = found

@@ -62,6 +62,12 @@ def is_schema_refusal(error: CacheError) -> bool:
     return isinstance(error, ServerError) and error.word == "KVSCHEMA"
 
 
+def is_final(error: CacheError) -> bool:
+    """Whether a schema was refused for what it says, and will be again."""
+    words = ("ERR", "KVSCHEMA", "NOAUTH", "NOPERM", "WRONGPASS")
+    return isinstance(error, ServerError) and error.word in words
+
+
 def is_no_shared_memory(error: CacheError) -> bool:
     """Whether a lease failed because there is no memory to share, now and for ever."""
     if isinstance(error, ConfigError):

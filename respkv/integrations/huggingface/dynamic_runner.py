@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from respkv.batching.runner import Admission
+from respkv.batching.runner import Admission, Refusal
 from respkv.batching.sequence import Chunk, Sequence
 
 CONTEXT_TOKENS: Final = 4096  # of a model whose configuration names no longest context
@@ -41,12 +41,16 @@ class DynamicRunner:
         self._caches: dict[Sequence, DynamicCache] = {}
         self._room: dict[Sequence, int] = {}
 
-    def begin(self, sequence: Sequence) -> Admission | None:
+    def begin(self, sequence: Sequence) -> Admission | Refusal:
         """Take a sequence in if its tokens and one more fit."""
         if not self.grow(sequence, len(sequence.tokens) + 1):
-            return None
+            return Refusal.NO_ROOM
         self._caches[sequence] = DynamicCache(config=self.model.config)
         return Admission()
+
+    def arrived(self, *, wait: bool) -> Several[tuple[Sequence, Admission]]:
+        """Nothing is loaded."""
+        return ()
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Count the tokens, as if they were slots of one memory."""

@@ -9,6 +9,7 @@ A request whose prompt begins like one that is being computed waits for that one
 ask about the same document at once have it computed once.
 """
 
+import time
 from collections.abc import Hashable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
@@ -19,32 +20,39 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from respkv.batching.request import GenerationRequest
-from respkv.batching.runner import Admission
+from respkv.batching.runner import Admission, Loading, Refusal
 from respkv.batching.sequence import Chunk, Sequence
 from respkv.client.sequences import ChainOptions
 from respkv.integrations.huggingface.dynamic_runner import context_tokens, forward, vocab_size
 from respkv.integrations.huggingface.paged_attention import PagedModel, paged_config
+from respkv.integrations.huggingface.paged_loads import ASIDE_BYTES, Load, LoadThreads
 from respkv.integrations.huggingface.paged_logits import LastLogits
-from respkv.integrations.huggingface.paged_pages import Brought, PagedPages
+from respkv.integrations.huggingface.paged_pages import PagedPages
 from respkv.integrations.huggingface.prompt_pages import PromptPages
+from respkv.integrations.huggingface.rates import Rates
 from respkv.paged import Chunk as PagedChunk
 from respkv.paged import OutOfBlocks, PagedAttentionCache, PagedStats
 
 MEMORY_BYTES: Final = 1 << 30
 LOGITS_BYTES: Final = 64 << 20
+LEARNED_TOKENS_MIN: Final = 32  # a step of fewer says little about what a token costs
 
 
 @dataclass(slots=True)
 class _Held:
     """A sequence that is in the blocks.
 
-    number:  what the paged cache calls it.
+    number:   what the paged cache calls it.
+    local:    tokens that lay in the blocks when it came.
+    load:     of what respkv has beyond these, until it is over.
     unstored: the logits of its prompt's end, which has been computed and not been stored.
     """
 
     number: int
     salt: Hashable
     chain: ChainOptions
+    local: int = 0
+    load: Load | None = None
     unstored: Tensor | None = None
 
 
@@ -59,6 +67,8 @@ class PagedRunner:
     block_tokens: tokens of a block.
     tokens_max:   of one sequence; the model's longest context when None. No more than fit the blocks.
     logits_bytes: of the last logits of prompts that are kept here.
+    aside_bytes:  a load of more, or of what lies in files, does not keep others from computing.
+    never_slower: what respkv has is computed instead where that is expected to take less time.
     Raises UnsupportedModel for a model that blocks cannot serve: see DynamicRunner.
     """
 
@@ -72,6 +82,8 @@ class PagedRunner:
         block_tokens: int = 16,
         tokens_max: int | None = None,
         logits_bytes: int = LOGITS_BYTES,
+        never_slower: bool = True,
+        aside_bytes: int = ASIDE_BYTES,
     ) -> None:
         context = tokens_max or context_tokens(model)
         if memory_bytes is None and num_blocks is None:
@@ -87,40 +99,56 @@ class PagedRunner:
         self.vocab_size = vocab_size(model)
         self.tokens_max = min(context, config.num_blocks * block_tokens)
         self._paged = PagedModel(model, self.cache)
-        self._pages = None if pages is None else PagedPages(self.cache, pages)
+        self._rates = Rates() if never_slower else None
+        self._pages = (
+            None if pages is None else PagedPages(self.cache, pages, self._rates, aside_bytes)
+        )
         self._last = LastLogits(logits_bytes)
+        self._threads = LoadThreads()
         self._held: dict[Sequence, _Held] = {}
+        self._come: list[Sequence] = []  # their loads are over, and nobody has been told
+        self._unwanted: dict[Sequence, int] = {}  # they ended while they were loaded
 
-    def begin(self, sequence: Sequence) -> Admission | None:
+    def begin(self, sequence: Sequence) -> Admission | Loading | Refusal:
         """Take a sequence in, with what the blocks and respkv have of it."""
         request, tokens = sequence.request, sequence.tokens
         self._take_back()
         if self._held and self.cache.num_free_blocks <= len(self._held):
-            return None
-        salt, chain = (request.salt, request.tenant), _chain(request)
+            return Refusal.NO_ROOM
+        salt = request.salt, request.tenant
         if request.shares and self._is_coming(tokens, salt):
-            return None
+            return Refusal.SOON
         logits = self._last.find(salt, tokens) if request.shares else None
         limit = None if logits is None else len(tokens)
         held = _Held(
             self.cache.allocate_sequence(tokens, salt=salt, limit=limit, share=request.shares),
             salt,
-            chain,
+            _chain(request),
         )
         if self._held and not self._fits(held.number):  # alone it always does
             self.cache.free_sequence(held.number)
-            return None
+            return Refusal.NO_ROOM
+        is_alone = not self._held
         self._held[sequence] = held
-        local = self.cache.computed(held.number)
-        if local == len(tokens):
-            return Admission(local, local, logits)
-        brought = Brought()
+        held.local = self.cache.computed(held.number)
+        if held.local == len(tokens):
+            return Admission(held.local, held.local, logits)
         if self._pages is not None and request.shares:
-            brought = self._pages.bring(held.number, tokens, chain)
-        if brought.logits is not None:
-            self._last.keep(salt, tokens, brought.logits)
-        computed = self.cache.computed(held.number)
-        return Admission(computed, local, brought.logits, brought.failures)
+            held.load = self._pages.begin_load(held.number, tokens, held.chain)
+        if held.load is not None and held.load.is_long and not is_alone:
+            self._threads.start(sequence, held.load.run)
+            return Loading.LOADING
+        if held.load is not None:
+            held.load.run()
+        return self._admission(sequence, held)
+
+    def arrived(self, *, wait: bool) -> Several[tuple[Sequence, Admission]]:
+        """Return the sequences whose loads are over."""
+        self._collect(wait=wait and not self._come)
+        while wait and not self._come:
+            self._collect(wait=True)
+        come, self._come = self._come, []
+        return [(each, self._admission(each, self._held[each])) for each in come]
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room in the blocks; waits for stores that hold some before it says no."""
@@ -134,7 +162,7 @@ class PagedRunner:
             try:
                 self.cache.reserve(number, count)
             except OutOfBlocks:
-                if self._pages is None or not self._pages.wait():
+                if not self._wait_for_blocks():
                     return False
             else:
                 return True
@@ -152,7 +180,7 @@ class PagedRunner:
             PagedChunk(self._held[each.sequence].number, each.stop - each.start, each.is_last)
             for each in cached
         ]
-        computed = iter(self._paged.step(batch) if batch else ())
+        computed = iter(self._compute(batch) if batch else ())
         rows: list[Tensor] = []
         for chunk in chunks:
             if not chunk.sequence.request.use_cache:
@@ -165,6 +193,11 @@ class PagedRunner:
     def end(self, sequence: Sequence, *, is_good: bool) -> None:
         """Give the blocks back, and store what was computed, in the background."""
         held = self._held.pop(sequence)
+        if sequence in self._come:
+            self._come.remove(sequence)
+        elif held.load is not None:  # a thread still writes to its blocks
+            self._unwanted[sequence] = held.number
+            return
         if is_good:
             self._store_prompt(sequence, held)
             self._store_answer(sequence, held)
@@ -174,25 +207,69 @@ class PagedRunner:
 
     def clear(self) -> int:
         """Forget the blocks that no sequence has, and all logits; returns their bytes."""
-        self._take_back()
+        while self._wait_for_blocks():
+            pass
         return self.cache.clear() * self.cache.config.block_bytes + self._last.clear()
 
     def close(self) -> None:
         """Store what is to be stored, and give the model its attention back."""
         for sequence in list(self._held):
             self.end(sequence, is_good=True)
-        if self._pages is not None:
-            self._pages.close()
+        while self._wait_for_blocks():
+            pass
+        self._threads.close()
         self._paged.close()
 
     def local_stats(self) -> PagedStats:
         """Return what the blocks hold; from any thread."""
         return self.cache.stats()
 
+    def _compute(self, batch: list[PagedChunk]) -> Tensor:
+        """Compute a step, and learn what it costs."""
+        begun = time.perf_counter()
+        logits = self._paged.step(batch)
+        count = sum(each.count for each in batch)
+        if self._rates is not None and (count == 1 or count >= LEARNED_TOKENS_MIN):
+            if logits.is_cuda:  # it is waited for in any case, to choose tokens
+                torch.cuda.synchronize(logits.device)
+            self._rates.computed(count, time.perf_counter() - begun)
+        return logits
+
+    def _admission(self, sequence: Sequence, held: _Held) -> Admission:
+        """Say what a sequence has, now that its load is over, if there was one."""
+        load, held.load = held.load, None
+        if load is None or self._pages is None:
+            return Admission(held.local, held.local)
+        self._pages.end_load(held.number, load)
+        if load.logits is not None:
+            self._last.keep(held.salt, sequence.tokens, load.logits)
+        computed = self.cache.computed(held.number)
+        return Admission(computed, held.local, load.logits, int(load.has_failed))
+
+    def _collect(self, *, wait: bool) -> None:
+        """Take note of loads that are over, and give back the blocks of those nobody wants."""
+        for sequence in self._threads.finished(wait=wait):
+            number = self._unwanted.pop(sequence, None)
+            if number is None:
+                self._come.append(sequence)
+            else:
+                self.cache.free_sequence(number)
+
     def _take_back(self) -> None:
-        """Have the blocks again that were held to be stored."""
+        """Have the blocks again that were held for threads that are done with them."""
+        if self._unwanted:
+            self._collect(wait=False)
         if self._pages is not None:
             self._pages.take_back()
+
+    def _wait_for_blocks(self) -> bool:
+        """Wait for a thread that has blocks of no sequence; returns whether there was one."""
+        if self._pages is not None and self._pages.wait():
+            return True
+        if self._unwanted:
+            self._collect(wait=True)
+            return True
+        return False
 
     def _fits(self, number: int) -> bool:
         """Whether all its tokens, one more, and one more of each other sequence have room."""

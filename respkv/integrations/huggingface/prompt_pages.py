@@ -20,7 +20,11 @@ from respkv.chain import TOKEN_BYTES
 from respkv.client import Client, SequenceMatch
 from respkv.client.sequences import ChainOptions, Tokens, token_bytes
 from respkv.errors import CacheError
-from respkv.integrations.huggingface.availability import Availability, is_schema_refusal
+from respkv.integrations.huggingface.availability import (
+    Availability,
+    is_final,
+    is_schema_refusal,
+)
 from respkv.integrations.huggingface.buffers import BufferPool
 from respkv.integrations.huggingface.logits import pack_logits, unpack_logits
 from respkv.integrations.huggingface.model_kv import ModelKV, fingerprint_of, read_model
@@ -339,7 +343,7 @@ class PromptPages:
             try:
                 self.client.schema_set(self.namespace, **self._schema)
             except CacheError as error:
-                if is_schema_refusal(error):
+                if is_final(error):
                     self._state.refuse(error)
                 raise
             self._is_declared = True

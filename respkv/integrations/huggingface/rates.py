@@ -1,12 +1,13 @@
 """What computing and loading cost here, learned while it happens, so that a hit is never slower.
 
 Computing n more tokens of a prompt costs about n times what one costs in a long forward pass; the
-fixed cost of the pass is due either way. Loading costs what the server expects for its tier, times
-how that compared with what loads took. Both change with the machine's other work, so new values
-count for a quarter each, and a load that was refused makes the next one look a little cheaper: a
-cache that was slow once is tried again.
+fixed cost of the pass is due either way. Loading costs what the server expects for its tier, or what
+loads of as many bytes took here, and never less than the quickest of them. Both change with the
+machine's other work, so new values count for a quarter each, and a load that was refused makes the
+next one look a little cheaper: a cache that was slow once is tried again.
 """
 
+import math
 import threading
 from typing import Final
 
@@ -21,6 +22,7 @@ class Rates:
         self._token_s: float | None = None  # of computing, in a pass of many tokens
         self._step_s: float | None = None  # of a pass of one token
         self._load_byte_s: float | None = None
+        self._load_least_s = math.inf
         self._lock = threading.Lock()
 
     def computed(self, num_tokens: int, seconds: float) -> None:
@@ -37,6 +39,7 @@ class Rates:
         if nbytes:
             with self._lock:
                 self._load_byte_s = _mixed(self._load_byte_s, seconds / nbytes)
+                self._load_least_s = min(self._load_least_s / _FORGET, seconds)
 
     def compute_s(self, num_tokens: int) -> float | None:
         """Return what computing so many tokens more takes; None: nobody knows yet."""
@@ -50,12 +53,14 @@ class Rates:
         compute_s = self.compute_s(num_tokens)
         if compute_s is None:
             return True
-        seen = nbytes * (self._load_byte_s or 0.0)
-        if max(expected_s, seen) <= compute_s:
-            return True
         with self._lock:
-            if self._load_byte_s is not None:
-                self._load_byte_s *= _FORGET
+            if self._load_byte_s is None:
+                return expected_s <= compute_s
+            seen_s = max(nbytes * self._load_byte_s, self._load_least_s)
+            if max(expected_s, seen_s) <= compute_s:
+                return True
+            self._load_byte_s *= _FORGET
+            self._load_least_s *= _FORGET
         return False
 
 

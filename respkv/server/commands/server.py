@@ -2,7 +2,7 @@
 
 import time
 
-from respkv.config import FIXED, RUNTIME
+from respkv.config import FIXED, OF_SOCKETS, RUNTIME
 from respkv.errors import CommandError, ConfigError
 from respkv.server.arguments import Words, shown
 from respkv.server.info import info_text
@@ -50,6 +50,8 @@ def config_set(session: Session, args: Args) -> None:
                 f"CONFIG SET failed (possibly related to argument '{name}') - "
                 "can't set immutable config: restart the server with it"
             )
+        if session.server.is_embedded and name in OF_SOCKETS:
+            raise CommandError(f"CONFIG SET failed - an embedded engine has no {name}")
         changes[name] = args[position + 1].decode(errors="replace")
     server = session.server
     try:

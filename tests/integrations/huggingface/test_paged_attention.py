@@ -256,6 +256,7 @@ def test_models_that_blocks_cannot_serve_are_refused(
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "intermediate_size": 16}
     config = AutoConfig.for_model(family, **sizes, **heads, **changes)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    model = make(config)
     with pytest.raises(UnsupportedModel, match=reason):
         PagedModel(model, PagedAttentionCache(paged_config(model, num_blocks=1)))

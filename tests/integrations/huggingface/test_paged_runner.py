@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import respkv
 from respkv.batching.model_loop import Limits, ModelLoop
 from respkv.batching.request import Generation, GenerationFailed, GenerationRequest, Sampling
 from respkv.client import Client
@@ -27,18 +26,17 @@ DOCUMENT = prompt(200, seed=7)
 POISON = 1  # in no prompt, and in no answer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @remembered
 def model_of(family: str) -> PreTrainedModel:
     """The models of this module: their attention is replaced while a runner has them."""
     return tiny_model(family)
+
+
+def runner_of(
+    model: PreTrainedModel, pages: PromptPages | None, num_blocks: int = 500, **sizes: int
+) -> PagedRunner:
+    """A runner that loads whatever there is: computing such a model may well be quicker."""
+    return PagedRunner(model, pages, num_blocks=num_blocks, never_slower=False, **sizes)
 
 
 @remembered
@@ -58,12 +56,6 @@ def generated(model: Any, tokens: list[int], **wishes: Any) -> list[int]:
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), **wishes)
     new: list[int] = answer[0, len(tokens) :].tolist()
     return new
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Client]:
-    with respkv.open_sync(maxmemory="64mb", prefault=False) as running:
-        yield running
 
 
 @pytest.fixture
@@ -99,7 +91,7 @@ def test_a_mixed_batch_equals_generate_one_by_one(family: str, engine: Client) -
     model = model_of(family)
     with PromptPages(engine, model=model, page_tokens=16) as pages:
         for restart in range(2):
-            with ModelLoop(PagedRunner(model, pages), limits=Limits(step_tokens_max=48)) as loop:
+            with ModelLoop(runner_of(model, pages), limits=Limits(step_tokens_max=48)) as loop:
                 got = ask(loop, *PROMPTS)
                 plain = ask(loop, PROMPTS[0], use_cache=False)
                 again = ask(loop, *PROMPTS)
@@ -114,12 +106,12 @@ def test_the_same_prompt_again_has_its_first_token_without_a_forward_pass(
 ) -> None:
     model, calls = model_of("llama"), []
     counting = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with ModelLoop(PagedRunner(model, pages)) as loop:
+    with ModelLoop(runner_of(model, pages)) as loop:
         ask(loop, DOCUMENT)
         calls.clear()
         check(ask(loop, DOCUMENT, count=1), DOCUMENT)
     assert calls == []
-    runner = PagedRunner(model, pages)  # as another process would
+    runner = runner_of(model, pages)  # as another process would
     calls.clear()
     with ModelLoop(runner) as loop:
         got = ask(loop, DOCUMENT, count=1)
@@ -133,7 +125,7 @@ def test_the_same_prompt_again_has_its_first_token_without_a_forward_pass(
 def test_in_little_memory_some_have_to_leave_and_still_get_their_tokens(
     pages: PromptPages, with_pages: bool
 ) -> None:
-    runner = PagedRunner(model_of("llama"), pages if with_pages else None, num_blocks=14)
+    runner = runner_of(model_of("llama"), pages if with_pages else None, num_blocks=14)
     with ModelLoop(runner, limits=Limits(step_tokens_max=40)) as loop:
         for _ in range(2):
             check(ask(loop, *PROMPTS, count=40), *PROMPTS)
@@ -144,7 +136,7 @@ def test_in_little_memory_some_have_to_leave_and_still_get_their_tokens(
 
 
 def test_eviction_everywhere_changes_no_token(pages: PromptPages, engine: Client) -> None:
-    with ModelLoop(PagedRunner(model_of("llama"), pages, num_blocks=20)) as loop:
+    with ModelLoop(runner_of(model_of("llama"), pages, num_blocks=20)) as loop:
         for _ in range(3):
             check(ask(loop, *PROMPTS), *PROMPTS)
             pages.flush()
@@ -156,9 +148,7 @@ def test_eviction_everywhere_changes_no_token(pages: PromptPages, engine: Client
 
 def test_prompts_that_begin_alike_are_computed_once(pages: PromptPages) -> None:
     questions = [prompt(5, seed=seed, like=DOCUMENT) for seed in range(6)]
-    with ModelLoop(
-        PagedRunner(model_of("llama"), pages), limits=Limits(step_tokens_max=32)
-    ) as loop:
+    with ModelLoop(runner_of(model_of("llama"), pages), limits=Limits(step_tokens_max=32)) as loop:
         check(ask(loop, *questions), *questions)
         assert computed(loop) <= 205 + 5 * (5 + 16)
         assert loop.stats().local_tokens_saved >= 5 * 192
@@ -166,16 +156,39 @@ def test_prompts_that_begin_alike_are_computed_once(pages: PromptPages) -> None:
 
 def test_one_that_waits_for_another_goes_on_when_that_is_cancelled(pages: PromptPages) -> None:
     limits = Limits(sequences_max=4, step_tokens_max=4)
-    with ModelLoop(PagedRunner(model_of("llama"), pages), limits=limits) as loop:
+    with ModelLoop(runner_of(model_of("llama"), pages), limits=limits) as loop:
         first, second = (loop.submit(GenerationRequest(DOCUMENT, NEW)) for _ in range(2))
         first.cancel()
         check([second.result(60)], DOCUMENT)
 
 
+def test_long_loads_are_done_beside_the_steps_of_others(pages: PromptPages) -> None:
+    runner = runner_of(model_of("llama"), pages, num_blocks=60, aside_bytes=0)
+    with ModelLoop(runner) as loop:
+        ask(loop, *PROMPTS)
+        for _ in range(3):
+            loop.clear()
+            decoding = loop.submit(GenerationRequest(DOCUMENT, 100))
+            next(decoding)
+            tickets = [loop.submit(GenerationRequest(each, NEW)) for each in PROMPTS * 2]
+            for each in tickets[::3]:
+                each.cancel()
+            kept = [each for index, each in enumerate(tickets) if index % 3]
+            got = [each.result(60) for each in kept]
+            check(got, *(each for index, each in enumerate(PROMPTS * 2) if index % 3))
+            assert min(saved(got)) > 0
+            check([decoding.result(60)], DOCUMENT)
+        stats = loop.stats()
+        assert stats.load_errors == 0
+        loop.clear()
+        assert runner.cache.num_free_blocks == 60
+        runner.cache.blocks.check()
+
+
 @pytest.mark.parametrize("local", [False, True])
 def test_prompts_of_other_tenants_share_nothing(pages: PromptPages, local: bool) -> None:
     model = model_of("llama")
-    runner = PagedRunner(model, None if local else pages)
+    runner = runner_of(model, None if local else pages)
     chains = [{}, {"salt": "a"}, {"salt": "b"}, {"tenant": "a"}, {"salt": b"a", "tenant": "a"}]
     with ModelLoop(runner) as loop:
         for turn in range(2):
@@ -189,7 +202,7 @@ def test_prompts_of_other_tenants_share_nothing(pages: PromptPages, local: bool)
 
 
 def test_who_wants_no_prefix_cache_leaves_nothing_and_takes_nothing(pages: PromptPages) -> None:
-    with ModelLoop(PagedRunner(model_of("llama"), pages)) as loop:
+    with ModelLoop(runner_of(model_of("llama"), pages)) as loop:
         for wishes in ({"use_prefix_cache": False}, {"use_cache": False}):
             assert saved(ask(loop, DOCUMENT, **wishes)) == [0]
         assert pages.stats().stores == pages.stats().matches == 0
@@ -202,7 +215,7 @@ def test_who_wants_no_prefix_cache_leaves_nothing_and_takes_nothing(pages: Promp
 def test_a_conversation_goes_on_from_its_last_token(pages: PromptPages) -> None:
     model, turns = model_of("llama"), DOCUMENT[:50]
     for _ in range(3):
-        with ModelLoop(PagedRunner(model, pages)) as loop:
+        with ModelLoop(runner_of(model, pages)) as loop:
             got = ask(loop, turns)
         check(got, turns)
         # The last token has been chosen and never been computed.
@@ -216,7 +229,7 @@ def test_sampled_tokens_equal_generate_with_the_same_seed(pages: PromptPages) ->
     wishes = {"temperature": 0.9, "top_k": 30, "top_p": 0.9}
     want = generated(model, DOCUMENT, max_new_tokens=NEW, do_sample=True, **wishes)
     wish = Sampling(0.9, 30, 0.9, seed=5)
-    with ModelLoop(PagedRunner(model, pages)) as loop:
+    with ModelLoop(runner_of(model, pages)) as loop:
         for _ in range(2):
             ask(loop, *PROMPTS)
             got = loop.submit(GenerationRequest(DOCUMENT, NEW, wish)).result(60)
@@ -228,7 +241,7 @@ def test_a_server_that_goes_away_costs_no_request(
 ) -> None:
     server = start_server(maxmemory="16mb", unixsocket=str(tmp_path / "s"))
     with PromptPages(f"unix://{tmp_path / 's'}", model=model_of("llama"), page_tokens=16) as pages:
-        with ModelLoop(PagedRunner(model_of("llama"), pages)) as loop:
+        with ModelLoop(runner_of(model_of("llama"), pages)) as loop:
             check(ask(loop, *PROMPTS), *PROMPTS)
             server.stop()
             loop.clear()
@@ -241,7 +254,7 @@ def test_what_cannot_be_told_as_numbers_is_kept_from_everyone(pages: PromptPages
         weight = model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
         weight[POISON] = float("nan")
-    runner = PagedRunner(model, pages)
+    runner = runner_of(model, pages)
     with ModelLoop(runner) as loop:
         good = loop.submit(GenerationRequest(DOCUMENT, NEW))
         bad = loop.submit(GenerationRequest([*DOCUMENT[:40], POISON, *DOCUMENT[:40]], NEW))
@@ -256,7 +269,7 @@ def test_what_cannot_be_told_as_numbers_is_kept_from_everyone(pages: PromptPages
 def test_the_model_is_as_it_was_when_the_loop_has_closed(pages: PromptPages) -> None:
     model = model_of("llama")
     before = model.config._attn_implementation
-    loop = ModelLoop(PagedRunner(model, pages))
+    loop = ModelLoop(runner_of(model, pages))
     ticket = loop.submit(GenerationRequest(DOCUMENT, 1000))
     next(ticket)
     loop.close()

@@ -1,0 +1,104 @@
+"""Limits of time and number on connections."""
+
+import socket
+import time
+
+from respkv.gateway.settings import GatewaySettings
+from tests.gateway.conftest import Serve
+from tests.gateway.running import Running
+
+GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+def connect(running: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", running.port), timeout=10)
+
+
+def is_closed(raw: socket.socket) -> bool:
+    """Read until the other side closes; within the socket's timeout it does."""
+    try:
+        while raw.recv(4096):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_a_head_that_does_not_come_closes_the_connection(serve: Serve) -> None:
+    running = serve("x", GatewaySettings(head_timeout_s=0.2))
+    with connect(running) as silent, connect(running) as slow:
+        slow.sendall(GET[:10])
+        assert is_closed(silent)
+        assert is_closed(slow)
+
+
+def test_a_head_byte_by_byte_gets_no_more_time(serve: Serve) -> None:
+    running = serve("x", GatewaySettings(head_timeout_s=0.3))
+    with connect(running) as slow:
+        start = time.monotonic()
+        try:
+            while True:
+                slow.sendall(b"x" if time.monotonic() > start else b"GET /")
+                time.sleep(0.02)
+                assert time.monotonic() < start + 10
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+
+def test_the_next_head_of_a_connection_has_a_limit_too(serve: Serve) -> None:
+    running = serve("x", GatewaySettings(head_timeout_s=0.3, keep_alive_s=60))
+    with connect(running) as raw:
+        raw.sendall(GET)
+        assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+        time.sleep(0.5)  # idle is not slow
+        raw.sendall(GET)
+        assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+        raw.sendall(GET[:10])
+        assert is_closed(raw)
+
+
+def test_an_answer_that_takes_longer_than_a_head_is_not_cut(serve: Serve) -> None:
+    running = serve("x", GatewaySettings(head_timeout_s=0.2))
+    running.runner.gate.clear()
+    with running.open("POST", "/generate", {"prompt": "x"}) as raw:
+        time.sleep(0.5)
+        running.runner.gate.set()
+        assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_an_idle_connection_is_closed(serve: Serve) -> None:
+    running = serve("x", GatewaySettings(keep_alive_s=1))
+    with connect(running) as raw:
+        raw.sendall(GET)
+        assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+        assert is_closed(raw)
+
+
+def test_requests_in_one_piece_are_answered_in_order(serve: Serve) -> None:
+    running = serve("x")
+    with connect(running) as raw:
+        raw.sendall(GET * 3 + GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        received = b""
+        while part := raw.recv(4096):
+            received += part
+    assert received.count(b"HTTP/1.1 200") == 4
+
+
+def test_connections_beyond_the_limit_are_refused_and_come_back(serve: Serve) -> None:
+    running = serve("x", GatewaySettings(max_connections=4))
+    held = [connect(running) for _ in range(4)]
+    for raw in held:
+        raw.sendall(GET)
+        assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+    reply = running.get("/healthz")
+    assert (reply.status, reply.error["code"]) == (503, "busy")
+    assert reply.headers["connection"] == "close"
+    more = [connect(running) for _ in range(20)]  # beyond twice as many: dropped
+    assert any(is_closed(raw) for raw in more[8:])
+    for raw in (*held, *more):
+        raw.close()
+    deadline = time.monotonic() + 10
+    while running.get("/healthz").status != 200:
+        assert time.monotonic() < deadline

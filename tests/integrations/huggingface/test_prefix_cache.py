@@ -1,0 +1,115 @@
+"""A cache for those who call the model themselves."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from respkv.client import Client
+from respkv.integrations.huggingface import PromptPages, RespKVCache
+from respkv.integrations.huggingface.prefix_cache import as_rows
+from tests.integrations.huggingface.models import prompt, shared_model, tiny_model
+
+TEXT = prompt(50)
+
+
+def generate(model: Any, tokens: list[int], **options: Any) -> list[int]:
+    ids = torch.tensor([tokens])
+    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    found: list[int] = made[0].tolist()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_generate_with_it_gives_the_same_tokens(family: str, engine: Client) -> None:
+    model = shared_model(family)
+    with PromptPages(engine, model=model, page_tokens=16) as pages:
+        expected = generate(model, TEXT)
+        for loaded in (0, 49):
+            with RespKVCache(pages, TEXT) as cache:
+                assert cache.loaded_tokens == loaded
+                assert generate(model, TEXT, past_key_values=cache) == expected
+            assert pages.flush(10)
+        # The whole conversation, once it is known.
+        longer = prompt(9, seed=1, like=expected)
+        cache = RespKVCache(pages, expected[:-1])
+        generate(model, expected[:-1], past_key_values=cache, max_new_tokens=1)
+        assert cache.save()
+        assert pages.flush(10)
+        cache = RespKVCache(pages, longer)
+        assert cache.loaded_tokens == len(expected) - 1
+        assert generate(model, longer, past_key_values=cache) == generate(model, longer)
+        del cache
+        assert pages.flush(10)
+        assert pages.match(longer).tokens == len(longer)  # stored when it was dropped
+        assert pages.stats().errors == 0
+
+
+def test_the_model_may_be_called_step_by_step(engine: Client) -> None:
+    model: Any = shared_model("qwen2")
+    with PromptPages(engine, model=model, page_tokens=16) as pages:
+        with torch.no_grad():
+            whole = model(input_ids=torch.tensor([TEXT])).logits[0]
+            for _ in range(2):
+                with RespKVCache(pages, TEXT, room=1) as cache:
+                    start = cache.get_seq_length()
+                    rest = torch.tensor([TEXT[start:]])
+                    found = model(input_ids=rest, past_key_values=cache).logits[0]
+                    torch.testing.assert_close(found, whole[start:])
+                assert pages.flush(10)
+            assert start == 49
+            limited = RespKVCache(pages, TEXT, limit=20, store=False)
+            assert (limited.loaded_tokens, limited.get_seq_length()) == (20, 20)
+
+
+def test_what_is_stored_is_not_what_was_written_over_it(engine: Client) -> None:
+    model: Any = shared_model("llama")
+    other = prompt(20, seed=3)
+    with PromptPages(engine, model=model, page_tokens=16, namespace="over") as pages:
+        cache = RespKVCache(pages, TEXT)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([TEXT]), past_key_values=cache)
+            assert cache.save()
+            cache.crop(-20)
+            model(input_ids=torch.tensor([other]), past_key_values=cache)
+        assert pages.flush(10)
+        again = RespKVCache(pages, TEXT)
+        assert again.loaded_tokens == 49
+        assert generate(model, TEXT, past_key_values=again) == generate(model, TEXT)
+
+
+def test_assisted_decoding_without_the_adapter_is_right_if_not_fast(engine: Client) -> None:
+    model = shared_model("llama")
+    with PromptPages(engine, model=model, page_tokens=16, namespace="assisted") as pages:
+        expected = generate(model, TEXT)
+        with RespKVCache(pages, TEXT) as cache:
+            generate(model, TEXT, past_key_values=cache)
+        assert pages.flush(10)
+        cache = RespKVCache(pages, TEXT)
+        assert cache.loaded_tokens == 49
+        found = generate(model, TEXT, past_key_values=cache, prompt_lookup_num_tokens=3)
+        assert found == expected
+        assert cache.loaded_tokens == 0
+
+
+def test_a_cache_needs_a_prompt_and_a_model(engine: Client) -> None:
+    model = shared_model("llama")
+    with PromptPages(engine, model=model, page_tokens=16) as pages:
+        with pytest.raises(ValueError, match="at least 1 token"):
+            RespKVCache(pages, [])
+        shape = pages.geometry
+    with PromptPages(engine, geometry=shape, namespace="bare") as pages:
+        with pytest.raises(TypeError, match="made without a model"):
+            RespKVCache(pages, TEXT)
+        assert RespKVCache(pages, TEXT, model=tiny_model("llama")).loaded_tokens == 0
+
+
+def test_padding_has_to_stand_in_front() -> None:
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 3]])
+    rows = as_rows(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    assert rows is not None
+    assert [(row.padding, row.num_tokens) for row in rows] == [(2, 2), (0, 4)]
+    assert as_rows(ids, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])) is None
+    assert as_rows(ids, torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1]])) is None
+    assert as_rows(ids, torch.zeros_like(ids)) is None
