@@ -108,7 +108,7 @@ ifeq ($(strip $(ARGS)),)
 	@$(call title,pytest with $(WORKERS) workers)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not long and not alone'
 	@$(call title,pytest: what is alone on the machine)
-	@$(BIN)/python -m pytest -m 'alone and not long'
+	@$(BIN)/python -m pytest -m 'alone and not long' $$(grep -rl --include='test_*.py' 'mark\.alone' tests)
 else
 	@$(call title,pytest)
 	@$(BIN)/python -m pytest $(ARGS)

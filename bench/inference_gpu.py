@@ -1,7 +1,9 @@
 """Time to first token of a model as large as the ones people serve, by the tier its KV comes from.
 
 A Llama with the shape of one of 8 billion weights, random ones, in bfloat16, on a GPU. Its prompts are
-computed, and then answered from a full hit whose pages lie in the gpu tier, in memory or in files.
+computed, and then answered with KV whose pages lie in the gpu tier, in memory or in files. Stored logits
+are left out, or the first token would come before any KV is loaded: all of the prompt but its last
+token is loaded, and that one is computed.
 The engine is in the model's process, as a worker would have it, and each tier has an engine of its own.
 The figures of files are of the first read after the engine was opened: later ones find the pages in
 memory. That is the system's page cache only where the file system refuses O_DIRECT.
@@ -144,7 +146,7 @@ def _from_memory(
     shape: Shape, model: PreTrainedModel, prompt: list[int], tier: str
 ) -> tuple[list[Generation], str]:
     """Answer out of an engine that has the prompt in memory, or has copied it to the gpu tier."""
-    settings: dict[str, Any] = {"maxmemory": str(shape.memory)}
+    settings: dict[str, Any] = {"maxmemory": str(shape.memory), "prefault": shape is not TINY}
     if tier == "gpu":
         device = "cpu" if model.device.type == "cpu" else "cuda:0"
         settings |= {"gpu_bytes": str(shape.memory), "gpu_device": device, "gpu_promote": "first"}
@@ -163,6 +165,7 @@ def _from_files(
     """Answer out of an engine that was just opened on the files of another."""
     settings: dict[str, Any] = {
         "maxmemory": str(shape.memory),
+        "prefault": shape is not TINY,
         "nvme_path": str(folder),
         "nvme_bytes": str(2 * shape.memory),
     }
@@ -188,6 +191,7 @@ def _reader(
             # To hash 16 GB of weights takes longer than all the rest, and there is but one model.
             fingerprint=b"bench",
             page_tokens=shape.page_tokens,
+            use_logits=False,
             never_slower=False,
         )
         yield CachedReader(cleanup.enter_context(KVCacheAdapter(model, cache_config=config)), model)

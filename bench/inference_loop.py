@@ -53,7 +53,7 @@ def concurrent(bench: Bench) -> Iterator[Row]:
 def running_loop(bench: Bench) -> Iterator[ModelLoop]:
     """Run a model loop over an engine in this process."""
     with (
-        respkv.open_sync(maxmemory=bench.sizes.memory) as engine,
+        respkv.open_sync(maxmemory=bench.sizes.memory, prefault=bench.sizes.prefault) as engine,
         PromptPages(engine, model=bench.subject.model) as pages,
         ModelLoop(
             PagedRunner(bench.subject.model, pages=pages, memory_bytes=BLOCK_BYTES),

@@ -47,8 +47,12 @@ def _run(bench: Bench, policy: str) -> tuple[float, float]:
     config = subject.model.config.get_text_config()
     token_bytes = sizes.grid_layers * 2 * config.num_key_value_heads * config.head_dim * 4
     memory = int(sizes.documents * sizes.document_tokens * token_bytes * ROOM)
-    settings = {"maxmemory_policy": policy, "answer_lease": ANSWER_LEASE_MS}
-    with reader(subject, str(max(memory, 2 * MIB)), **settings) as cached:
+    settings = {
+        "maxmemory": str(max(memory, 2 * MIB)),
+        "maxmemory_policy": policy,
+        "answer_lease": ANSWER_LEASE_MS,
+    }
+    with reader(subject, sizes, **settings) as cached:
         answers = [cached.answer(prompt, 1) for prompt in _prompts(bench)]
     reused = sum(each.tokens_reused for each in answers)
     return (

@@ -28,7 +28,7 @@ class Sizes:
     """How much is measured.
 
     layers, hidden: of the model of the demos and of concurrent requests; ``grid_`` of the one that
-    reads prompts of all lengths. memory: of the engine in this process.
+    reads prompts of all lengths. memory, prefault: of the engine in this process.
     lengths, ratios: of prompts, and of them stored before. rounds_max: of a prompt, the fewer the
     longer it is. new_tokens: of an answer.
     hit_lengths, hit_rounds: of full hits. concurrencies: requests at a time, and how many in all.
@@ -39,6 +39,7 @@ class Sizes:
     grid_layers: int = 4
     grid_hidden: int = 256
     memory: str = "1gb"
+    prefault: bool = True
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     rounds_max: int = 15
@@ -69,14 +70,15 @@ QUICK: Final = Sizes(
     grid_layers=2,
     grid_hidden=64,
     memory="64mb",
-    lengths=(64, 96),
+    prefault=False,
+    lengths=(96,),
     ratios=(0.0, 0.5, 1.0),
     rounds_max=1,
     rounds_min=1,
     new_tokens=2,
     hit_lengths=(96,),
     hit_rounds=2,
-    concurrencies=((1, 2), (4, 8)),
+    concurrencies=((4, 8),),
     context_tokens=40,
     batch_rounds=1,
     policies=("lru", "survival"),
@@ -125,10 +127,11 @@ class Prompts:
 
 
 @contextmanager
-def reader(subject: SmallModel, memory: str, **settings: Any) -> Iterator[CachedReader]:
+def reader(subject: SmallModel, sizes: Sizes, **settings: Any) -> Iterator[CachedReader]:
     """Open an engine in this process and a reader over it, as they come: with all defaults."""
+    settings = {"maxmemory": sizes.memory, "prefault": sizes.prefault} | settings
     with (
-        respkv.open_sync(maxmemory=memory, **settings) as engine,
+        respkv.open_sync(**settings) as engine,
         KVCacheAdapter(subject.model, cache_config=CacheConfig(cache=engine)) as adapter,
     ):
         yield CachedReader(adapter, subject.model)

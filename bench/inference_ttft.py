@@ -3,7 +3,8 @@
 Without and with the cache take turns over the same prompts, so that what disturbs the machine for a
 while disturbs both; the figures are medians of the rounds. Every round has a prompt of its own, whose
 beginning was stored before and whose end nobody has seen. "Without" is the same model with
-transformers' own cache: the whole prompt is computed, the tokens of the answer use its KV.
+transformers' own cache: the whole prompt is computed, the tokens of the answer use its KV. Of a prompt that
+is stored to its end the logits are, too: its first token comes of them alone.
 """
 
 import gc
@@ -28,7 +29,7 @@ def first_tokens(bench: Bench) -> Iterator[Row]:
     prompts = Prompts(subject)
     for length in sizes.lengths:
         # An engine for each length: no prompt is evicted for those of another.
-        with reader(subject, sizes.memory) as cached:
+        with reader(subject, sizes) as cached:
             plain = PlainReader(subject.model)
             _warm(plain, cached, prompts)
             for ratio in sizes.ratios:

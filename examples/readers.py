@@ -147,7 +147,7 @@ class CachedReader:
 def cached_reader(model: PreTrainedModel, url: str | None) -> Iterator[CachedReader]:
     """Open the cache of a demo: a server's, or one in this process, and a reader over it."""
     with ExitStack() as cleanup:
-        engine = url or cleanup.enter_context(respkv.open_sync(maxmemory=MAXMEMORY))
+        engine = url or cleanup.enter_context(respkv.open_sync(maxmemory=MAXMEMORY, prefault=False))
         # How long loading may take is learnt, and a demo is over before much is: it always loads.
         config = CacheConfig(cache=engine, page_tokens=PAGE_TOKENS, never_slower=False)
         adapter = cleanup.enter_context(KVCacheAdapter(model, cache_config=config))

@@ -234,14 +234,11 @@ class ModelLoop:
 
     def _advance(self) -> None:
         """Admit who can be, and compute one step."""
-        start = time.perf_counter()
         for sequence, admission in self._scheduler.admit(self.runner):
-            job, now = self._jobs[sequence], time.perf_counter()
-            job.lookup_s += now - start
-            self._admitted(job, admission, now)
+            job = self._jobs[sequence]
+            self._admitted(job, admission)
             if admission.logits is not None:
                 self._choose(admission.logits[None], [job])
-            start = time.perf_counter()
         chunks = self._scheduler.plan(self.runner)
         if not chunks:
             return
@@ -253,12 +250,13 @@ class ModelLoop:
             self._counts.prompt_tokens_computed += max(in_prompt, 0)
         self._choose(logits, [self._jobs[each.sequence] for each in chunks if each.is_last])
 
-    def _admitted(self, job: Job, admission: Admission, now: float) -> None:
+    def _admitted(self, job: Job, admission: Admission) -> None:
+        job.lookup_s += admission.lookup_s
         counts, request = self._counts, job.sequence.request
         counts.load_errors += admission.failures
         if job.admitted is not None:  # it was preempted, and is back
             return
-        job.admitted = now - job.lookup_s
+        job.admitted = time.perf_counter() - job.lookup_s
         job.saved, job.local = admission.computed, admission.local
         counts.prompt_tokens += job.sequence.num_prompt
         counts.prefix_tokens_saved += job.saved

@@ -17,12 +17,14 @@ class Admission:
     computed: of its tokens, so many need not be computed; all of them only with ``logits``.
     local:    of those, the ones that lay in the runner's own memory.
     logits:   [V] of the last token, when all tokens were there: the next token needs no step.
+    lookup_s: what it took to find and load that, in seconds.
     failures: how often something cached could not be loaded, for a reason other than its absence.
     """
 
     computed: int = 0
     local: int = 0
     logits: Tensor | None = None
+    lookup_s: float = 0.0
     failures: int = 0
 
 

@@ -18,7 +18,7 @@ Range: TypeAlias = tuple[int, int]
 class Shape:
     """The pages of a namespace: ``[layers, planes, tokens, heads, dim]``, of ``itemsize`` bytes.
 
-    tokens: 0 for the state of a group, which is one object of ``dim`` bytes.
+    tokens: 0 for the state of a group, which is one object of ``dim`` bytes. dtype: of its numbers.
     """
 
     layers: int
@@ -27,6 +27,15 @@ class Shape:
     heads: int
     dim: int
     itemsize: int
+    dtype: str = "uint8"
+
+    def layer(self, num_tokens: int, heads: Range | None) -> tuple[int, ...]:
+        """Return the shape of one layer of so many tokens; heads: first and count, all when None."""
+        if not self.tokens:
+            return (self.dim,)
+        if self.planes == 1:
+            return num_tokens, self.dim
+        return self.planes, num_tokens, heads[1] if heads else self.heads, self.dim
 
     def row_bytes(self, heads: int) -> int:
         """Return the bytes of one token in one plane."""
@@ -37,10 +46,9 @@ def shape_of(schema: dict[str, Any], group: bytes | None) -> Shape:
     """Return the shape of a group's pages; of a state, one of 1 layer and as many bytes."""
     if not group:
         planes = 1 if schema["kind"] == "mla" else 2
-        itemsize = DTYPE_BYTES[schema["dtype"]]
-        return Shape(
-            schema["layers"], planes, schema["tokens"], schema["heads"], schema["dim"], itemsize
-        )
+        dtype = schema["dtype"]
+        sizes = (schema["layers"], planes, schema["tokens"], schema["heads"], schema["dim"])
+        return Shape(*sizes, DTYPE_BYTES[dtype], dtype)
     name = group.decode(errors="replace")
     for found, kind, *words in schema.get("groups", ()):
         if found != name:
@@ -51,9 +59,9 @@ def shape_of(schema: dict[str, Any], group: bytes | None) -> Shape:
         if "BYTES" in said:
             return Shape(1, 1, 0, 1, int(said["BYTES"]), 1)
         planes, heads = (1, 1) if kind == "MLA" else (2, int(said["HEADS"]))
-        itemsize = DTYPE_BYTES[said["DTYPE"]]
+        dtype = said["DTYPE"]
         layers, dim = int(said["LAYERS"]), int(said["DIM"])
-        return Shape(layers, planes, schema["tokens"], heads, dim, itemsize)
+        return Shape(layers, planes, schema["tokens"], heads, dim, DTYPE_BYTES[dtype], dtype)
     raise ConfigError(f"namespace {schema['namespace']!r} has no group {name!r}")
 
 

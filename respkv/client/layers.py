@@ -15,6 +15,7 @@ from respkv.client.sequences import (
     ChainOptions,
     Tokens,
     chain_words,
+    find_shape,
     portion_words,
     token_bytes,
 )
@@ -51,6 +52,7 @@ class LayersHold:
         self.logits: memoryview | None = None
         self.hidden: memoryview | None = None
         self._core = core
+        self._namespace, self._group, self._heads = namespace, group, heads
         self._first = first
         self._asked = [
             name for name, is_asked in (("logits", logits), ("hidden", hidden)) if is_asked
@@ -129,6 +131,14 @@ class LayersHold:
         if self._next == self.num_layers:
             self.close()
         return layer
+
+    def form(self) -> Operation[tuple[str, tuple[int, ...]]]:
+        """Return the dtype of a layer, and its shape.
+
+        Raises ConfigError when the namespace has no schema, and what a call raises.
+        """
+        shape = yield from find_shape(self._core, self._namespace, self._group)
+        return shape.dtype, shape.layer(self.num_tokens, self._heads)
 
     def close(self) -> None:
         """Give the connection back; it is closed unless the last layer has come."""

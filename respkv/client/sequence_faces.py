@@ -5,7 +5,8 @@ are, and a face makes its methods of them.
 """
 
 import inspect
-from collections.abc import Callable, Coroutine
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, get_args
 
@@ -14,8 +15,12 @@ from respkv.client.commands import Command
 from respkv.client.core import Core
 from respkv.client.effects import Operation
 from respkv.client.layers import LayersHold
+from respkv.client.views import as_torch
+from respkv.page import DTYPE_BYTES
 
 if TYPE_CHECKING:
+    import torch
+
     from respkv.client.aio import AsyncClient
     from respkv.client.sync import Client
 
@@ -74,6 +79,16 @@ class Layers(_Head):
             raise StopIteration
         return layer
 
+    def tensors(self) -> "Iterator[torch.Tensor]":
+        """Yield the layers as CPU tensors ``[2, num_tokens, heads, dim]``, without a copy.
+
+        Of latents ``[num_tokens, dim]``, of a state ``[bytes]`` uint8. They keep the memory that
+        they are made of. Raises ConfigError when the namespace has no schema.
+        """
+        dtype, shape = self._client._run(self._hold.form())
+        for layer in self:
+            yield _tensor(layer, dtype, shape)
+
     def close(self) -> None:
         """Take no more layers."""
         self._hold.close()
@@ -104,6 +119,12 @@ class AsyncLayers(_Head):
             raise StopAsyncIteration
         return layer
 
+    async def tensors(self) -> "AsyncIterator[torch.Tensor]":
+        """Yield the layers as tensors; see ``Layers.tensors``."""
+        dtype, shape = await self._client._run(self._hold.form())
+        async for layer in self:
+            yield _tensor(layer, dtype, shape)
+
     async def close(self) -> None:
         """Take no more layers."""
         self._hold.close()
@@ -115,6 +136,17 @@ class AsyncLayers(_Head):
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._hold.close()
+
+
+def _tensor(layer: memoryview, dtype: str, shape: tuple[int, ...]) -> "torch.Tensor":
+    # Of a sliding window there are fewer tokens than of the prompt; of a state, nothing or all.
+    if not layer.nbytes:
+        shape = tuple(0 if axis == max(len(shape) - 3, 0) else n for axis, n in enumerate(shape))
+    elif len(shape) > 1:
+        tokens = max(len(shape) - 3, 0)
+        row = math.prod(n for axis, n in enumerate(shape) if axis != tokens) * DTYPE_BYTES[dtype]
+        shape = (*shape[:tokens], layer.nbytes // row, *shape[tokens + 1 :])
+    return as_torch(layer, dtype, shape)
 
 
 def _describe(method: Callable[..., Any], source: Callable[..., Any], returned: Any) -> None:

@@ -1,12 +1,13 @@
 """The embedded engine for asynchronous code: it runs in the event loop that opens it."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import TaskGroup
 
 from respkv.client.aio import AsyncClient
 from respkv.client.core import Core
@@ -18,6 +19,8 @@ from respkv.embedded.settings import read_settings
 from respkv.embedded.stream import EngineStream
 from respkv.errors import CacheError, ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 class AsyncEmbeddedCache(AsyncClient):
     """An ``AsyncClient`` whose server is an engine in the same event loop; see ``open``."""
@@ -26,8 +29,9 @@ class AsyncEmbeddedCache(AsyncClient):
         self._engine = Engine(config)
         self._settings = settings_for(self._dial, pool_max, timeout_s)
         self._tasks: TaskGroup | None = None
-        self._ended = anyio.Event()
-        self._has_begun = False
+        self._started: anyio.Event  # these three belong to the event loop it is entered in
+        self._ended: anyio.Event
+        self._hosting: anyio.CancelScope
 
     async def __aenter__(self) -> Self:
         """Open the engine. Raises CacheError. Cancelled: nothing stays open."""
@@ -38,10 +42,14 @@ class AsyncEmbeddedCache(AsyncClient):
                 f"disk-path = {disk!r}: the disk tier needs asyncio; without it, use open_sync,"
                 " whose event loop is its own"
             )
+        self._started, self._ended = anyio.Event(), anyio.Event()
+        self._hosting = anyio.CancelScope(shield=True)
         self._tasks = await anyio.create_task_group().__aenter__()
+        self._tasks.start_soon(self._host)
         try:
-            await self._tasks.start(self._host)
+            await self._started.wait()
         except BaseException as error:  # a cancellation, that is
+            self._hosting.cancel()
             await self._end(error)
             raise
         server = self._engine.server
@@ -67,29 +75,19 @@ class AsyncEmbeddedCache(AsyncClient):
         self._core.pool.close()
         await self._stop()
 
-    async def _host(self, *, task_status: TaskStatus[None]) -> None:
-        # A cancellation ends the engine as everything does that leaves the block: see _end.
-        self._has_begun = True
-        has_started = False
-
-        def started() -> None:
-            nonlocal has_started
-            has_started = True
-            task_status.started()
-
+    async def _host(self) -> None:
+        # A cancellation of the block ends the engine as everything does that leaves it: see _end.
         try:
-            with anyio.CancelScope(shield=True):
-                await self._engine.run(started)
+            with self._hosting:
+                await self._engine.run(self._started.set)
         finally:
+            self._started.set()
             self._ended.set()
-        if not has_started:
-            task_status.started()
 
     async def _stop(self) -> None:
         self._engine.stop()
-        if self._has_begun:
-            with anyio.CancelScope(shield=True):
-                await self._ended.wait()
+        with anyio.CancelScope(shield=True):
+            await self._ended.wait()
 
     async def _end(self, error: BaseException | None) -> None:
         """Stop the engine and leave the task group, which shall not wrap an error of the block."""
@@ -99,10 +97,14 @@ class AsyncEmbeddedCache(AsyncClient):
         passed = error if is_cancelled else None
         await self._tasks.__aexit__(type(passed) if passed else None, passed, None)
         failure, self._engine.failure = self._engine.failure, None
+        if failure is None:
+            return
+        if error is not None:  # it is on its way, and must not be hidden
+            logger.error("the embedded engine has crashed", exc_info=failure)
+            return
         if isinstance(failure, CacheError):
             raise failure
-        if failure is not None:
-            raise CacheError("the embedded engine has crashed") from failure
+        raise CacheError("the embedded engine has crashed") from failure
 
     def _dial(self) -> EngineStream:
         return self._engine.dial(TaskBell(), _now)

@@ -25,6 +25,8 @@ from respkv.gateway.state import Gateway
 
 # Of the time to stop, for saying to the last ones that they were not finished.
 FAREWELL_S = 1.0
+# Of a connection's answer in the kernel, which doubles it.
+SEND_BYTES = 64 * 1024
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Process:
         self._settings = settings
         self._load = load
         self._gateway = Gateway(settings)
+        self._announce: Callable[[str], None] = logger.info
         self._failure: CacheError | None = None
         self._closing: threading.Thread | None = None
         self._loading = threading.Thread(target=self._load_model, name="respkv-load", daemon=True)
@@ -85,7 +88,7 @@ class Process:
         Raises ConfigError when the address cannot be had; CacheError when the model cannot be
         loaded.
         """
-        with _listen(self._settings) as listener:
+        with listen(self._settings) as listener:
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             self._announce = announce
@@ -100,14 +103,20 @@ class Process:
             raise self._failure
 
     def _load_model(self) -> None:
+        # What is not a CacheError is a bug: the thread's own report of it is in the log.
+        failure: CacheError | None = CacheError("loading the model crashed; the log has more")
         try:
             model = self._load()
+            failure = None
         except CacheError as error:
-            self._failure = error
-            self._server.should_exit = True
-            return
-        self._announce(f"ready to serve {model.name}")
-        self._gateway.install(model)
+            failure = error
+        finally:
+            if failure is not None:
+                self._failure = failure
+                self._server.should_exit = True
+        if failure is None:
+            self._gateway.install(model)
+            self._announce(f"ready to serve {model.name}")
 
     def _begin_to_stop(self) -> None:
         """Refuse new requests and let the others finish; a signal's handler may call this."""
@@ -119,8 +128,8 @@ class Process:
                 self._closing.start()
 
 
-def _listen(settings: GatewaySettings) -> socket.socket:
-    """Return a listening socket. Raises ConfigError when the address cannot be had."""
+def listen(settings: GatewaySettings) -> socket.socket:
+    """Return a listening socket of a gateway. Raises ConfigError when the address cannot be had."""
     address = (settings.host, settings.port)
     try:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
@@ -128,7 +137,9 @@ def _listen(settings: GatewaySettings) -> socket.socket:
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
         raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from error
-    # A connection inherits it: what nobody takes does not stay in the kernel for ever.
+    # Connections inherit these. A stream needs little room in the kernel, which would give a reader
+    # that does not read megabytes; and what nobody takes does not stay there for ever.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
     wait_ms = int(settings.read_timeout_s * 1000)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, wait_ms)
     return listener

@@ -96,7 +96,7 @@ class BlockManager:
 
     def match(self, tokens: Sequence[int], salt: Hashable = "") -> int:
         """Return how many tokens the tree has the KV of."""
-        return sum(common for _, common in self._tree.find(tokens, salt))
+        return sum(common for _, common in self._find(tokens, salt))
 
     def blocks_needed(self, sequence: int, count: int) -> int:
         """Return how many blocks ``reserve`` would take for so many tokens.
@@ -280,6 +280,13 @@ class BlockManager:
                 f"there is no sequence {sequence}; it was freed or never was"
             ) from None
 
+    def _find(self, tokens: Sequence[int], salt: Hashable) -> list[tuple[Node, int]]:
+        """Find a prefix; the token that all prompts begin with is none, and not worth a copy."""
+        path = self._tree.find(tokens, salt)
+        if len(path) == 1 and path[0][1] < self.block_tokens // 4:
+            return []
+        return path
+
     def _grown(self, state: BlockTable, count: int) -> int:
         """Return how many blocks are missing at the end."""
         return max(0, -(-(state.computed + count) // self.block_tokens) - len(state.blocks))
@@ -293,7 +300,7 @@ class BlockManager:
         return self._uses[state.blocks[at]] > 1 or (node is not None and used < len(node.tokens))
 
     def _take_prefix(self, state: BlockTable, wanted: list[int]) -> None:
-        for node, common in self._tree.find(wanted, state.salt):
+        for node, common in self._find(wanted, state.salt):
             self._idle.pop(node.block, None)
             self._uses[node.block] += 1
             state.blocks.append(node.block)

@@ -32,7 +32,7 @@ SCAN_COUNT = 10_000
 BATCH = 256  # commands sent together
 CANDIDATES = 8  # that a get has ready, in case the nearest ones are gone
 PAYLOADS = 8  # that a search asks for together
-TURNS = 2
+TURNS = 3
 # Entries may be replaced while they are read; a get that meets that so often gives up.
 ATTEMPTS = 64
 

@@ -1,9 +1,7 @@
 """The benchmark of inference, tiny: every row once, and what its table says."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,19 @@ from bench.inference_gpu import gpu_tiers
 from bench.inference_setup import Bench, Sizes
 from bench.inference_table import Row, markdown
 
-ROOT = Path(__file__).parent.parent.parent
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_every_row_is_measured_and_written(tmp_path: Path) -> None:
+def test_every_row_is_measured_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "new" / "inference.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.inference", "--quick", "--json", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["--quick", "--json", str(path)]) == 0
     written = json.loads(path.read_text())
     assert {"date", "cpu", "respkv", "packages", "model of the demos", "took"} <= set(
         written["machine"]
@@ -47,7 +45,7 @@ def test_every_row_is_measured_and_written(tmp_path: Path) -> None:
         assert "differ" not in row["note"], row
         assert "NOT all" not in row["note"], row
     table = path.with_suffix(".md").read_text()
-    assert done.stdout.strip() == table.strip()
+    assert capsys.readouterr().out.strip() == table.strip()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: it would be measured")

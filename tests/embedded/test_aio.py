@@ -142,6 +142,17 @@ async def test_long_pipelines_do_not_wait_for_themselves() -> None:
         assert replies[1::2] == [payload(number, 20_000) for number in range(500)]
 
 
+@pytest.mark.parametrize("seconds", [0, 0.001, 0.01, 0.03])
+async def test_opening_may_be_cancelled_at_any_time(seconds: float, tmp_path: Path) -> None:
+    settings = {"nvme_path": tmp_path / "nvme", "nvme_bytes": "16mb"}
+    with anyio.move_on_after(seconds) as scope:
+        async with small(**settings):
+            await anyio.sleep(10)
+    assert scope.cancelled_caught
+    async with small(**settings) as cache:
+        await cache.ping()
+
+
 async def test_close_ends_it_early_and_leaving_does_no_harm() -> None:
     async with small() as cache:
         await cache.ping()

@@ -91,3 +91,9 @@ def test_tensors_go_in_and_come_out(cache: EmbeddedCache) -> None:
     assert cache.seq.put("t", prompt, kv).stored == 3
     got = [as_torch(layer, shape.dtype, (2, 40, 2, 8)) for layer in cache.seq.get("t", prompt)]
     assert torch.equal(torch.stack(got), kv)
+    got = list(cache.seq.get("t", prompt).tensors())
+    assert torch.equal(torch.stack(got), kv)
+    some = cache.seq.get("t", prompt, first=16, layers=(1, 2), heads=(1, 1)).tensors()
+    assert torch.equal(torch.stack(list(some)), kv[1:, :, 16:, 1:])
+    none = list(cache.seq.get("t", [7, 7]).tensors())
+    assert [tensor.shape for tensor in none] == [(2, 0, 2, 8)] * 3

@@ -19,7 +19,9 @@ def test_settings_are_those_of_a_server_by_their_python_names(tmp_path: Path) ->
 
 def test_a_servers_file_can_be_used_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "respkv.toml"
-    file.write_text('port = 7000\ntimeout = 5\nrequirepass = "secret"\nshm = "rw"\nmaxmemory = "2gb"\n')
+    file.write_text(
+        'port = 7000\ntimeout = 5\nrequirepass = "secret"\nshm = "rw"\nmaxmemory = "2gb"\n'
+    )
     found = read_settings(file, {"maxmemory_policy": "lru"})
     assert (found.port, found.requirepass, found.shm, found.unixsocket) == (0, "", "off", "")
     assert (found.maxmemory, found.maxmemory_policy, found.timeout) == (2 << 30, "lru", 0)

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import numpy
 import pytest
 
@@ -345,6 +347,7 @@ def test_a_crash_is_told_and_ends_the_engine() -> None:
     async def crash() -> None:
         raise ZeroDivisionError("a bug")
 
+    assert runner._post is not None
     runner._post(lambda: server.spawn(crash))
     with suppress(ConnectionLost):
         for _ in range(1000):
@@ -380,6 +383,58 @@ def test_a_fork_has_no_engine_and_takes_nothing_from_it() -> None:
     )
     assert "of which this one is a fork" in done.stdout
     assert done.stdout.endswith("b'value'\n"), done.stderr
+
+
+def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
+    done = run(
+        f"""
+        import os, respkv, signal
+        tier = {{"nvme_path": {str(tmp_path / "nvme")!r}, "nvme_bytes": "16mb"}}
+        cache = respkv.open_sync(maxmemory="16mb", prefault=False, **tier)
+        child = os.fork()
+        if not child:
+            signal.pause()
+        cache.close()
+        respkv.open_sync(maxmemory="16mb", prefault=False, **tier).close()
+        os.kill(child, signal.SIGKILL)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_call_in_the_engines_own_thread_says_so(cache: EmbeddedCache) -> None:
+    told: list[str] = []
+
+    def call() -> None:
+        with suppress(RuntimeError):
+            try:
+                cache.ping()
+            except ConnectionLost as error:
+                told.append(str(error))
+        done.set()
+
+    done = threading.Event()
+    assert cache._runner._post is not None
+    cache._runner._post(call)
+    assert done.wait(10)
+    assert "own thread" in told[0]
+    cache.ping()
+
+
+def test_calls_from_worker_threads_of_a_loop_are_calls_as_all_others(cache: EmbeddedCache) -> None:
+    async def main() -> object:
+        return await anyio.to_thread.run_sync(lambda: cache.command("KV.SCHEMA", "DEL", "none"))
+
+    assert anyio.run(main) == 0
+
+
+def test_what_waits_for_files_is_waited_for(tmp_path: Path) -> None:
+    settings = {"nvme_path": tmp_path / "nvme", "nvme_bytes": "32mb"}
+    with small(**settings) as cache:
+        assert cache.put("page", payload(1, MIB), durability="durable") is True
+    with small(**settings) as cache:
+        assert cache.exists("page") == 1
+        assert cache.get("page", deadline_ms=20_000) == payload(1, MIB)
 
 
 def test_an_engine_that_nobody_closes_is_closed_at_exit(tmp_path: Path) -> None:

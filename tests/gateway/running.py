@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import uvicorn
@@ -13,6 +13,7 @@ import uvicorn
 from respkv.gateway.app import make_app
 from respkv.gateway.model import Model
 from respkv.gateway.protocol import protocol_of
+from respkv.gateway.serve import listen
 from respkv.gateway.settings import GatewaySettings
 from respkv.gateway.state import Gateway
 from tests.gateway.scripted import ScriptedRunner
@@ -88,7 +89,10 @@ class Client:
 
     def open(self, method: str, path: str, body: object) -> socket.socket:
         """Send a request and return the socket, from which nothing is read yet."""
-        raw = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        raw = socket.socket()
+        raw.settimeout(WAIT_S)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)  # it takes little ahead
+        raw.connect(("127.0.0.1", self.port))
         data = json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         raw.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
@@ -120,7 +124,7 @@ class Running(Client):
             timeout_keep_alive=settings.keep_alive_s,
         )
         self.server = uvicorn.Server(config)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = listen(replace(settings, port=0))
         super().__init__(listener.getsockname()[1])
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self._thread.start()

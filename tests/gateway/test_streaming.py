@@ -72,13 +72,11 @@ def test_a_client_in_the_queue_that_goes_away_leaves_it(serve: Serve) -> None:
 def test_a_reader_that_takes_nothing_is_dropped(serve: Serve) -> None:
     settings = GatewaySettings(max_new_tokens=1_000_000, read_timeout_s=0.3)
     running = endless(serve, settings)
-    body = {"prompt": "x", "max_new_tokens": 1_000_000, "stream": True}
-    raw = running.open("POST", "/generate", body)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    wait_until(lambda: running.runner.num_sequences == 1)
-    wait_until(lambda: running.runner.num_sequences == 0)
-    assert running.get("/healthz").status == 200
-    raw.close()
+    body = {"prompt": "x", "max_tokens": 1_000_000, "stream": True, "n": 8}
+    with running.open("POST", "/v1/completions", body):
+        wait_until(lambda: running.runner.num_sequences == 8)
+        wait_until(lambda: running.runner.num_sequences == 0)
+        assert running.get("/healthz").status == 200
 
 
 def test_a_stream_without_news_says_that_it_lives(serve: Serve) -> None:

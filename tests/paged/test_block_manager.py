@@ -51,6 +51,14 @@ def test_the_tail_of_an_ended_sequence_is_found_to_the_token() -> None:
     assert blocks.match([2]) == 0
 
 
+def test_the_token_that_all_prompts_begin_with_is_no_prefix() -> None:
+    blocks = BlockManager(16, 16)
+    blocks.free(prompt(blocks, [0, 1, 2, 3, 4, 5]))
+    assert blocks.match([0, 9, 9, 9, 9]) == blocks.match([0, 1, 2, 9]) == 0
+    assert blocks.computed(blocks.allocate([0, 9, 9])) == 0
+    assert blocks.match([0, 1, 2, 3, 9]) == 4
+
+
 def test_all_but_the_last_token_are_taken_unless_its_logits_are_known() -> None:
     blocks = BlockManager(16, T)
     tokens = [1, 2, 3, 4, 5, 6, 7, 8]

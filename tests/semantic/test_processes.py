@@ -12,6 +12,8 @@ import numpy
 import pytest
 
 from respkv.client import Client
+from respkv.embedded import open_sync
+from respkv.errors import ConfigError
 from respkv.semantic import SemanticCache
 from tests.conftest import StartServer
 from tests.semantic.conftest import OpenCache
@@ -53,6 +55,21 @@ def test_a_cleared_tenant_is_seen_by_all(open_cache: OpenCache) -> None:
     assert other.get(EAST) is None
 
 
+def test_a_flush_is_seen_by_all() -> None:
+    with open_sync(maxmemory="64mb", prefault=False) as engine:
+        with SemanticCache(engine, dim=4) as one, SemanticCache(engine, dim=4) as other:
+            one.put(EAST, "east")
+            assert other.get(EAST) is not None
+            engine.command("FLUSHALL")
+            assert other.get(EAST) is None
+            assert other.stats().entries == 0
+            other.put(EAST, "again")
+            assert one.get(EAST) is not None
+        with SemanticCache(engine, dim=5) as another:
+            with pytest.raises(ConfigError, match="dim=4, not dim=5"):
+                another.get([1, 2, 3, 4, 5])
+
+
 def test_what_the_server_evicts_leaves_the_index(start_server: StartServer) -> None:
     server = start_server(maxmemory="16mb")
     with SemanticCache(server.url, dim=4, max_payload_bytes=1 << 20) as answers:
@@ -62,25 +79,6 @@ def test_what_the_server_evicts_leaves_the_index(start_server: StartServer) -> N
         assert 5 <= len(kept) < 35
         assert eventually(lambda: len(answers.search(EAST, 99)) and answers.stats().entries < 35)
         assert answers.stats().entries == len(answers.search(EAST, 99))
-
-
-def test_a_missed_eviction_is_a_miss_and_corrects_the_index(
-    server: ServerProcess, namespace: str
-) -> None:
-    """The value goes without an event: by a rename of what is heard, as it were."""
-    with Client(server.url) as client, SemanticCache(client, namespace, dim=4) as answers:
-        answers.put(EAST, "east", key="e")
-        answers.put([1, 0.1, 0, 0], "near", key="n")
-        (name,) = [
-            key
-            for key in _keys(client, f"semantic:{namespace}:*")
-            if b"east" in bytes(client.get(key) or b"")
-        ]
-        client.delete(name)
-        found = answers.get(EAST)
-        assert found is not None
-        assert found.payload == "near"
-        assert [hit.key for hit in answers.search(EAST, 9)] == ["n"]
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
@@ -120,6 +118,8 @@ def test_an_object_finds_everything_after_its_connection_was_cut(
 
 WRITER = """
 import sys
+from respkv.embedded import open_sync
+from respkv.errors import ConfigError
 from respkv.semantic import SemanticCache
 url, namespace, number = sys.argv[1:]
 answers = SemanticCache(url, namespace, dim=4, max_entries=30)
@@ -184,9 +184,3 @@ def test_a_forked_child_listens_for_itself(server: ServerProcess, namespace: str
         found = answers.get(NORTH)
         assert found is not None
         assert found.payload == "from the child"
-
-
-def _keys(client: Client, pattern: str) -> list[bytes]:
-    reply = client.command("KEYS", pattern)
-    assert isinstance(reply, list)
-    return [key for key in reply if isinstance(key, bytes)]

@@ -52,6 +52,7 @@ class Target:
         self._dtype: torch.dtype = getattr(torch, geometry.dtype)
         self.room = _check(into, geometry, self._dtype)
         self._whole = as_one(into)
+        self.device = into[0][0].device
 
     def copy(self, pages: Sequence[Stored], stop: int) -> None:
         """Copy what of some pages is from ``first`` up to ``stop``."""
@@ -59,10 +60,17 @@ class Target:
             source = self._source(run)
             begin, end = max(run[0].first, self.first), min(run[-1].first + run[-1].count, stop)
             if len(run) == 1:
-                skip = begin - run[0].first
-                self._copy_one(source[0, :, :, skip : skip + end - begin], begin, end)
+                self.copy_page(source[0], run[0].first, stop)
             else:
                 self._copy_many(source, begin, end)
+
+    def copy_page(self, page: Tensor, first: int, stop: int) -> None:
+        """Copy what of a page is from ``self.first`` up to ``stop``.
+
+        page: ``[L, 2, T, H, D]``, whose first token is ``first``; best on the device of the target.
+        """
+        begin, end = max(first, self.first), min(first + page.shape[2], stop)
+        self._copy_one(page[:, :, begin - first : end - first], begin, end)
 
     def copy_layer(self, layer: int, plane: Tensor, begin: int) -> None:
         """Copy one layer of tokens from ``begin`` on, ``[2, count, H, D]``."""

@@ -15,7 +15,7 @@ import torch
 from respkv.chain import NO_EXTRAS, TOKEN_BYTES, Chain, Extras, Media, Prompt
 from respkv.client import Client, as_bytes
 from respkv.client.sequences import ChainOptions
-from respkv.errors import CacheError, ServerError
+from respkv.errors import CacheError, ConfigError, ServerError
 from respkv.integrations.huggingface.availability import is_no_shared_memory
 from respkv.integrations.huggingface.buffers import BufferPool
 from respkv.integrations.huggingface.page_copies import Stored, Target, stored
@@ -26,10 +26,11 @@ LEASE_BYTES: Final = 256 << 20  # at a time: all of a lease has to be in the ser
 
 
 class Loaded(NamedTuple):
-    """Where the tokens that were brought end, and how many came without a socket."""
+    """Where the tokens that were brought end, and how many came without a socket, and on a GPU."""
 
     end: int
     leased_tokens: int
+    gpu_tokens: int
 
 
 class PageLoads:
@@ -49,6 +50,7 @@ class PageLoads:
         self._buffers = buffers
         self._chain = Chain("blake3", fingerprint, geometry.tokens)
         self._can_lease = True
+        self._gpu_kind: str | None = None  # of device that the gpu tier is on; None: not asked yet
         self._recent: OrderedDict[tuple[bytes, Extras], Prompt] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -74,26 +76,66 @@ class PageLoads:
         return None if found is None else bytes(found)
 
     def load(
-        self, data: bytes, target: Target, stop: int, known: int, chain: ChainOptions
+        self,
+        data: bytes,
+        target: Target,
+        stop: int,
+        known: int,
+        chain: ChainOptions,
+        tiers: str = "",
     ) -> Loaded:
         """Copy tokens from ``target.first`` up to ``stop``.
 
-        data: the prompt's tokens as int32. known: as many of them are stored.
+        data: the prompt's tokens as int32. known: as many of them are stored. tiers: where the
+        pages are, as a match says it.
         Raises CacheError; tensors are undefined then.
         """
         end = target.first
-        if self._can_lease:
-            end = self._load_leased(data, target, stop, known, chain)
+        on_gpu = tiers[end // self._geometry.tokens : known // self._geometry.tokens]
+        count = len(on_gpu) - len(on_gpu.lstrip("g"))
+        if count and target.device.type == self._gpu():
+            end = self._load_on_gpu(data, target, count, stop, chain)
+        on_device = end - target.first
+        if self._can_lease and end < stop:
+            end = self._load_leased(data, target, end, stop, known, chain)
         leased = end - target.first
         if end < stop:
             end = self._load_sent(data, target, end, stop, chain)
-        return Loaded(end, leased)
+        return Loaded(end, leased, on_device)
+
+    def _gpu(self) -> str:
+        """Return on which kind of device the gpu tier is; empty: there is none, or none to lease of."""
+        if self._gpu_kind is None:
+            self._gpu_kind = self._client.info().get("kv_gpu_device", "").partition(":")[0]
+        return self._gpu_kind
+
+    def _load_on_gpu(
+        self, data: bytes, target: Target, count: int, stop: int, chain: ChainOptions
+    ) -> int:
+        """Copy pages that are on the device of the tensors; return where they end."""
+        tokens = self._geometry.tokens
+        end, first = target.first, target.first // tokens
+        keys = self.prompt(data, chain).keys(first, min(first + count, -(-stop // tokens)))
+        try:
+            with self._client.lease_gpu(keys) as lease:
+                for number, page in enumerate(lease.pages, first):
+                    if page is None:
+                        break
+                    target.copy_page(page.tensor(self._geometry), number * tokens, stop)
+                    end = min((number + 1) * tokens, stop)
+                page = None  # it is a view of memory that the lease lends
+        except ConfigError:  # another host's device, or another container's
+            self._gpu_kind = ""
+            return target.first
+        except CacheError:  # they have left the device: memory has them, or nobody
+            return target.first
+        return end
 
     def _load_leased(
-        self, data: bytes, target: Target, stop: int, known: int, chain: ChainOptions
+        self, data: bytes, target: Target, end: int, stop: int, known: int, chain: ChainOptions
     ) -> int:
-        """Copy full pages, and the tail that ends where the stored tokens do; return their end."""
-        tokens, end = self._geometry.tokens, target.first
+        """Copy full pages from ``end`` on, and the tail where the stored tokens end; return the end."""
+        tokens = self._geometry.tokens
         prompt = self.prompt(data, chain)
         pages_max = max(1, LEASE_BYTES // self._geometry.page_bytes)
         while end < stop:

@@ -43,6 +43,7 @@ class _Held:
     """A sequence that is in the blocks.
 
     number:   what the paged cache calls it.
+    begun:    when it came, by the clock of time.perf_counter.
     local:    tokens that lay in the blocks when it came.
     load:     of what respkv has beyond these, until it is over.
     unstored: the logits of its prompt's end, which has been computed and not been stored.
@@ -51,6 +52,7 @@ class _Held:
     number: int
     salt: Hashable
     chain: ChainOptions
+    begun: float
     local: int = 0
     load: Load | None = None
     unstored: Tensor | None = None
@@ -111,6 +113,7 @@ class PagedRunner:
 
     def begin(self, sequence: Sequence) -> Admission | Loading | Refusal:
         """Take a sequence in, with what the blocks and respkv have of it."""
+        begun = time.perf_counter()
         request, tokens = sequence.request, sequence.tokens
         self._take_back()
         if self._held and self.cache.num_free_blocks <= len(self._held):
@@ -124,6 +127,7 @@ class PagedRunner:
             self.cache.allocate_sequence(tokens, salt=salt, limit=limit, share=request.shares),
             salt,
             _chain(request),
+            begun,
         )
         if self._held and not self._fits(held.number):  # alone it always does
             self.cache.free_sequence(held.number)
@@ -132,7 +136,7 @@ class PagedRunner:
         self._held[sequence] = held
         held.local = self.cache.computed(held.number)
         if held.local == len(tokens):
-            return Admission(held.local, held.local, logits)
+            return Admission(held.local, held.local, logits, time.perf_counter() - begun)
         if self._pages is not None and request.shares:
             held.load = self._pages.begin_load(held.number, tokens, held.chain)
         if held.load is not None and held.load.is_long and not is_alone:
@@ -239,12 +243,12 @@ class PagedRunner:
         """Say what a sequence has, now that its load is over, if there was one."""
         load, held.load = held.load, None
         if load is None or self._pages is None:
-            return Admission(held.local, held.local)
+            return Admission(held.local, held.local, None, time.perf_counter() - held.begun)
         self._pages.end_load(held.number, load)
         if load.logits is not None:
             self._last.keep(held.salt, sequence.tokens, load.logits)
-        computed = self.cache.computed(held.number)
-        return Admission(computed, held.local, load.logits, int(load.has_failed))
+        computed, lookup_s = self.cache.computed(held.number), time.perf_counter() - held.begun
+        return Admission(computed, held.local, load.logits, lookup_s, int(load.has_failed))
 
     def _collect(self, *, wait: bool) -> None:
         """Take note of loads that are over, and give back the blocks of those nobody wants."""

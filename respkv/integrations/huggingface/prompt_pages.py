@@ -48,7 +48,8 @@ class PagesStats:
 
     matches, match_tokens: how often it was asked, and the tokens found. loads, loaded_tokens,
     loaded_bytes, load_s: what was brought, and the seconds it took. leased_bytes: of them, those
-    that were copied out of the server's memory, without a socket. stores, stored_pages,
+    that were copied out of the server's memory, without a socket; gpu_bytes: of these, those that
+    never left the GPU. stores, stored_pages,
     stores_dropped: what was stored; dropped is what found no room in the queue, or failed.
     errors, last_error: of the cache.
     """
@@ -59,6 +60,7 @@ class PagesStats:
     loaded_tokens: int = 0
     loaded_bytes: int = 0
     leased_bytes: int = 0
+    gpu_bytes: int = 0
     load_s: float = 0.0
     stores: int = 0
     stored_pages: int = 0
@@ -206,7 +208,8 @@ class PromptPages:
         if end <= first:
             return first
         begun = time.perf_counter()
-        loaded = self._ask("load", lambda: self._loads.load(data, target, end, known, chain))
+        tiers = "" if match is None else match.tiers
+        loaded = self._ask("load", lambda: self._loads.load(data, target, end, known, chain, tiers))
         if loaded is None:
             return first
         self._count(
@@ -214,6 +217,7 @@ class PromptPages:
             loaded_tokens=loaded.end - first,
             loaded_bytes=(loaded.end - first) * self.token_bytes,
             leased_bytes=loaded.leased_tokens * self.token_bytes,
+            gpu_bytes=loaded.gpu_tokens * self.token_bytes,
             load_s=time.perf_counter() - begun,
         )
         return loaded.end

@@ -106,7 +106,7 @@ def test_streamers_processors_and_criteria_work_on(engine: Client) -> None:
             streamer = Streamer()
             options: dict[str, Any] = {
                 "logits_processor": [Forbid()],
-                "stopping_criteria": StoppingCriteriaList([EosTokenCriteria(EOS)]),  # type: ignore[no-untyped-call]
+                "stopping_criteria": StoppingCriteriaList([EosTokenCriteria(EOS)]),
                 "repetition_penalty": 1.3,
                 "pad_token_id": PAD,
             }

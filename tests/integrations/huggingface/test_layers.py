@@ -26,8 +26,9 @@ STEPS = st.lists(
 
 def layers_of(window: int) -> tuple[Any, Any]:
     if not window:
-        return TokenMajorLayer(POOL), DynamicLayer()
-    theirs = DynamicSlidingWindowLayer(window)
+        plain: Any = DynamicLayer
+        return TokenMajorLayer(POOL), plain()
+    theirs: Any = DynamicSlidingWindowLayer(window)
     theirs.activate_past_recording()
     return SlidingTokenMajorLayer(POOL, window), theirs
 
@@ -95,7 +96,7 @@ def test_what_is_outside_of_a_window_that_was_loaded_cannot_come_back() -> None:
 def test_states_of_another_shape_are_an_error() -> None:
     layer = TokenMajorLayer(POOL)
     layer.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
-    with pytest.raises(ValueError, match="1 sequences of 2 heads of 4 torch.float32"):
+    with pytest.raises(ValueError, match=r"1 sequences of 2 heads of 4 torch.float32"):
         layer.update(torch.randn(2, 2, 1, 4), torch.randn(2, 2, 1, 4))
     with pytest.raises(ValueError, match=r"the model gave \[1, 2, 1, 4\] torch.float16"):
         layer.update(torch.randn(1, 2, 1, 4).half(), torch.randn(1, 2, 1, 4).half())

@@ -51,14 +51,13 @@ def test_the_model_may_be_called_step_by_step(engine: Client) -> None:
     with PromptPages(engine, model=model, page_tokens=16) as pages:
         with torch.no_grad():
             whole = model(input_ids=torch.tensor([TEXT])).logits[0]
-            for _ in range(2):
+            for start in (0, 49):
                 with RespKVCache(pages, TEXT, room=1) as cache:
-                    start = cache.get_seq_length()
+                    assert cache.get_seq_length() == start
                     rest = torch.tensor([TEXT[start:]])
                     found = model(input_ids=rest, past_key_values=cache).logits[0]
                     torch.testing.assert_close(found, whole[start:])
                 assert pages.flush(10)
-            assert start == 49
             limited = RespKVCache(pages, TEXT, limit=20, store=False)
             assert (limited.loaded_tokens, limited.get_seq_length()) == (20, 20)
 

@@ -57,10 +57,12 @@ def test_lossless_codecs_on_every_tier(tier: str, tmp_path: Path) -> None:
     with respkv.open_sync(**settings) as engine:
         with KVCacheAdapter(model, CacheConfig(cache=engine, **config)) as adapter:
             assert_equal(adapter, ids)
-        if tier == "gpu":
-            keys = [bytes(key) for key in engine.command("KEYS", "*")]  # type: ignore[union-attr, arg-type]
-            with engine.lease_gpu([key for key in keys if b"." not in key]) as lease:
-                assert sum(page is not None for page in lease.pages) == 3  # but the tail
+            if tier == "gpu":
+                bring_to_gpu(engine)
+                assert adapter.pages.match(TEXTS[0]).tiers == "gggc"  # tails are never there
+                for each in (ids, longer):
+                    assert_equal(adapter, each)
+                assert adapter.pages.stats().gpu_bytes == 2 * 48 * adapter.pages.token_bytes
     # A new engine has what is in files there alone, encoded; the GPU tier and memory begin anew.
     with respkv.open_sync(**settings) as engine:
         with KVCacheAdapter(model, CacheConfig(cache=engine, **config)) as adapter:
@@ -72,6 +74,13 @@ def test_lossless_codecs_on_every_tier(tier: str, tmp_path: Path) -> None:
                 assert_equal(adapter, each)
                 assert adapter.last.reused_tokens >= len(TEXTS[0])
             assert adapter.pages.stats().stores_dropped == 0
+
+
+def bring_to_gpu(engine: Client) -> None:
+    """Lease all full pages on the device, where they then have copies."""
+    names: Any = engine.command("KEYS", "*")
+    with engine.lease_gpu([bytes(key) for key in names if b"." not in bytes(key)]) as lease:
+        assert sum(page is not None for page in lease.pages) == 3
 
 
 def test_every_family_with_eviction_in_between(start_server: StartServer) -> None:

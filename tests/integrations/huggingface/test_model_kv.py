@@ -1,0 +1,54 @@
+"""What is read off a model, and the name of its weights."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from respkv.integrations.huggingface.model_kv import fingerprint_of, read_model
+from tests.integrations.huggingface.models import FAMILIES, WINDOW, shared_model, tiny_model
+
+# Layers, heads, dim and the windows.
+EXPECTED: dict[str, tuple[int, int, int, list[int]]] = {
+    "llama": (3, 2, 8, [0, 0, 0]),
+    "tinyllama": (2, 1, 4, [0, 0]),
+    "qwen2": (2, 2, 8, [0, 0]),
+    "qwen3": (2, 2, 16, [0, 0]),
+    "phi": (2, 4, 8, [0, 0]),
+    "phi3": (2, 2, 8, [0, 0]),
+    "gpt2": (2, 4, 8, [0, 0]),
+    "mistral": (2, 2, 8, [WINDOW, WINDOW]),
+    "gemma2": (2, 2, 16, [WINDOW, 0]),
+    "gemma3": (3, 2, 16, [WINDOW, 0, WINDOW]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shape_is_read_off_a_forward_pass(family: str) -> None:
+    kv = read_model(shared_model(family))
+    windows = [layer.window for layer in kv.layers]
+    assert (len(kv.layers), kv.heads, kv.dim, windows) == EXPECTED[family]
+    assert kv.window_max == (WINDOW if family == "mistral" else 0)
+    assert kv.token_bytes == 64 * kv.geometry(64).page_bytes // 64 // 64
+    assert kv.geometry(64).dtype == "float32"
+
+
+def test_half_precision_is_kept() -> None:
+    model: Any = tiny_model("llama").to(torch.bfloat16)
+    assert read_model(model).geometry(16).dtype == "bfloat16"
+
+
+def test_the_fingerprint_names_weights_and_what_they_mean() -> None:
+    model: Any = tiny_model("llama")
+    name = fingerprint_of(model)
+    assert fingerprint_of(tiny_model("llama")) == name
+    assert fingerprint_of(tiny_model("llama", attention="eager")) == name
+    model.config._name_or_path = "elsewhere"
+    assert fingerprint_of(model) == name
+    assert fingerprint_of(tiny_model("llama", seed=1)) != name
+    assert fingerprint_of(tiny_model("llama", rms_norm_eps=1e-5)) != name
+    assert fingerprint_of(tiny_model("llama", rope_theta=5000.0)) != name
+    assert fingerprint_of(tiny_model("llama").to(torch.bfloat16)) != name
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1e-3
+    assert fingerprint_of(model) != name

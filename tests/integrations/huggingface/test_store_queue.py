@@ -1,0 +1,51 @@
+"""Work in the background: in order, bounded, and done before the end."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from respkv.integrations.huggingface.store_queue import StoreQueue
+
+
+def test_work_is_done_in_order_by_one_thread() -> None:
+    queue, done = StoreQueue(100), []
+    for number in range(50):
+        assert queue.add(lambda number=number: done.append((number, threading.get_ident())))  # type: ignore[misc]
+    assert queue.flush(10)
+    assert [number for number, _ in done] == list(range(50))
+    assert {thread for _, thread in done} - {threading.get_ident()}
+    assert len({thread for _, thread in done}) == 1
+    assert queue.close(10)
+    assert not queue.add(lambda: done.append((99, 0)))
+    assert len(done) == 50
+
+
+def test_what_is_too_much_is_refused() -> None:
+    queue, entered, go_on = StoreQueue(2), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        go_on.wait(10)
+
+    assert queue.add(wait)
+    assert entered.wait(10)
+    assert queue.add(wait)
+    assert queue.add(wait)
+    assert not queue.add(wait)
+    assert not queue.flush(0.01)
+    go_on.set()
+    assert queue.flush(10)
+    with pytest.raises(ValueError, match="queue_max must be at least 1, not 0"):
+        StoreQueue(0)
+
+
+def test_an_interpreter_that_ends_waits_for_what_is_queued() -> None:
+    code = (
+        "import time; from respkv.integrations.huggingface.store_queue import StoreQueue;"
+        "queue = StoreQueue(2);"
+        "queue.add(lambda: time.sleep(0.2)); queue.add(lambda: print('stored', flush=True))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("stored\n", "")

@@ -1,0 +1,151 @@
+"""The core without a face: what it does when the store is not what its index says."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import pytest
+
+from respkv.client import Client
+from respkv.errors import ConnectionLost, TimedOut
+from respkv.semantic.core import Core
+from respkv.semantic.effects import Ask, Effect, Hear, Heard, Steps
+from respkv.semantic.settings import make_settings
+from tests.server_process import ServerProcess
+
+T = TypeVar("T")
+
+EAST, NEAR, NORTH = [1, 0, 0, 0], [1, 0.1, 0, 0], [0, 1, 0, 0]
+
+
+class DeafFace:
+    """Carries out what a core asks over a client, but never hears of anything.
+
+    breaks_at: the number of the effect that fails; 0: none.
+    """
+
+    def __init__(self, client: Client, namespace: str) -> None:
+        self.client = client
+        self.core = Core(make_settings(namespace, 4, {}))
+        self.is_new = True
+        self.breaks_at = 0
+
+    def run(self, steps: Steps[T]) -> T:
+        number = 0
+        try:
+            effect = next(steps)
+            while True:
+                number += 1
+                if number == self.breaks_at:
+                    effect = steps.throw(TimedOut("broken on purpose"))
+                else:
+                    effect = steps.send(self.carry_out(effect))
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    def carry_out(self, effect: Effect) -> Any:
+        if isinstance(effect, Hear):
+            heard, self.is_new = Heard((), self.is_new), False
+            return heard
+        pipeline = self.client.pipeline()
+        for command in effect.commands:
+            pipeline.command(*command)
+        return pipeline.execute(raise_on_error=False)
+
+
+@pytest.fixture
+def face(server: ServerProcess, namespace: str) -> Iterator[DeafFace]:
+    with Client(server.url) as client:
+        yield DeafFace(client, namespace)
+
+
+@pytest.fixture
+def other(face: DeafFace, namespace: str) -> DeafFace:
+    return DeafFace(face.client, namespace)
+
+
+def test_an_entry_that_is_gone_is_no_answer_and_leaves_the_index(
+    face: DeafFace, other: DeafFace
+) -> None:
+    key = face.run(face.core.put(EAST, "east"))
+    face.run(face.core.put(NEAR, "near"))
+    assert other.run(other.core.delete(key))
+    found = face.run(face.core.get(EAST))
+    assert found is not None
+    assert found.payload == "near"
+    stats = face.core.stats()
+    assert (stats.gone, stats.entries) == (1, 1)
+    assert other.run(other.core.delete(found.key))
+    assert face.run(face.core.search(EAST, 5)) == []
+    assert face.core.stats().entries == 0
+
+
+def test_an_entry_that_has_another_embedding_now_is_found_where_it_is(
+    face: DeafFace, other: DeafFace
+) -> None:
+    face.run(face.core.put(EAST, "old", key="a"))
+    face.run(face.core.put(NEAR, "near", key="b"))
+    other.run(other.core.put(NORTH, "new", key="a"))
+    found = face.run(face.core.get(EAST))
+    assert found is not None
+    assert found.key == "b"
+    assert [hit.payload for hit in face.run(face.core.search(NORTH, 5))] == ["new", "near"]
+    found = face.run(face.core.get(NORTH))
+    assert found is not None
+    assert (found.payload, found.score) == ("new", 1.0)
+
+
+def test_an_answer_that_was_replaced_is_answered_as_it_is_now(
+    face: DeafFace, other: DeafFace
+) -> None:
+    face.run(face.core.put(EAST, "old"))
+    other.run(other.core.put(EAST, "new"))
+    found = face.run(face.core.get(EAST))
+    assert found is not None
+    assert found.payload == "new"
+
+
+@pytest.mark.parametrize("breaks_at", range(1, 7))
+def test_whatever_breaks_in_a_get_the_next_one_is_right(
+    face: DeafFace, other: DeafFace, breaks_at: int
+) -> None:
+    """Listening, the description, the scan, the reading of embeddings, the answer itself."""
+    other.run(other.core.put(EAST, "east"))
+    face.breaks_at = breaks_at
+    try:
+        found = face.run(face.core.get(EAST))
+    except TimedOut:
+        face.breaks_at = 0
+        found = face.run(face.core.get(EAST))
+    assert found is not None
+    assert found.payload == "east"
+
+
+@pytest.mark.parametrize("breaks_at", range(1, 6))
+def test_whatever_breaks_in_a_put_is_told_and_can_be_done_again(
+    face: DeafFace, breaks_at: int
+) -> None:
+    face.breaks_at = breaks_at
+    try:
+        face.run(face.core.put(EAST, "east"))
+    except TimedOut:
+        face.breaks_at = 0
+        assert face.run(face.core.get(EAST)) is None
+        face.run(face.core.put(EAST, "east"))
+    found = face.run(face.core.get(EAST))
+    assert found is not None
+    assert found.payload == "east"
+    assert face.core.stats().entries == 1
+
+
+def test_a_put_whose_answer_was_lost_is_found_if_it_was_carried_out(face: DeafFace) -> None:
+    steps = face.core.put(EAST, "east")
+    effect = next(steps)
+    while not (isinstance(effect, Ask) and effect.commands[0][0] == "KV.PUT"):
+        effect = steps.send(face.carry_out(effect))
+    face.carry_out(effect)
+    with pytest.raises(ConnectionLost):
+        steps.throw(ConnectionLost("after it was sent"))
+    found = face.run(face.core.get(EAST))
+    assert found is not None
+    assert found.payload == "east"
