@@ -79,6 +79,14 @@ bench-codecs: $(BENCH) ## Codecs on a CPU: against blosc2, zstd, lz4, and error 
 bench-inference: $(ALL) ## What the cache is worth to a model: first tokens, requests together, the demos
 	@$(BIN)/python -m bench.inference $(ARGS)
 
+.PHONY: bench-paged
+bench-paged: $(ALL) ## Memory and decode rate of the paged cache, against DynamicCache
+	@$(BIN)/python -m bench.paged $(ARGS)
+
+.PHONY: bench-inference-memory
+bench-inference-memory: $(ALL) ## What a cached token takes, by tier and codec, against DynamicCache and torch.save
+	@$(BIN)/python -m bench.inference_memory $(ARGS)
+
 # These two want an NVIDIA GPU with its driver and a torch built for CUDA. constraints.txt names
 # torch 2.13.0; on Linux PyPI's is built for CUDA 13.0 and brings its own triton, 3.7.1, for which
 # .ci/venv leaves triton's pin out where there is a driver: on a fresh machine nothing else is to be
@@ -149,6 +157,11 @@ kill-test: $(ALL) ## 1,000 clients killed in the middle of put, lease, reserve a
 .PHONY: soak
 soak: $(ALL) ## 10 minutes of put and get: every byte checked, memory flat
 	@$(BIN)/python -m tests.long.soak $(ARGS)
+
+.PHONY: gateway-test
+gateway-test: $(ALL) ## The gateway: thousands of requests from its OpenAPI, then 100 clients for 60 s
+	@$(BIN)/python -m tests.gateway.contract
+	@$(BIN)/python -m tests.gateway.crowd $(ARGS)
 
 # With file tiers. The last two mount small file systems of their own, as root.
 .PHONY: crash-test

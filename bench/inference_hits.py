@@ -21,6 +21,7 @@ from bench.inference_table import Row
 from bench.result import duration
 from examples.comparison import Generation
 from examples.readers import CachedReader, PlainReader
+from respkv.client.sequences import token_bytes
 
 PART: Final = "full hit"
 COPIES, MORE_S = 1.3, 0.002
@@ -57,9 +58,10 @@ def _hits(
         start = perf_counter()
         target.copy_(source)
         copied = perf_counter()
-        match = pages.match(prompt)
-        loaded = pages.load(prompt, into, match=match)
-        logits = pages.logits(prompt)
+        tokens = token_bytes(prompt)
+        match = pages.match(tokens)
+        loaded = pages.load(tokens, into, match=match)
+        logits = pages.logits(tokens)
         done = perf_counter()
         assert loaded == len(prompt), f"{loaded} of {len(prompt)} tokens were loaded"
         assert logits is not None, "the logits of the prompt's end were not there"

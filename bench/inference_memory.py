@@ -36,6 +36,7 @@ PACKAGES: Final = ("torch", "transformers", "numpy", "zstandard")
 FILE_CODECS: Final = ("raw", "xs", "f8", "i8", "i4", "rh4", "rhz4", "rhz3", "rhz2")
 GPU_CODECS: Final = ("raw", "i8", "i4", "rh4")
 PAGE_TOKENS: Final = 64
+MEMORY_BYTES: Final = 128 * MIB  # of each tier: several times what is put
 SHARE_S: Final = 60.0  # for the server to have written all
 
 
@@ -186,7 +187,7 @@ def in_respkv(
     error: float | None = None
     with TemporaryDirectory(prefix="bench-memory-") as folder:
         settings = _settings(tier, folder)
-        with respkv_server(512 * MIB, **settings) as server, Client(server.url) as client:
+        with respkv_server(MEMORY_BYTES, **settings) as server, Client(server.url) as client:
             _put(client, prompts, tier, codec)
             nbytes = _used(client, tier, server)
             if with_error and tier == "gpu" and codec != "raw":
@@ -196,7 +197,7 @@ def in_respkv(
                 error = _error(client, prompts)
         if with_error and tier in ("nvme", "disk"):
             # A new process has nothing but the files.
-            with respkv_server(512 * MIB, **settings) as again, Client(again.url) as client:
+            with respkv_server(MEMORY_BYTES, **settings) as again, Client(again.url) as client:
                 error = _error(client, prompts)
     return nbytes, error
 
@@ -233,10 +234,10 @@ def _error(client: Client, prompts: Sequence[Prompt]) -> float:
 
 def _settings(tier: str, folder: str) -> dict[str, str | int]:
     if tier == "gpu":
-        return {"gpu_bytes": 512 * MIB, "gpu_device": "cpu"}
+        return {"gpu_bytes": MEMORY_BYTES, "gpu_device": "cpu"}
     if tier == "cpu":
         return {}
-    return {f"{tier}_path": f"{folder}/tier", f"{tier}_bytes": 1024 * MIB}
+    return {f"{tier}_path": f"{folder}/tier", f"{tier}_bytes": MEMORY_BYTES}
 
 
 def _used(client: Client, tier: str, server: Server) -> int:

@@ -42,8 +42,8 @@ class Sizes:
     prefault: bool = True
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    rounds_max: int = 15
-    rounds_min: int = 3
+    rounds_max: int = 11
+    rounds_min: int = 5
     new_tokens: int = 16
     hit_lengths: tuple[int, ...] = (512, 2048, 8192)
     hit_rounds: int = 25
@@ -52,7 +52,7 @@ class Sizes:
     batch_rounds: int = 5
     policies: tuple[str, ...] = ("lru", "lfu", "arc", "s3fifo", "survival")
     documents: int = 40
-    asked: int = 250
+    asked: int = 160
     document_tokens: int = 256
     repeated: repeated_prompts.Workload = field(default_factory=repeated_prompts.Workload)
     agentic: agentic_workflow.Workload = field(default_factory=agentic_workflow.Workload)
@@ -129,9 +129,9 @@ class Prompts:
 @contextmanager
 def reader(subject: SmallModel, sizes: Sizes, **settings: Any) -> Iterator[CachedReader]:
     """Open an engine in this process and a reader over it, as they come: with all defaults."""
-    settings = {"maxmemory": sizes.memory, "prefault": sizes.prefault} | settings
+    defaults: dict[str, Any] = {"maxmemory": sizes.memory, "prefault": sizes.prefault}
     with (
-        respkv.open_sync(**settings) as engine,
+        respkv.open_sync(**(defaults | settings)) as engine,
         KVCacheAdapter(subject.model, cache_config=CacheConfig(cache=engine)) as adapter,
     ):
         yield CachedReader(adapter, subject.model)

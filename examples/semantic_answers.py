@@ -127,8 +127,8 @@ def answer_all(
     """Answer a stream with the cache; return hits, wrong answers, seconds, and the agent's memory."""
     hits = wrong = 0
     with (
-        SemanticCache(cache, "help-desk", dim=DIM, threshold=THRESHOLD, ttl_s=3600) as answers,
-        WorkingMemory(cache, "help-desk", "this morning", ttl_s=3600, max_items=3) as memory,
+        SemanticCache(cache, "questions", dim=DIM, threshold=THRESHOLD, ttl_s=3600) as answers,
+        WorkingMemory(cache, "help desk", "this morning", ttl_s=3600, max_items=3) as memory,
     ):
         answers.clear()
         memory.clear()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 READY = re.compile(r"ready on .*?(\d+)(?: and |$)")
-START_S = 20.0
+START_S = 60.0
 
 
 class ServerProcess:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from respkv.batching.request import GenerationRequest
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Sequence:
     """A request's tokens, the generated ones included, and how many have their KV in the cache.
 

@@ -18,7 +18,7 @@ EXTRA = ("fastapi", "uvicorn", "torch", "transformers", "tokenizers", "jinja2")
 TOKEN_VARIABLE = "RESPKV_GATEWAY_TOKEN"
 # Options of GatewaySettings: the field, its type, its default and what it is about. They stand here
 # as well, so that --help needs nothing of the extra; a test compares the two.
-_SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
+SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("host", str, "127.0.0.1", "Address to listen on."),
     ("port", int, 8000, "TCP port; 0 takes any free one."),
     ("max_prompt_tokens", int, 8192, "Longest prompt."),
@@ -39,7 +39,7 @@ _SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
 
 
 def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for field, kind, default, about in reversed(_SETTINGS):
+    for field, kind, default, about in reversed(SETTINGS):
         name = f"--{field.removesuffix('_s').replace('_', '-')}"
         add = click.option(name, field, type=kind, default=default, show_default=True, help=about)
         command = add(command)
@@ -117,9 +117,7 @@ def command(
         )
     if config is not None and maxmemory is None:
         engine.pop("maxmemory")
-    # Not before: with it come torch and transformers.
-    from respkv.gateway.loading import Checkpoint, load
-    from respkv.gateway.serve import Process
+    from respkv.gateway.checkpoint import Checkpoint
     from respkv.gateway.settings import GatewaySettings
 
     checkpoint = Checkpoint(
@@ -132,6 +130,10 @@ def command(
         **{key: options.pop(key) for key in _CHECKPOINT},
     )
     settings = GatewaySettings(token=_token(token_file), **options)
+    # Not before all options are known to be right: with these come torch and transformers.
+    from respkv.gateway.loading import load
+    from respkv.gateway.serve import Process
+
     logging.basicConfig(
         level=loglevel.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

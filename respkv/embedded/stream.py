@@ -27,11 +27,12 @@ from respkv.embedded.copying import copy
 from respkv.engine.supervisor import guard
 from respkv.server.body import LAND_MIN
 from respkv.server.session import Session
+from respkv.tiers.slab import Slot
 
 if TYPE_CHECKING:
     from respkv.server.state import Server
 
-TAKEN_BYTES = 64 * 1024  # of small answers count as sent before they were taken
+AHEAD_BYTES = 4 << 20  # of answers count as sent before they were taken
 TURN_BYTES = 4 << 20  # are copied before others have a turn
 ADDRESS = "embedded"
 
@@ -62,6 +63,9 @@ class EngineStream(Stream):
         self._parts: deque[bytes | memoryview] = deque()
         self._num_taken = 0  # bytes of the first of them that the caller has
         self._put_bytes = self._got_bytes = 0
+        # Slots of what was put, and put_bytes when all of theirs had been.
+        self._held: deque[tuple[int, list[Slot]]] = deque()
+        self._is_told = False  # the session will look what was taken
         self._moved_bytes = 0  # by the caller, since it waited last
         self._is_over = False  # nothing more comes
         self._is_void = False  # nor is what was not taken by then to be trusted
@@ -118,8 +122,11 @@ class EngineStream(Stream):
         if self._is_void:
             raise ConnectionResetError("the engine has closed the connection")
         session = self._session
-        if not parts and session is not None and session.is_draining:
-            self._ask(self._go_on)
+        if session is not None and not self._is_told:
+            wants_more = session.is_draining and self.unsent_bytes() <= AHEAD_BYTES // 2
+            if wants_more or (self._held and not parts):
+                self._is_told = True
+                self._ask(self._go_on)
         self._moved_bytes += count
         return count
 
@@ -189,16 +196,24 @@ class EngineStream(Stream):
         guard(self._feed, self.abort)
 
     def _go_on(self) -> None:
-        """Note that all answers were taken."""
-        session = self._session
-        if session is not None and session.is_draining and not self._parts:
-            guard(self._drained, self.abort)
+        """Note that answers were taken."""
+        self._is_told = False
+        guard(self._take_note, self.abort)
 
-    def _drained(self) -> None:
-        assert self._session is not None
-        self._session.drained()
-        self._flush(self._session)
+    def _take_note(self) -> None:
+        held, session = self._held, self._session
+        while held and held[0][0] <= self._got_bytes:
+            self._restore(held.popleft()[1])
+        if session is None:
+            return
+        if session.is_draining and self.unsent_bytes() <= AHEAD_BYTES // 2:
+            session.drained()
+        self._flush(session)
         self._feed()
+
+    def _restore(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            self._server.cache.restore(slot)
 
     def _leave(self) -> None:
         """Note that the caller has gone."""
@@ -213,6 +228,8 @@ class EngineStream(Stream):
             self._server.sessions.pop(session.number, None)
             self._server.clock.refresh()
             session.lost(by_server=by_server)
+        while self._held:
+            self._restore(self._held.popleft()[1])
         self._inbox.clear()
         self._bell.ring()
 
@@ -270,20 +287,26 @@ class EngineStream(Stream):
         return count
 
     def _flush(self, session: Session) -> None:
-        """Let the caller have the answers; small ones count as sent, as a socket takes them."""
+        """Let the caller have the answers.
+
+        A few MiB ahead of what was taken they count as sent, as they do when a socket has them; then
+        the session goes on answering while the caller copies. Their slots are given back here.
+        """
         while session.out and not session.promises and not session.is_draining:
             parts = [part for part in session.take_output() if part]
             nbytes = sum(map(len, parts))
             self._server.output_bytes += nbytes
             self._put_bytes += nbytes
-            if memoryview in map(type, parts) or self.unsent_bytes() > TAKEN_BYTES:
+            slots = session.hand_over()
+            if slots:
+                self._held.append((self._put_bytes, slots))
+            if self.unsent_bytes() > AHEAD_BYTES:
                 session.draining()  # first: the caller may be quicker than the next line
-                self._parts.extend(parts)
-                self._bell.ring()
-                return
             self._parts.extend(parts)
-            session.sent()
+            self._bell.ring()
+            if not session.is_draining:
+                session.sent()
         self._bell.ring()
-        if session.may_close:
+        if session.may_close and not self._held:
             self._is_over = True
             self._server.spawn(self._end_later)

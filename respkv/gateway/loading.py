@@ -2,9 +2,6 @@
 
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -14,6 +11,7 @@ import respkv
 from respkv.batching.model_loop import Limits, ModelLoop
 from respkv.client import Client
 from respkv.errors import ConfigError
+from respkv.gateway.checkpoint import Checkpoint
 from respkv.gateway.model import Local, Model
 from respkv.gateway.settings import GatewaySettings
 from respkv.gateway.tokenizer import TextCoder, load_tokenizer
@@ -21,39 +19,6 @@ from respkv.integrations.huggingface import PromptPages, UnsupportedModel
 from respkv.integrations.huggingface.paged_runner import PagedRunner
 
 STEP_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """What is served, and the cache behind it.
-
-    folder:    with config.json, weights and tokenizer; nothing is downloaded.
-    name:      what clients call it; the folder's name when empty.
-    url:       of a respkv server; None: an engine in this process, of ``settings``.
-    config, settings: of the embedded engine: a file, and what wins over it, such as maxmemory; as
-               respkv.open_sync takes them.
-    kv_memory: bytes for the KV of what runs, and of what ran until their room is needed.
-    threads:   of torch; None leaves its default.
-    """
-
-    folder: Path
-    name: str = ""
-    url: str | None = None
-    config: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    namespace: str | None = None
-    page_tokens: int = 64
-    kv_memory: int = 1 << 30
-    dtype: str = "auto"
-    device: str = "cpu"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.folder / "config.json").is_file():
-            raise ConfigError(
-                f"--model {str(self.folder)!r}: accepted is a folder with a checkpoint"
-                " (config.json, weights, tokenizer.json)"
-            )
 
 
 def load(checkpoint: Checkpoint, settings: GatewaySettings) -> Model:

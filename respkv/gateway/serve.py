@@ -99,24 +99,23 @@ class Process:
         self._loading.join(self._settings.stop_timeout_s)
         if self._closing is not None:
             self._closing.join()
-        if self._failure is not None:
+        # A signal may have come while the model was loaded, which then nobody waits for.
+        if self._failure is not None and not self._loading.is_alive():
             raise self._failure
 
     def _load_model(self) -> None:
-        # What is not a CacheError is a bug: the thread's own report of it is in the log.
-        failure: CacheError | None = CacheError("loading the model crashed; the log has more")
+        # A bug is no CacheError: the thread reports it, and the process ends all the same.
+        self._failure = CacheError("loading the model crashed; the log has more")
         try:
             model = self._load()
-            failure = None
-        except CacheError as error:
-            failure = error
-        finally:
-            if failure is not None:
-                self._failure = failure
-                self._server.should_exit = True
-        if failure is None:
+            self._failure = None
             self._gateway.install(model)
             self._announce(f"ready to serve {model.name}")
+        except CacheError as error:
+            self._failure = error
+        finally:
+            if self._failure is not None:
+                self._server.should_exit = True
 
     def _begin_to_stop(self) -> None:
         """Refuse new requests and let the others finish; a signal's handler may call this."""

@@ -1,6 +1,6 @@
 """What a gateway may be told: where it listens and what it takes from a client."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from respkv.errors import ConfigError
 
@@ -20,7 +20,7 @@ class GatewaySettings:
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     max_prompt_tokens: int = 8192
     max_new_tokens: int = 1024
     max_concurrency: int = 32  # sequences in the model loop at once
@@ -37,13 +37,13 @@ class GatewaySettings:
     retry_after_s: int = 1  # what a 503 tells the client
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "port":
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "port":
                 if not 0 <= value <= 65535:
                     raise ConfigError(f"port = {value}: accepted are 0 to 65535")
             elif isinstance(value, int | float) and not value > 0:
-                raise ConfigError(f"{field.name} = {value}: accepted are values above 0")
+                raise ConfigError(f"{each.name} = {value}: accepted are values above 0")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
             # The value itself stays out of the message: it is a secret.
             raise ConfigError("token: accepted are printable ASCII characters")

@@ -1,7 +1,8 @@
 """Attention over blocks in memory, for processors: as exact as kernels/attention.py, and quicker.
 
 The reference there copies what a sequence sees, in float32, one sequence after the other. Here blocks
-that lie side by side are attended to where they are, through a strided view. Short sequences that
+that lie side by side are attended to where they are, through a strided view; of a few such runs, a
+prefix that is shared and what came after it, the products are put together. Short sequences that
 make one token each are gathered and padded into one product, since for these a call costs more than
 its work. What is gathered is a few MiB, or one long sequence of one layer whose blocks are apart, so
 that no step takes the memory that pages were to save.
@@ -21,7 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from respkv.kernels.attention import check_pages
 from respkv.kernels.paged_kv import PLAIN, PagedKV, Scoring
 
-GATHERED_BYTES_MAX: Final = 4 << 20  # of keys, and of values, for one product
+# Of keys, and of values, for one product. More than the allocator has at hand costs page faults, and
+# is where copying takes longer than calling.
+GATHERED_BYTES_MAX: Final = 512 << 10
+PIECE_BYTES_MIN: Final = 64 << 10  # of keys, on average, for runs to be products of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Group:
     """Sequences that are attended to in one product.
 
     rows:  of the query, ``new`` for each of ``count`` sequences.
-    slots: of the keys that they see: a run for one sequence, or [count, seen] int64. Whoever sees fewer
+    slots: of the keys that they see: runs of one sequence, or [count, seen] int64. Whoever sees fewer
            keys than others has one of its own again, which ``mask`` hides: nothing else is read.
     mask:  [count, 1, 1, seen] or [new, seen], zero or -inf; None when all is seen.
     """
@@ -50,7 +54,7 @@ class Group:
     rows: slice
     count: int
     new: int
-    slots: slice | Tensor
+    slots: tuple[slice, ...] | Tensor
     mask: Tensor | None = None
     is_causal: bool = False  # a whole prompt: the mask is the plain triangle
 
@@ -63,6 +67,7 @@ def plan(
     dtype: torch.dtype,
     window: int | None = None,
     gathered_bytes_max: int = GATHERED_BYTES_MAX,
+    piece_bytes_min: int = PIECE_BYTES_MIN,
 ) -> list[Group]:
     """Group the sequences of a step, whose query rows come one after the other.
 
@@ -80,10 +85,13 @@ def plan(
                     break
                 seen, stop = widest, stop + 1
         rows = slice(row, row + first.new * (stop - at))
+        # Products of small types are rounded before they are added up, so these go in one.
+        is_in_pieces = first.new == 1 and dtype == torch.float32 and piece_bytes_min > 0
+        runs_max = max(2, seen * token_bytes // piece_bytes_min) if is_in_pieces else 1
         if stop - at > 1:
             groups.append(_gathered(spans[at:stop], rows, seen, block_tokens, window, dtype))
         elif first.context and first.new:
-            groups.append(_alone(first, rows, block_tokens, window, dtype))
+            groups.append(_alone(first, rows, block_tokens, window, dtype, runs_max))
         row, at = rows.stop, stop
     return groups
 
@@ -107,8 +115,11 @@ def attend(
     """
     key_rows, value_rows = keys.flatten(0, 1), values.flatten(0, 1)
     for group in groups:
-        key, value = (_select(each, group) for each in (key_rows, value_rows))
         mine = query[group.rows]
+        if isinstance(group.slots, tuple) and len(group.slots) > 1:
+            out[group.rows] = _in_pieces(mine, key_rows, value_rows, group.slots, scoring)
+            continue
+        key, value = (_select(each, group) for each in (key_rows, value_rows))
         if group.new == 1:
             heads = key.shape[1]
             shaped = mine.reshape(group.count, heads, -1, mine.shape[-1])
@@ -147,16 +158,17 @@ def _seen(span: Span, window: int | None) -> int:
 
 
 def _alone(
-    span: Span, rows: slice, block_tokens: int, window: int | None, dtype: torch.dtype
+    span: Span,
+    rows: slice,
+    block_tokens: int,
+    window: int | None,
+    dtype: torch.dtype,
+    runs_max: int,
 ) -> Group:
     seen = _seen(span, window)
     oldest = span.context - seen
-    slots: slice | Tensor
-    table = list(span.blocks[oldest // block_tokens : -(-span.context // block_tokens)])
-    if table == list(range(table[0], table[0] + len(table))):
-        begin = table[0] * block_tokens + oldest % block_tokens
-        slots = slice(begin, begin + seen)
-    else:
+    slots: tuple[slice, ...] | Tensor = _runs(span, oldest, block_tokens)
+    if len(slots) > runs_max:
         slots = slots_of(span.blocks, oldest, span.context, block_tokens)[None]
     if span.new == 1:
         return Group(rows, 1, 1, slots)
@@ -192,6 +204,22 @@ def _gathered(
     return Group(rows, len(spans), 1, slots, mask[:, None, None])
 
 
+def _runs(span: Span, oldest: int, block_tokens: int) -> tuple[slice, ...]:
+    """Return where tokens ``oldest`` to the last lie, blocks that lie side by side as one."""
+    runs, at = list[slice](), oldest // block_tokens
+    last = (span.context - 1) // block_tokens
+    while at <= last:
+        low = at
+        while at < last and span.blocks[at + 1] == span.blocks[at] + 1:
+            at += 1
+        first = max(oldest, low * block_tokens)
+        begin = span.blocks[low] * block_tokens + first % block_tokens
+        stop = min(span.context, (at + 1) * block_tokens)
+        runs.append(slice(begin, begin + stop - first))
+        at += 1
+    return tuple(runs)
+
+
 def slots_of(blocks: Sequence[int], first: int, stop: int, block_tokens: int) -> Tensor:
     """Return where tokens ``first`` to ``stop`` - 1 lie, [tokens] int64: block * T + offset."""
     low = first // block_tokens
@@ -202,10 +230,27 @@ def slots_of(blocks: Sequence[int], first: int, stop: int, block_tokens: int) ->
 
 def _select(rows: Tensor, group: Group) -> Tensor:
     """Return [count, H, seen, D] of keys or values [slots, H, D]."""
-    if isinstance(group.slots, slice):
-        return rows[group.slots].transpose(0, 1)[None]
+    if isinstance(group.slots, tuple):
+        return rows[group.slots[0]].transpose(0, 1)[None]
     picked = rows.index_select(0, group.slots.view(-1))
     return picked.view(*group.slots.shape, *rows.shape[1:]).transpose(1, 2)
+
+
+def _in_pieces(
+    query: Tensor, keys: Tensor, values: Tensor, runs: tuple[slice, ...], scoring: Scoring
+) -> Tensor:
+    """Attend with one token [1, Q, D] to runs of keys and values [slots, H, D], where they lie."""
+    shaped = query.reshape(keys.shape[1], -1, query.shape[-1])
+    products = [torch.bmm(shaped, keys[run].permute(1, 2, 0)) for run in runs]
+    scores = torch.cat(products, -1).mul_(scoring.scale(query.shape[-1]))
+    if scoring.soft_cap is not None:
+        scores = scores.div_(scoring.soft_cap).tanh_().mul_(scoring.soft_cap)
+    weights = scores.softmax(-1)
+    parts = torch.split(weights, [run.stop - run.start for run in runs], -1)
+    out = torch.zeros_like(shaped)
+    for part, run in zip(parts, runs, strict=True):
+        out.baddbmm_(part, values[run].transpose(0, 1))
+    return out.reshape(query.shape)
 
 
 def _product(query: Tensor, key: Tensor, value: Tensor, group: Group, scoring: Scoring) -> Tensor:
@@ -223,7 +268,7 @@ def _product(query: Tensor, key: Tensor, value: Tensor, group: Group, scoring: S
         )
     # torch's own attention knows no caps.
     grouped = torch.unflatten(query, 1, (key.shape[1], -1))
-    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scale
+    scores = grouped.float() @ key[:, :, None].transpose(-1, -2).float() * scale
     scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
     if group.is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1)

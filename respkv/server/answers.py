@@ -139,6 +139,11 @@ class Answers:
             self._kept = 0
         return out
 
+    def hand_over(self) -> list[Slot]:
+        """Return the slots of what was taken; who takes them gives them back, by ``cache.restore``."""
+        slots, self._sending = self._sending, []
+        return slots
+
     # -- pushes -------------------------------------------------------------------------------
 
     def push(self, data: bytes) -> bool:

@@ -204,6 +204,7 @@ async def test_reads_go_on_beside_one_that_hangs(
         assert ended[-1] == 1
 
 
+@pytest.mark.alone
 async def test_a_slow_disk_answers_late_and_the_loop_goes_on(
     disk: tuple[Faults, Path, Path], engine: Engine
 ) -> None:

@@ -64,7 +64,8 @@ def serve(coder: TextCoder) -> Iterator[Serve]:
 @pytest.fixture(scope="module")
 def llama(checkpoint: Path, coder: TextCoder) -> Iterator[Running]:
     """The checkpoint, served over a socket, in this process."""
-    weights = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    weights = AutoModelForCausalLM.from_pretrained(checkpoint)
+    weights.train(False)
     running = Running(model_on(DynamicRunner(weights), coder, SMALL), SMALL)
     yield running
     running.close()

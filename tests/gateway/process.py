@@ -13,7 +13,7 @@ from tests.gateway.running import Client
 
 LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)$", re.MULTILINE)
 READY = re.compile(r"^respkv gateway: ready to serve", re.MULTILINE)
-START_S = 60.0
+START_S = 180.0
 
 
 class GatewayProcess(Client):
@@ -58,7 +58,11 @@ class GatewayProcess(Client):
         """Send a signal; return the exit status. What was logged stays readable until ``close``."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for an end that was asked for; return the exit status."""
+        return self.process.wait(timeout=120)
 
     def close(self) -> None:
         self.stop(signal.SIGKILL)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Several
 import torch
 from torch import Tensor
 
-from respkv.batching.runner import Admission
+from respkv.batching.runner import Admission, Loading, Refusal
 from respkv.batching.sequence import Chunk, Sequence
 
 Script = Callable[[Several[int]], Several[int]]
@@ -28,9 +28,12 @@ class ScriptedRunner:
         self.num_sequences = 0
         self._script = script
 
-    def begin(self, sequence: Sequence) -> Admission | None:
+    def begin(self, sequence: Sequence) -> Admission | Loading | Refusal:
         self.num_sequences += 1
         return Admission()
+
+    def arrived(self, *, wait: bool) -> Several[tuple[Sequence, Admission]]:
+        return ()
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         return True

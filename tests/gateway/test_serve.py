@@ -1,20 +1,19 @@
 """A gateway in a process of its own, from its start to its end."""
 
-import json
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from respkv.errors import ConfigError
+from respkv.gateway.model import Model
+from respkv.gateway.serve import Process
+from respkv.gateway.settings import GatewaySettings
 from tests.conftest import StartServer
 from tests.gateway.crowd import gather, settled
 from tests.gateway.process import GatewayProcess
-from tests.gateway.running import Reply
 
 PROMPT = "a page of a prompt that is long enough for some pages. " * 6
 
@@ -75,69 +74,66 @@ def test_a_crowd_is_served_and_leaves_nothing(gateway: GatewayProcess) -> None:
     assert settled(gateway, num_descriptors) == ""
 
 
-def test_pages_outlive_the_gateway_in_a_server(checkpoint: Path, start_server: StartServer) -> None:
+def test_two_lives_share_a_server_and_end_well(checkpoint: Path, start_server: StartServer) -> None:
     server = start_server()
     ask = {"prompt": PROMPT, "max_new_tokens": 3}
-    replies: list[Reply] = []
-    for _ in range(2):
-        gateway = GatewayProcess(checkpoint, "--url", server.url, "--page-tokens", "16")
-        replies.append(gateway.post("/generate", ask))
-        stats = gateway.get("/cache/stats").json
-        assert stats["store_reachable"]
-        assert gateway.stop() == 0, gateway.log
-        gateway.close()
-    first, second = (reply.json for reply in replies)
-    assert first["text"] == second["text"]
-    assert first["timings"]["prefix_tokens_saved"] == 0
-
-
-def test_what_is_in_flight_is_finished_after_sigterm(checkpoint: Path) -> None:
-    gateway = GatewayProcess(checkpoint, "--max-new-tokens", "5000", "--stop-timeout", "30")
+    options = ("--url", server.url, "--page-tokens", "16", "--max-new-tokens", "30000")
+    gateway = GatewayProcess(checkpoint, *options, "--stop-timeout", "60")
     try:
-        body = {"prompt": "x", "max_new_tokens": 300, "stream": True}
-        raw = gateway.open("POST", "/generate", body)
+        first = gateway.post("/generate", ask).json
+        streamed = _streamed_into_the_end(gateway, 200)
+        assert b"event: done" in streamed
+        assert b"event: error" not in streamed
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", gateway.port), timeout=5)
+    finally:
+        gateway.close()
+    # This one has not the time to finish what is in flight.
+    gateway = GatewayProcess(checkpoint, *options, "--stop-timeout", "2")
+    try:
+        stats = gateway.get("/cache/stats").json
+        assert stats["store_pages"] > 0
+        assert gateway.post("/generate", ask).json["text"] == first["text"]
+        streamed = _streamed_into_the_end(gateway, 30_000)
+        assert b"event: error" in streamed
+        assert b'"stopping"' in streamed
+    finally:
+        gateway.close()
+
+
+def _streamed_into_the_end(gateway: GatewayProcess, count: int) -> bytes:
+    """Stop a gateway while it streams; return what came, all of it."""
+    body = {"prompt": "x", "max_new_tokens": count, "stream": True}
+    with gateway.open("POST", "/generate", body) as raw:
         received = raw.recv(4096)
         assert received.startswith(b"HTTP/1.1 200")
         gateway.process.send_signal(signal.SIGTERM)
         while part := raw.recv(65536):
             received += part
-        raw.close()
-        assert b"event: done" in received
-        assert b"event: error" not in received
-        assert gateway.stop() == 0
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", gateway.port), timeout=5)
-    finally:
-        gateway.close()
+    assert gateway.wait() == 0, gateway.log
+    assert "Traceback" not in gateway.log
+    return received
 
 
-def test_what_takes_too_long_after_sigterm_is_told_so(checkpoint: Path) -> None:
-    gateway = GatewayProcess(checkpoint, "--max-new-tokens", "30000", "--stop-timeout", "2")
-    try:
-        body = {"prompt": "x", "max_new_tokens": 30000, "stream": True}
-        raw = gateway.open("POST", "/generate", body)
-        received = raw.recv(4096)
-        start = time.monotonic()
-        gateway.process.send_signal(signal.SIGTERM)
-        while part := raw.recv(65536):
-            received += part
-        raw.close()
-        assert b"event: error" in received
-        assert b'"stopping"' in received
-        assert gateway.stop() == 0, gateway.log
-        assert time.monotonic() < start + 30
-    finally:
-        gateway.close()
+def test_a_model_that_cannot_be_loaded_ends_the_process(checkpoint: Path) -> None:
+    def fail() -> Model:
+        raise ConfigError("no such weights")
+
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match="no such weights"):
+        Process(GatewaySettings(port=0), fail).run(lines.append)
+    assert len(lines) == 1
+    assert lines[0].startswith("listening on http://127.0.0.1:")
 
 
-def run(*options: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "respkv", "gateway", "--port", "0", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def test_an_address_that_is_taken_is_named(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*in use"):
+            Process(GatewaySettings(port=port), never).run(print)
+    with pytest.raises(ConfigError, match=r"cannot listen on no\.such\.host\.invalid"):
+        Process(GatewaySettings(host="no.such.host.invalid"), never).run(print)
 
 
-def test_a_checkpoint_that_cannot_be_read_ends_the_process(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    done = run("--model", str(tmp_path))
-    assert done.returncode == 2
-    assert f"--model {str(tmp_path)!r}" in done.stderr
-    assert "Traceback" not in done.stderr
+def never() -> Model:
+    raise AssertionError("there is nothing to load it for")

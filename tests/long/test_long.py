@@ -21,6 +21,6 @@ def test_a_short_form_of_the_long_run_passes(run: list[str]) -> None:
         [sys.executable, "-m", f"tests.long.{name}", *options],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=280,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"  # the seed is in what it printed

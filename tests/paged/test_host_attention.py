@@ -72,8 +72,10 @@ def test_pieces_of_prompts_and_single_tokens_attend_as_each_would_alone(
             batch.pages.block_tables.tolist(), contexts, news, strict=True
         )
     ]
-    # One sequence whose blocks lie side by side, as the view of a run is another path.
+    # Sequences whose blocks lie side by side, in one run or three, as views of runs are other paths.
     spans[4] = Span(list(range(7)), 100, 40)
+    spans[1] = Span([0, 1, 2, 5, 6, 4], 90, 1)
+    spans[2] = Span([3, 4, 5], 33, 1)
     pages = replace(batch.pages, keys=batch.pages.keys.clone(), values=batch.pages.values.clone())
     for plane in (pages.keys, pages.values):
         plane[:7] = plane[:7].nan_to_num(0.5)
@@ -84,8 +86,11 @@ def test_pieces_of_prompts_and_single_tokens_attend_as_each_would_alone(
         dtype=torch.float32,
         window=scoring.window,
         gathered_bytes_max=gathered_bytes_max,
+        piece_bytes_min=1000,
     )
     assert sum(group.count for group in groups) == len(spans)
+    if not gathered_bytes_max and scoring.window is None:
+        assert [len(group.slots) for group in groups[1:3]] == [3, 1]
     out = torch.full_like(batch.query, float("nan"))
     attend(batch.query, pages.keys, pages.values, groups, scoring=scoring, out=out)
     row = 0
@@ -108,7 +113,7 @@ def test_short_sequences_are_one_product_and_long_ones_are_read_where_they_lie()
         spans, block_tokens=16, token_bytes=256, dtype=torch.float32, gathered_bytes_max=1 << 14
     )
     assert [group.count for group in groups] == [2, 1]
-    assert groups[1].slots == slice(320, 960)
+    assert groups[1].slots == (slice(320, 960),)
     assert groups[1].mask is None
 
 

@@ -3,6 +3,7 @@
 import anyio
 import pytest
 
+import respkv
 from respkv.client import AsyncClient
 from respkv.errors import ConfigError
 from respkv.semantic import AsyncSemanticCache
@@ -35,6 +36,19 @@ async def test_it_does_what_the_blocking_face_does(server: ServerProcess, namesp
         AsyncSemanticCache(5, dim=4)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dim = 0"):
         AsyncSemanticCache(server.url, dim=0)
+
+
+async def test_it_works_over_an_engine_in_this_process() -> None:
+    async with respkv.open(maxmemory="64mb", prefault=False) as engine:
+        async with (
+            AsyncSemanticCache(engine, dim=4) as answers,
+            AsyncSemanticCache(engine, dim=4) as other,
+        ):
+            await answers.put(EAST, "east")
+            found = await other.get(EAST)
+            assert found is not None
+            assert found.payload == "east"
+            assert await other.get(NORTH) is None
 
 
 async def test_tasks_share_it_and_cancelled_calls_leave_it_whole(

@@ -212,12 +212,12 @@ def test_long_replays_reach_a_slow_asker_whole_and_hold_up_nobody(
             raw.ask("KV.PUT", f"ns:{number:064x}", b"x")
     slow.ask(b"", bytes(8))
     other = subscribe(server)
-    assert len(other.replay(3900)) > 50
+    assert len(other.replay(1000)) > 50  # a server that is held up tells more in one message
     assert raw.ask("PING") == b"PONG"
     time.sleep(0.5)
     found = slow.replay(1 << 60)  # the end of the first request comes before that of this one
     assert [number for number, _ in found] == list(range(len(found)))
-    assert len(found) > 3900
+    assert sum(len(batch.events) for _, batch in found) >= 4000
 
 
 def test_some_namespaces_numbers_and_no_tokens(

@@ -14,6 +14,7 @@ from collections.abc import Hashable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -108,6 +109,9 @@ class PagedRunner:
         self._last = LastLogits(logits_bytes)
         self._threads = LoadThreads()
         self._held: dict[Sequence, _Held] = {}
+        # So that a waiting line is not compared with everyone in each step.
+        self._follows: WeakKeyDictionary[Sequence, tuple[Sequence, int]] = WeakKeyDictionary()
+        self._refused: tuple[Sequence | None, int] = None, 0
         self._come: list[Sequence] = []  # their loads are over, and nobody has been told
         self._unwanted: dict[Sequence, int] = {}  # they ended while they were loaded
 
@@ -116,10 +120,10 @@ class PagedRunner:
         begun = time.perf_counter()
         request, tokens = sequence.request, sequence.tokens
         self._take_back()
-        if self._held and self.cache.num_free_blocks <= len(self._held):
+        if self._held and self.cache.num_free_blocks <= self._too_few_for(sequence):
             return Refusal.NO_ROOM
         salt = request.salt, request.tenant
-        if request.shares and self._is_coming(tokens, salt):
+        if request.shares and self._is_coming(sequence, salt):
             return Refusal.SOON
         logits = self._last.find(salt, tokens) if request.shares else None
         limit = None if logits is None else len(tokens)
@@ -131,6 +135,7 @@ class PagedRunner:
         )
         if self._held and not self._fits(held.number):  # alone it always does
             self.cache.free_sequence(held.number)
+            self._refused = sequence, self.cache.num_free_blocks
             return Refusal.NO_ROOM
         is_alone = not self._held
         self._held[sequence] = held
@@ -282,14 +287,27 @@ class PagedRunner:
         missing += length % self.cache.config.block_tokens == 0
         return missing + len(self._held) <= self.cache.num_free_blocks
 
-    def _is_coming(self, tokens: list[int], salt: Hashable) -> bool:
-        """Whether a sequence is computing a longer prefix of these tokens than is there."""
+    def _too_few_for(self, sequence: Sequence) -> int:
+        """Return a number of free blocks with which it need not be tried."""
+        refused, had = self._refused
+        return had if refused is sequence else len(self._held)
+
+    def _is_coming(self, sequence: Sequence, salt: Hashable) -> bool:
+        """Whether another is computing, or loading, a longer prefix of a sequence than is there."""
+        known = self._follows.get(sequence)
+        if known is not None and known[0] in self._held and known[0].computed < known[1]:
+            return True
         size = self.cache.config.block_tokens
-        coming = 0
+        leader, coming = None, 0
         for other, held in self._held.items():
             if other.pending > 1 and held.salt == salt and other.request.shares:
-                coming = max(coming, _common(tokens, other.tokens) // size * size)
-        return coming > 0 and self.cache.match(tokens[:coming], salt) < coming
+                common = _common(sequence.tokens, other.tokens) // size * size
+                if common > max(coming, other.computed):
+                    leader, coming = other, common
+        if leader is None or self.cache.match(sequence.tokens[:coming], salt) >= coming:
+            return False
+        self._follows[sequence] = leader, coming
+        return True
 
     def _keep(self, sequence: Sequence, logits: Tensor) -> None:
         """Keep the logits of a prompt's end, to be stored once its first token has been told."""

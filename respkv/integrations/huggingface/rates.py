@@ -13,6 +13,7 @@ from typing import Final
 
 _NEW: Final = 0.25
 _FORGET: Final = 0.9
+_MANY: Final = 32  # tokens of a pass whose fixed cost is not most of it
 
 
 class Rates:
@@ -23,21 +24,25 @@ class Rates:
         self._step_s: float | None = None  # of a pass of one token
         self._load_byte_s: float | None = None
         self._load_least_s = math.inf
+        self._has_loaded = False
         self._lock = threading.Lock()
 
     def computed(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a forward pass."""
+        """Learn from a forward pass. Of a few tokens there is nothing to learn if more is known."""
         with self._lock:
             if num_tokens == 1:
                 self._step_s = _mixed(self._step_s, seconds)
-            else:
+            elif num_tokens >= _MANY or self._token_s is None:
                 fixed = min(self._step_s or 0.0, seconds / 2)
                 self._token_s = _mixed(self._token_s, (seconds - fixed) / num_tokens)
 
     def loaded(self, nbytes: int, seconds: float) -> None:
-        """Learn from a load."""
+        """Learn from a load; the first one is slow whatever comes, as it maps memory."""
         if nbytes:
             with self._lock:
+                if not self._has_loaded:
+                    self._has_loaded = True
+                    return
                 self._load_byte_s = _mixed(self._load_byte_s, seconds / nbytes)
                 self._load_least_s = min(self._load_least_s / _FORGET, seconds)
 

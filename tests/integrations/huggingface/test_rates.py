@@ -15,6 +15,7 @@ def test_loading_is_chosen_where_it_is_quicker() -> None:
     assert rates.compute_s(50) == 0.05
     assert rates.is_worth(50, 1000, 0.049)
     assert not rates.is_worth(50, 1000, 0.051)
+    rates.loaded(1000, 99.0)  # the first one says nothing
     rates.loaded(1000, 0.060)
     assert not rates.is_worth(50, 1000, 0.001)
     assert rates.is_worth(70, 1000, 0.001)
@@ -25,6 +26,8 @@ def test_a_cache_that_was_slow_once_is_tried_again() -> None:
     rates = Rates()
     rates.computed(100, 0.1)
     rates.loaded(1000, 1.0)
+    rates.loaded(1000, 1.0)
+    rates.computed(2, 1.0)  # too few to tell
     tries = 1
     while not rates.is_worth(100, 1000, 0.0):
         tries += 1

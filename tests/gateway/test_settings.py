@@ -1,0 +1,40 @@
+"""What a gateway may be told."""
+
+from typing import Any
+
+import pytest
+
+from respkv.errors import ConfigError
+from respkv.gateway.settings import GatewaySettings
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("port", -1),
+        ("port", 65536),
+        ("max_waiting", 0),
+        ("heartbeat_s", -1.0),
+        ("max_body_bytes", 0),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value(field: str, value: object) -> None:
+    wrong: dict[str, Any] = {field: value}
+    with pytest.raises(ConfigError, match=f"{field} = {value}: accepted are"):
+        GatewaySettings(**wrong)
+
+
+@pytest.mark.parametrize("token", ["", "two words", "\u20ac", "line\n"])
+def test_a_wrong_token_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(ConfigError, match="token: accepted are") as caught:
+        GatewaySettings(token=token)
+    assert not token or token not in str(caught.value)
+
+
+def test_a_token_is_not_in_the_settings_text() -> None:
+    assert "secret" not in repr(GatewaySettings(token="secret"))
+
+
+def test_no_more_answers_than_the_queue_holds() -> None:
+    assert GatewaySettings(max_waiting=3).choices_max == 3
+    assert GatewaySettings().choices_max == 16
