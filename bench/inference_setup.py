@@ -43,7 +43,7 @@ class Sizes:
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     rounds_max: int = 11
-    rounds_min: int = 5
+    rounds_min: int = 3
     new_tokens: int = 16
     hit_lengths: tuple[int, ...] = (512, 2048, 8192)
     hit_rounds: int = 25

@@ -1,8 +1,8 @@
 """Time to first token and tokens a second, by length of the prompt and by how much of it is stored.
 
 Without and with the cache take turns over the same prompts, so that what disturbs the machine for a
-while disturbs both; the figures are medians of the rounds. Every round has a prompt of its own, whose
-beginning was stored before and whose end nobody has seen. "Without" is the same model with
+while disturbs both; the figures are medians of the rounds. The prompts of a ratio begin alike, with what
+was stored before, and each round has an end of its own that nobody has seen. "Without" is the same model with
 transformers' own cache: the whole prompt is computed, the tokens of the answer use its KV. Of a prompt that
 is stored to its end the logits are, too: its first token comes of them alone.
 """
@@ -33,13 +33,15 @@ def first_tokens(bench: Bench) -> Iterator[Row]:
             plain = PlainReader(subject.model)
             _warm(plain, cached, prompts)
             for ratio in sizes.ratios:
+                known = prompts.fresh(round(length * ratio))
+                if known:
+                    cached.answer(known, 1)
                 rounds = []
                 for number in range(sizes.rounds(length)):
                     bench.progress(f"{length:,} tokens, {ratio:.0%} stored, round {number + 1}")
-                    rounds.append(
-                        _round(plain, cached, prompts, length, ratio, sizes.new_tokens, number)
-                    )
-                yield _row(length, ratio, rounds, subject.describe())
+                    prompt = known + prompts.fresh(length - len(known))
+                    rounds.append(_round(plain, cached, prompt, sizes.new_tokens, number))
+                yield _row(length, ratio, rounds)
 
 
 def _warm(plain: PlainReader, cached: CachedReader, prompts: Prompts) -> None:
@@ -54,16 +56,10 @@ def _warm(plain: PlainReader, cached: CachedReader, prompts: Prompts) -> None:
 def _round(
     plain: PlainReader,
     cached: CachedReader,
-    prompts: Prompts,
-    length: int,
-    ratio: float,
+    prompt: list[int],
     new_tokens: int,
     number: int,
 ) -> tuple[Generation, Generation]:
-    known = round(length * ratio)
-    prompt = prompts.fresh(length)
-    if known:
-        cached.answer(prompt[:known], 1)
     gc.collect()
     # Whoever comes second finds the weights in the processor's cache: they change places.
     if number % 2:
@@ -72,7 +68,7 @@ def _round(
     return plain.answer(prompt, new_tokens), cached.answer(prompt, new_tokens)
 
 
-def _row(length: int, ratio: float, rounds: list[tuple[Generation, Generation]], model: str) -> Row:
+def _row(length: int, ratio: float, rounds: list[tuple[Generation, Generation]]) -> Row:
     plain = [each.first_token_s for each, _ in rounds]
     cached = [each.first_token_s for _, each in rounds]
     rates = [

@@ -297,7 +297,8 @@ def test_any_text_is_a_value_or_a_config_error(name: str, text: str) -> None:
     try:
         changed = Config().with_value(name, text)
     except ConfigError as error:
-        assert str(error).startswith(f"{name} = ")  # noqa: PT017
+        # Of values that do not go together, the error begins with the other one.
+        assert name in str(error)  # noqa: PT017
     else:
         assert changed.with_value(name, changed.text(name)) == changed
 

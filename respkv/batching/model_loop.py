@@ -207,7 +207,7 @@ class ModelLoop:
                 job.ticket.fail(f"the model crashed: {self._crash!r}", self._crash)
         for _, done in errands:
             done.set_exception(LoopClosed("the model loop is closed"))
-        self.runner.close()
+        self.runner.close(is_good=self._crash is None)
 
     def _take_news(self) -> bool:
         """Take in what other threads want, waiting for it if there is nothing to do; False: end."""

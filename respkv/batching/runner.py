@@ -105,6 +105,9 @@ class Runner(Room, Protocol):
         """Forget what is kept for later requests only; returns its bytes."""
         ...
 
-    def close(self) -> None:
-        """Finish what is under way in the background, and let go of everything. Idempotent."""
+    def close(self, *, is_good: bool) -> None:
+        """Finish what is under way in the background, and let go of everything. Idempotent.
+
+        is_good: False after a crash: of the sequences that are left nothing may be used any more.
+        """
         ...

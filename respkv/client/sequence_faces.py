@@ -83,7 +83,8 @@ class Layers(_Head):
         """Yield the layers as CPU tensors ``[2, num_tokens, heads, dim]``, without a copy.
 
         Of latents ``[num_tokens, dim]``, of a state ``[bytes]`` uint8. They keep the memory that
-        they are made of. Raises ConfigError when the namespace has no schema.
+        they are made of. If the schema is not known yet, asking for it takes one more connection.
+        Raises ConfigError when the namespace has none.
         """
         dtype, shape = self._client._run(self._hold.form())
         for layer in self:

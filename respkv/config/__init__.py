@@ -321,8 +321,10 @@ SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _setting
 RUNTIME = frozenset(name for name, setting in SETTINGS.items() if setting.kind.runtime)
 # What an engine without sockets, in a process that is not its own, has no use for.
 OF_SOCKETS = frozenset(
-    "host logfile loglevel maxclients port protected-mode requirepass shm shm-path tcp-backlog"
-    " timeout unixsocket unixsocketperm".split()
+    (
+        *("host", "port", "unixsocket", "unixsocketperm", "tcp-backlog", "maxclients", "timeout"),
+        *("requirepass", "protected-mode", "shm", "shm-path", "logfile", "loglevel"),
+    )
 )
 # What clients ask of a Redis and has one answer here.
 FIXED: Mapping[str, str] = {

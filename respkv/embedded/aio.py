@@ -28,6 +28,7 @@ class AsyncEmbeddedCache(AsyncClient):
     def __init__(self, config: Config, *, pool_max: int, timeout_s: float) -> None:
         self._engine = Engine(config)
         self._settings = settings_for(self._dial, pool_max, timeout_s)
+        self._core = Core(self._settings, anyio.Semaphore)
         self._tasks: TaskGroup | None = None
         self._started: anyio.Event  # these three belong to the event loop it is entered in
         self._ended: anyio.Event

@@ -82,6 +82,8 @@ class Engine:
             )
         with self._registering:
             if not self._is_open or self.server is None:
+                if self.server is None and self.failure is None:
+                    raise ConnectionLost("the engine is not open yet: async with respkv.open(...)")
                 why = f": {self.failure}" if self.failure is not None else ""
                 raise ConnectionLost(f"the engine is closed{why}")
             stream = EngineStream(self.server, bell, post, own_thread)

@@ -14,7 +14,7 @@ kernel of an answer that nobody takes by TCP_USER_TIMEOUT, which serve.py sets.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import h11
 from starlette.types import Receive, Scope, Send
@@ -22,9 +22,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from respkv.gateway.failures import unavailable
 from respkv.gateway.settings import GatewaySettings
-
-if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, TimerHandle, Transport
 
 
 def protocol_of(limits: GatewaySettings) -> type[H11Protocol]:
@@ -40,9 +37,9 @@ class _Deadline:
     """Does something unless it is ended in time; begun again while it runs, it goes on as it was."""
 
     def __init__(self) -> None:
-        self._timer: TimerHandle | None = None
+        self._timer: Any = None  # of the event loop's
 
-    def begin(self, loop: "AbstractEventLoop", wait_s: float, late: Callable[[], None]) -> None:
+    def begin(self, loop: Any, wait_s: float, late: Callable[[], None]) -> None:
         if self._timer is None:
             self._timer = loop.call_later(wait_s, late)
 
@@ -62,7 +59,7 @@ class Connection(H11Protocol):
         self._head = _Deadline()
         self._answer = _Deadline()
 
-    def connection_made(self, transport: "Transport") -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
         super().connection_made(transport)
         most = self.settings.max_connections

@@ -108,7 +108,7 @@ def test_requests_of_many_threads_get_their_own_tokens_in_little_memory() -> Non
     assert stats.submitted == 150 == stats.finished + stats.cancelled
     assert stats.preemptions > 0
     assert runner.num_free == 20
-    assert runner.is_closed
+    assert (runner.is_closed, runner.was_good) == (True, True)
 
 
 def test_an_answer_ends_with_the_first_stop_token() -> None:
@@ -251,7 +251,7 @@ def test_a_crash_of_the_model_is_told_to_everyone(loop: ModelLoop, runner: Gated
         assert raised.value.__cause__ is crash
     loop.close()
     assert not loop.is_alive
-    assert runner.is_closed
+    assert (runner.is_closed, runner.was_good) == (True, False)
     assert loop.stats().failed == 3
     for call in (lambda: loop.submit(GenerationRequest([1])), loop.clear):
         with pytest.raises(LoopClosed, match="the model crashed: RuntimeError"):

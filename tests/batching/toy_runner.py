@@ -55,7 +55,7 @@ class ToyRunner:
         self.is_slow = is_slow
         self.coming: dict[Sequence, int] = {}  # asks until it has come
         self.steps: list[list[tuple[int, int]]] = []  # of each chunk: sequence, tokens
-        self.is_closed = False
+        self.is_closed = self.was_good = False
 
     @property
     def num_free(self) -> int:
@@ -135,8 +135,8 @@ class ToyRunner:
         self.remembered.clear()
         return 0
 
-    def close(self) -> None:
-        self.is_closed = True
+    def close(self, *, is_good: bool) -> None:
+        self.is_closed, self.was_good = True, is_good
 
     def _logits(self, sequence: Sequence) -> Tensor:
         return self._row(self.state[sequence][1])

@@ -31,17 +31,13 @@ def test_a_dynamic_cache_and_a_file_keep_each_prompt_whole(prompts: list[Prompt]
     assert 2 * 128 * TOKEN_BYTES < saved_by_torch(prompts) < 2 * 128 * TOKEN_BYTES + 10_000
 
 
-def test_a_tier_keeps_what_prompts_share_once_and_gives_back_what_its_codec_says(
+def test_a_tier_keeps_what_prompts_share_once_and_gives_it_back(
     prompts: list[Prompt],
 ) -> None:
-    shared, nothing = 3 * 64 * TOKEN_BYTES, 0.0
-    nbytes, error = in_respkv(prompts, "cpu", "raw", with_error=True)
-    assert shared < nbytes < 1.1 * shared
-    assert error == nothing
-    nbytes, error = in_respkv(prompts, "nvme", "i8", with_error=True)
-    assert nbytes < 0.7 * shared
-    assert error is not None
-    assert 0 < error < 0.05
+    shared = 3 * 64 * TOKEN_BYTES
+    nbytes, error = in_respkv(prompts, "disk", "default", with_error=True)
+    assert 0.3 * shared < nbytes < 0.9 * shared
+    assert error == 0
 
 
 def test_the_table_shows_what_was_not_measured_as_nothing() -> None:

@@ -37,6 +37,11 @@ async def test_it_is_a_client() -> None:
         await cache.ping()
 
 
+async def test_a_call_before_it_is_open_says_so() -> None:
+    with pytest.raises(ConnectionLost, match="not open yet: async with"):
+        await small().ping()
+
+
 async def test_a_wrong_setting_is_told_before_anything_is_opened() -> None:
     with pytest.raises(ConfigError, match="did you mean maxmemory"):
         respkv.open(maxmemry="1gb")

@@ -227,6 +227,25 @@ def test_a_get_that_is_left_half_keeps_nobody_waiting() -> None:
         list(layers)
 
 
+def test_what_is_being_read_stays_though_it_was_evicted(cache: EmbeddedCache) -> None:
+    cache.schema_set("wide", layers=24, heads=4, dim=64, tokens=64, dtype="float16")
+    prompt = list(range(1024))
+    kv = numpy.random.default_rng(1).integers(0, 1 << 16, (24, 2, 1024, 4, 64), "uint16")
+    cache.seq.put("wide", prompt, kv)
+    layers = cache.seq.get("wide", prompt)
+    got = [bytes(next(layers))]
+    cache.command("FLUSHALL")
+    for number in range(24):  # more than the rest of memory
+        cache.put(f"other{number}", payload(number, 4 * MIB))
+    got += [bytes(layer) for layer in layers]
+    assert got == [layer.tobytes() for layer in kv]
+    for _ in range(100):
+        if cache.info()["kv_sending"] == "0":
+            break
+        time.sleep(0.01)
+    assert cache.info()["kv_sending"] == "0", "and then they are given back"
+
+
 def test_a_thread_that_waits_is_told_of_the_end() -> None:
     cache = small()
     told: list[BaseException] = []

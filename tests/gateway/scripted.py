@@ -57,5 +57,5 @@ class ScriptedRunner:
     def clear(self) -> int:
         return 0
 
-    def close(self) -> None:
+    def close(self, *, is_good: bool) -> None:
         self.gate.set()

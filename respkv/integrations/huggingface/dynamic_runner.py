@@ -81,7 +81,7 @@ class DynamicRunner:
         """Nothing is kept for later requests."""
         return 0
 
-    def close(self) -> None:
+    def close(self, *, is_good: bool = True) -> None:
         """Forget all sequences."""
         self._caches.clear()
         self._room.clear()

@@ -73,11 +73,11 @@ class TokenMajorLayer(DynamicLayer):
         key_states, value_states = key_states.detach(), value_states.detach()
         memory[0, :, row : row + count].copy_(key_states.transpose(1, 2))
         memory[1, :, row : row + count].copy_(value_states.transpose(1, 2))
-        first = self._first_visible(count)
+        first, is_first = self._first_visible(count), not self.length
         self.length += count
-        keys, values = self._views(first)
         self._show(self._first_visible(0))
-        return keys, values
+        # What was given lies better for attention than what a page looks like.
+        return (key_states, value_states) if is_first else self._views(first)
 
     def get_seq_length(self) -> int:
         """Return how many tokens there are."""

@@ -220,10 +220,10 @@ class PagedRunner:
             pass
         return self.cache.clear() * self.cache.config.block_bytes + self._last.clear()
 
-    def close(self) -> None:
+    def close(self, *, is_good: bool = True) -> None:
         """Store what is to be stored, and give the model its attention back."""
         for sequence in list(self._held):
-            self.end(sequence, is_good=True)
+            self.end(sequence, is_good=is_good)
         while self._wait_for_blocks():
             pass
         self._threads.close()

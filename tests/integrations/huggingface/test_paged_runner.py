@@ -266,6 +266,25 @@ def test_what_cannot_be_told_as_numbers_is_kept_from_everyone(pages: PromptPages
     assert pages.match([*DOCUMENT[:40], POISON, *DOCUMENT[:40]]).tokens == 40
 
 
+def test_of_a_model_that_crashed_nothing_is_stored(pages: PromptPages) -> None:
+    model = tiny_model("llama")
+    loop = ModelLoop(runner_of(model, pages))
+    ask(loop, PROMPTS[0])
+    ticket = loop.submit(GenerationRequest(DOCUMENT, 1000))
+    next(ticket)
+
+    def break_down(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    model.register_forward_pre_hook(break_down)
+    with pytest.raises(GenerationFailed, match="out of order"):
+        ticket.result(60)
+    loop.close()
+    pages.flush()
+    assert pages.match(PROMPTS[0]).tokens == len(PROMPTS[0])
+    assert pages.match([*DOCUMENT, *greedy("llama", tuple(DOCUMENT))]).tokens <= len(DOCUMENT)
+
+
 def test_the_model_is_as_it_was_when_the_loop_has_closed(pages: PromptPages) -> None:
     model = model_of("llama")
     before = model.config._attn_implementation
