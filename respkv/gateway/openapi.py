@@ -62,6 +62,10 @@ def document(app: FastAPI, gateway: Gateway) -> dict[str, Any]:
         made["components"]["securitySchemes"] = {"token": scheme}
     for path, operations in made["paths"].items():
         for operation in operations.values():
+            for status, answer in operation["responses"].items():
+                # FastAPI gives errors the type of the success, which of /metrics is text.
+                if status >= "400" and "text/plain" in answer.get("content", {}):
+                    answer["content"] = {"application/json": answer["content"]["text/plain"]}
             if path.startswith("/v1/"):  # as OpenAI, these say 400
                 operation["responses"].pop("422", None)
             if not has_token:
