@@ -32,7 +32,7 @@ def test_answers_over_a_socket_are_as_documented(llama: Running) -> None:
     config = settings_of(max_examples=6, seed=6, is_thorough=False)
     url = f"http://127.0.0.1:{llama.port}/openapi.json"
     outcome = checked(drive(schemathesis.openapi.from_url(url, config=config)))
-    assert outcome.statuses[200] > 20
+    assert outcome.statuses[200] > 5
 
 
 def test_with_a_token_nothing_is_answered_without_it(serve: Serve) -> None:
