@@ -162,6 +162,7 @@ soak: $(ALL) ## 10 minutes of put and get: every byte checked, memory flat
 gateway-test: $(ALL) ## The gateway: thousands of requests from its OpenAPI, then 100 clients for 60 s
 	@$(BIN)/python -m tests.gateway.contract
 	@$(BIN)/python -m tests.gateway.crowd $(ARGS)
+	@$(BIN)/python -m pytest -m long tests/gateway
 
 # With file tiers. The last two mount small file systems of their own, as root.
 .PHONY: crash-test

@@ -23,6 +23,8 @@ SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("port", int, 8000, "TCP port; 0 takes any free one."),
     ("max_prompt_tokens", int, 8192, "Longest prompt."),
     ("max_new_tokens", int, 1024, "Most tokens that a request may ask for."),
+    ("recompute", bool, True, "Take requests with use_cache = false, which keep no KV."),
+    ("max_recompute_tokens", int, 2048, "Prompt and answer of such a request."),
     ("max_concurrency", int, 32, "Sequences that are computed together."),
     ("max_waiting", int, 256, "Sequences that wait for that; one more is refused with 503."),
     ("max_connections", int, 1024, "Connections served at once."),
@@ -41,6 +43,8 @@ SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
 def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for field, kind, default, about in reversed(SETTINGS):
         name = f"--{field.removesuffix('_s').replace('_', '-')}"
+        if kind is bool:
+            name = f"{name}/--no{name[1:]}"
         add = click.option(name, field, type=kind, default=default, show_default=True, help=about)
         command = add(command)
     return command
@@ -78,6 +82,9 @@ def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--page-tokens", default=64, show_default=True, help="Tokens of a page.")
 @click.option(
     "--kv-memory", default="1gb", show_default=True, metavar="SIZE", help="KV of what is computed."
+)
+@click.option(
+    "--always-load", is_flag=True, help="Load stored KV even where computing it should be quicker."
 )
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights; auto: as stored.")
 @click.option("--device", default="cpu", show_default=True, help="Of the model, such as cuda:0.")
@@ -144,7 +151,7 @@ def command(
     )
 
 
-_CHECKPOINT = ("namespace", "page_tokens", "dtype", "device", "threads")
+_CHECKPOINT = ("namespace", "page_tokens", "always_load", "dtype", "device", "threads")
 
 
 def _check_extra() -> None:

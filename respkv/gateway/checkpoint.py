@@ -17,6 +17,7 @@ class Checkpoint:
     config, settings: of the embedded engine: a file, and what wins over it, such as maxmemory; as
                respkv.open_sync takes them.
     kv_memory: bytes for the KV of what runs, and of what ran until their room is needed.
+    always_load: stored KV is loaded even where computing it is expected to take less time.
     threads:   of torch; None leaves its default.
     """
 
@@ -28,6 +29,7 @@ class Checkpoint:
     namespace: str | None = None
     page_tokens: int = 64
     kv_memory: int = 1 << 30
+    always_load: bool = False
     dtype: str = "auto"
     device: str = "cpu"
     threads: int | None = None

@@ -1,14 +1,17 @@
 """From a folder with a checkpoint to a model that is ready: weights, tokenizer, cache, model loop."""
 
+import inspect
+import logging
 import threading
 from contextlib import ExitStack
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 import respkv
 from respkv.batching.model_loop import Limits, ModelLoop
+from respkv.batching.runner import Runner
 from respkv.client import Client
 from respkv.errors import ConfigError
 from respkv.gateway.checkpoint import Checkpoint
@@ -16,9 +19,12 @@ from respkv.gateway.model import Local, Model
 from respkv.gateway.settings import GatewaySettings
 from respkv.gateway.tokenizer import TextCoder, load_tokenizer
 from respkv.integrations.huggingface import PromptPages, UnsupportedModel
+from respkv.integrations.huggingface.dynamic_runner import DynamicRunner
 from respkv.integrations.huggingface.paged_runner import PagedRunner
 
 STEP_TOKENS = 512
+
+logger = logging.getLogger(__name__)
 
 
 def load(checkpoint: Checkpoint, settings: GatewaySettings) -> Model:
@@ -27,7 +33,7 @@ def load(checkpoint: Checkpoint, settings: GatewaySettings) -> Model:
     Raises ConfigError for a checkpoint that cannot be read or used; CacheError when the server is
     away. Nothing is left open then.
     """
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if checkpoint.threads is not None:
         torch.set_num_threads(checkpoint.threads)
     try:
@@ -35,32 +41,60 @@ def load(checkpoint: Checkpoint, settings: GatewaySettings) -> Model:
         model = _weights(checkpoint)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"--model {str(checkpoint.folder)!r}: {error}") from error
+    try:
+        return _with_pages(checkpoint, settings, coder, model)
+    except UnsupportedModel as error:
+        if not _takes_any_cache(model):
+            raise ConfigError(f"--model {str(checkpoint.folder)!r}: {error}") from error
+        logger.warning("one sequence at a time, and nothing kept for the next: %s", error)
+    return _model(checkpoint, settings, coder, model, DynamicRunner(model))
+
+
+def _with_pages(
+    checkpoint: Checkpoint, settings: GatewaySettings, coder: TextCoder, model: PreTrainedModel
+) -> Model:
+    """Serve a model with a store. Raises UnsupportedModel; nothing is left open then."""
     with ExitStack() as undo:
         store = _store(checkpoint)
         undo.callback(store.close)
-        try:
-            pages = PromptPages(
-                store,
-                model=model,
-                namespace=checkpoint.namespace,
-                page_tokens=checkpoint.page_tokens,
-            )
-            undo.callback(pages.close)
-            pages.check()
-            runner = PagedRunner(model, pages=pages, memory_bytes=checkpoint.kv_memory)
-        except UnsupportedModel as error:
-            raise ConfigError(f"--model {str(checkpoint.folder)!r}: {error}") from error
-        made = Model(
-            name=checkpoint.name or checkpoint.folder.resolve().name,
-            coder=coder,
-            loop=ModelLoop(runner, limits=limits_of(settings)),
-            stop_tokens=_stop_tokens(model) or coder.stop_tokens,
-            store=store,
-            pages=StorePages(store, pages),
-            local=lambda: _local(runner),
+        pages = PromptPages(
+            store, model=model, namespace=checkpoint.namespace, page_tokens=checkpoint.page_tokens
         )
+        undo.callback(pages.close)
+        pages.check()
+        runner = PagedRunner(
+            model,
+            pages=pages,
+            memory_bytes=checkpoint.kv_memory,
+            never_slower=not checkpoint.always_load,
+        )
+        made = _model(checkpoint, settings, coder, model, runner)
+        made.store, made.pages = store, StorePages(store, pages)
+        made.local = lambda: _local(runner)
         made.close_store = undo.pop_all().close
     return made
+
+
+def _model(
+    checkpoint: Checkpoint,
+    settings: GatewaySettings,
+    coder: TextCoder,
+    model: PreTrainedModel,
+    runner: Runner,
+) -> Model:
+    """Start the loop, around a runner that has no store yet."""
+    return Model(
+        name=checkpoint.name or checkpoint.folder.resolve().name,
+        coder=coder,
+        loop=ModelLoop(runner, limits=limits_of(settings)),
+        stop_tokens=_stop_tokens(model) or coder.stop_tokens,
+    )
+
+
+def _takes_any_cache(model: PreTrainedModel) -> bool:
+    """Whether DynamicRunner can serve it: others let the cache they are given pass in silence."""
+    takes = "past_key_values" in inspect.signature(model.forward).parameters
+    return takes and not model.config.is_encoder_decoder
 
 
 def limits_of(settings: GatewaySettings) -> Limits:

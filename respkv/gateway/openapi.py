@@ -93,6 +93,12 @@ def _add_limits(schemas: dict[str, Any], gateway: Gateway) -> None:
         ("ChatCompletionRequest", "max_completion_tokens"),
     ):
         _of_kind(schemas[name]["properties"][field], "integer")["maximum"] = most_new
+    use_cache = schemas["GenerateRequest"]["properties"]["use_cache"]
+    if not settings.recompute:
+        use_cache["enum"] = [True]
+    else:
+        most = settings.max_recompute_tokens
+        use_cache["description"] += f" Then prompt and answer have at most {most} tokens together."
     for name in ("CompletionRequest", "ChatCompletionRequest"):
         number = _of_kind(schemas[name]["properties"]["n"], "integer")
         number["maximum"] = settings.choices_max

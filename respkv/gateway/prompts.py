@@ -54,6 +54,13 @@ class Prompts:
     async def of_generate(self, request: GenerateRequest, model: Model, started: float) -> Job:
         """Return the job of a /generate. Raises Refused for what is over a limit."""
         most = self._settings.max_new_tokens
+        if not (request.use_cache or self._settings.recompute):
+            raise Refused(
+                400,
+                "recompute_refused",
+                "use_cache = false is not accepted here: every token would compute everything again",
+                param="use_cache",
+            )
         wish = _Wish(
             new_tokens=self._new_tokens(
                 request.max_new_tokens, min(NEW_TOKENS_DEFAULT, most), "max_new_tokens"
@@ -74,14 +81,7 @@ class Prompts:
         """Return the job of a /v1/completions. Raises Refused for what is over a limit."""
         wish = self._openai_wish(request, request.max_tokens, COMPLETION_TOKENS_DEFAULT)
         prompts = _prompts(request)
-        if len(prompts) * wish.num_answers > self._settings.choices_max:
-            raise Refused(
-                400,
-                "too_many_choices",
-                f"{len(prompts)} prompts of n = {wish.num_answers} make more answers"
-                f" than the {self._settings.choices_max} that one request may ask for",
-                param="n",
-            )
+        self._check_choices(len(prompts), wish.num_answers)
 
         def encode() -> list[list[int]]:
             return [model.coder.encode(each) if isinstance(each, str) else each for each in prompts]
@@ -96,6 +96,7 @@ class Prompts:
         messages = _messages(request)
         more = () if model.coder.has_template else (PLAIN_STOP,)
         wish = self._openai_wish(request, asked, self._settings.max_new_tokens, more)
+        self._check_choices(1, wish.num_answers)
 
         def encode() -> list[list[int]]:
             return [model.coder.encode_chat(messages)]
@@ -126,6 +127,17 @@ class Prompts:
             session=request.session,
             salt=request.cache_salt,
         )
+
+    def _check_choices(self, num_prompts: int, num_answers: int) -> None:
+        most = self._settings.choices_max
+        if num_prompts * num_answers > most:
+            raise Refused(
+                400,
+                "too_many_choices",
+                f"{num_prompts} prompts of n = {num_answers} make more answers"
+                f" than the {most} that one request may ask for",
+                param="n",
+            )
 
     def _new_tokens(self, asked: int | None, default: int, param: str) -> int:
         most = self._settings.max_new_tokens
@@ -172,6 +184,15 @@ class Prompts:
                     f"a prompt of {len(tokens)} tokens leaves room for {room} new ones,"
                     f" not for {new_tokens}: the model takes {model.tokens_max} in all",
                     param=param,
+                )
+            most = self._settings.max_recompute_tokens
+            if not wish.use_cache and len(tokens) + new_tokens > most:
+                raise Refused(
+                    400,
+                    "too_many_recompute_tokens",
+                    f"a prompt of {len(tokens)} tokens and {new_tokens} new ones are more than the {most}"
+                    " that a request with use_cache = false may have",
+                    param="use_cache",
                 )
             for index in range(wish.num_answers):
                 requests.append(_request(tokens, new_tokens, wish, model, index))

@@ -7,6 +7,7 @@ process ends with 0. A second signal ends it at once.
 """
 
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -88,6 +89,7 @@ class Process:
         Raises ConfigError when the address cannot be had; CacheError when the model cannot be
         loaded.
         """
+        _allow_connections()
         with listen(self._settings) as listener:
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
@@ -125,6 +127,13 @@ class Process:
                 drain_s = max(self._settings.stop_timeout_s - FAREWELL_S, 0.0)
                 self._closing = threading.Thread(target=model.close, args=[drain_s])
                 self._closing.start()
+
+
+def _allow_connections() -> None:
+    """Raise the limit of open files: a connection is one, and so is a request's place in the loop."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def listen(settings: GatewaySettings) -> socket.socket:

@@ -23,6 +23,8 @@ class GatewaySettings:
     token: str | None = field(default=None, repr=False)
     max_prompt_tokens: int = 8192
     max_new_tokens: int = 1024
+    recompute: bool = True  # whether use_cache = false is taken
+    max_recompute_tokens: int = 2048  # of such a request, prompt and answer together
     max_concurrency: int = 32  # sequences in the model loop at once
     max_waiting: int = 256  # sequences that wait for their turn
     max_connections: int = 1024
@@ -42,7 +44,7 @@ class GatewaySettings:
             if each.name == "port":
                 if not 0 <= value <= 65535:
                     raise ConfigError(f"port = {value}: accepted are 0 to 65535")
-            elif isinstance(value, int | float) and not value > 0:
+            elif isinstance(value, int | float) and each.name != "recompute" and not value > 0:
                 raise ConfigError(f"{each.name} = {value}: accepted are values above 0")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
             # The value itself stays out of the message: it is a secret.

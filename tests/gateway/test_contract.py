@@ -62,6 +62,17 @@ def test_the_document_has_this_gateways_limits(serve: Serve) -> None:
             assert ("422" in operation["responses"]) == (path == "/generate")
 
 
+def test_the_document_says_what_goes_without_a_cache(serve: Serve) -> None:
+    def use_cache(settings: GatewaySettings) -> Any:
+        document: Any = serve("x", settings).get("/openapi.json").json
+        return document["components"]["schemas"]["GenerateRequest"]["properties"]["use_cache"]
+
+    taken = use_cache(GatewaySettings(max_recompute_tokens=77))
+    assert "enum" not in taken
+    assert "at most 77 tokens" in taken["description"]
+    assert use_cache(GatewaySettings(recompute=False))["enum"] == [True]
+
+
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
 def test_errors_have_one_form_and_are_documented(serve: Serve, path: str) -> None:
     document: Any = serve("x").get("/openapi.json").json

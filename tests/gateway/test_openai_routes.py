@@ -192,6 +192,9 @@ def test_more_answers_than_fit_are_refused(serve: Serve) -> None:
     reply = running.post("/v1/completions", {"prompt": ["a", "b", "c"], "n": 2})
     assert (reply.status, reply.error["code"]) == (400, "too_many_choices")
     assert "more answers than the 4" in reply.error["message"]
+    reply = running.post("/v1/chat/completions", {"messages": [USER], "n": 5})
+    assert (reply.status, reply.error["code"]) == (400, "too_many_choices")
+    chat(running, n=4)
 
 
 def test_all_answers_are_taken_or_none(serve: Serve) -> None:

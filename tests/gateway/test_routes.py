@@ -179,6 +179,27 @@ def test_prompt_and_answer_have_to_fit_the_model(serve: Serve) -> None:
     assert running.post("/generate", {"prompt": "\1" * 20, "max_new_tokens": 10}).status == 200
 
 
+def test_without_a_cache_prompt_and_answer_are_shorter(serve: Serve) -> None:
+    running = serve(SAYS, GatewaySettings(max_recompute_tokens=30))
+    ask = {"prompt": "\1" * 20, "use_cache": False}
+    reply = running.post("/generate", {**ask, "max_new_tokens": 11})
+    assert (reply.status, reply.error["code"]) == (400, "too_many_recompute_tokens")
+    assert "20 tokens and 11 new ones are more than the 30" in reply.error["message"]
+    assert running.post("/generate", {**ask, "max_new_tokens": 10}).status == 200
+    cached = {**ask, "use_cache": True, "max_new_tokens": 11}
+    assert running.post("/generate", cached).status == 200
+
+
+def test_to_go_without_a_cache_may_be_refused(serve: Serve) -> None:
+    running = serve(SAYS, GatewaySettings(recompute=False))
+    reply = running.post("/generate", {"prompt": "x", "use_cache": False})
+    assert (reply.status, reply.error["code"]) == (400, "recompute_refused")
+    assert reply.error["param"] == "use_cache"
+    assert running.runner.steps == 0
+    ask = {"prompt": "x", "use_cache": True, "use_prefix_cache": False, "max_new_tokens": 2}
+    assert running.post("/generate", ask).status == 200
+
+
 def test_statistics_have_the_fields_of_the_first_gateway(serve: Serve) -> None:
     running = serve(SAYS)
     running.post("/generate", {"prompt": "x", "max_new_tokens": 3})

@@ -1,5 +1,6 @@
 """A gateway in a process of its own, from its start to its end."""
 
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ PROMPT = "a page of a prompt that is long enough for some pages. " * 6
 @pytest.fixture(scope="module")
 def gateway(checkpoint: Path) -> Iterator[GatewayProcess]:
     """A gateway with an engine of its own; at the end it stops as it should."""
-    options = ("--page-tokens", "16", "--max-prompt-tokens", "512", "--max-waiting", "8")
+    options = ["--page-tokens", "16", "--max-prompt-tokens", "512", "--max-waiting", "8"]
+    options += ["--always-load", "--max-recompute-tokens", "600"]
     process = GatewayProcess(checkpoint, *options, RESPKV_GATEWAY_TOKEN="")
     yield process
     assert process.stop() == 0, process.log
@@ -74,6 +76,8 @@ def test_a_crowd_is_served_and_leaves_nothing(gateway: GatewayProcess) -> None:
     assert settled(gateway, num_descriptors) == ""
 
 
+# In the gate test_loading.py has two lives in this process, and test_streaming.py their end.
+@pytest.mark.long
 def test_two_lives_share_a_server_and_end_well(checkpoint: Path, start_server: StartServer) -> None:
     server = start_server()
     ask = {"prompt": PROMPT, "max_new_tokens": 3}
@@ -124,6 +128,20 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(checkpoint: Path) -> Non
         Process(GatewaySettings(port=0), fail).run(lines.append)
     assert len(lines) == 1
     assert lines[0].startswith("listening on http://127.0.0.1:")
+
+
+def test_as_many_files_may_be_open_as_the_system_allows() -> None:
+    def fail() -> Model:
+        raise ConfigError("no such weights")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        with pytest.raises(ConfigError, match="no such weights"):
+            Process(GatewaySettings(port=0), fail).run(print)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_address_that_is_taken_is_named(checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from respkv.gateway.settings import GatewaySettings
         ("port", -1),
         ("port", 65536),
         ("max_waiting", 0),
+        ("max_recompute_tokens", 0),
         ("heartbeat_s", -1.0),
         ("max_body_bytes", 0),
     ],
@@ -33,6 +34,11 @@ def test_a_wrong_token_is_refused_and_not_shown(token: str) -> None:
 
 def test_a_token_is_not_in_the_settings_text() -> None:
     assert "secret" not in repr(GatewaySettings(token="secret"))
+
+
+def test_to_recompute_can_be_turned_off() -> None:
+    assert GatewaySettings().recompute
+    assert not GatewaySettings(recompute=False).recompute
 
 
 def test_no_more_answers_than_the_queue_holds() -> None:

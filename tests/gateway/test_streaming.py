@@ -93,6 +93,25 @@ def test_a_stream_without_news_says_that_it_lives(serve: Serve) -> None:
     assert list(events_of(received.decode().replace("\r", "")))
 
 
+@pytest.mark.parametrize(("tokens", "drain_s"), [(200, WAIT_S), (1_000_000, 0.0)])
+def test_an_end_of_the_gateway_waits_for_streams_or_tells_them(
+    serve: Serve, tokens: int, drain_s: float
+) -> None:
+    running = endless(serve, ENDLESS)
+    body = {"prompt": "x", "max_new_tokens": tokens, "stream": True}
+    with running.open("POST", "/generate", body) as raw:
+        received = raw.recv(4096)
+        assert running.gateway.stop() is running.model is not None
+        running.model.close(drain_s)
+        while not received.endswith(b"0\r\n\r\n"):
+            part = raw.recv(65536)
+            assert part, received
+            received += part
+    assert (b"event: done" in received) == (drain_s > 0)
+    assert (b'"stopping"' in received) == (b"event: error" in received) == (drain_s == 0)
+    assert running.post("/generate", {"prompt": "x"}).error["code"] == "stopping"
+
+
 def test_an_error_in_the_middle_of_a_stream_is_an_event(serve: Serve) -> None:
     steps: list[int] = []
 

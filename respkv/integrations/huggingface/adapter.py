@@ -89,7 +89,7 @@ class KVCacheAdapter:
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings = Settings(self.model, generation_config, kwargs)
-        reason = settings.why_not(ids)
+        reason = settings.why_not(ids) or self._why_not(ids, settings)
         mask = None if reason or ids is None else settings.mask(ids)
         rows = None if mask is None or ids is None else as_rows(ids, mask)
         if ids is None or mask is None or rows is None:
@@ -152,6 +152,17 @@ class KVCacheAdapter:
         if session is not None:
             chain["session"] = session
         return chain
+
+    def _why_not(self, ids: Tensor | None, settings: Settings) -> str:
+        """Return why what the model computes now is not to be mixed with what is stored."""
+        limit = self.model_kv.text_max
+        if ids is not None and limit:
+            columns = ids.shape[1]
+            if columns + settings.new_tokens(columns, GROWTH_TOKENS) >= limit:
+                return f"texts of {limit} tokens and more have other keys, with this model's rope"
+        if not self.pages.has_its_weights:
+            return "the weights have changed since its fingerprint was made; make a new adapter"
+        return ""
 
     def _choose(self, cache: BatchCache, settings: Settings) -> None:
         """Say what of the matches is used."""

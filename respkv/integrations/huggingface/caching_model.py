@@ -36,8 +36,12 @@ def _caching_class(kind: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         forward = functools.partial(kind.__call__, self)
         cache = kwargs.get("past_key_values")
-        if args or not isinstance(cache, BatchCache) or kwargs.get("input_ids") is None:
+        if args or not isinstance(cache, BatchCache):
             return forward(*args, **kwargs)
+        if kwargs.get("input_ids") is None:  # a model that makes embeddings of them beforehand
+            cache.answer = None
+            cache.bring(forward, inspect.signature(self.forward))
+            return forward(**kwargs)
         return _forward(self, forward, cache, kwargs)
 
     def prepare(

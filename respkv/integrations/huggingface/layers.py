@@ -55,6 +55,11 @@ class TokenMajorLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for the first tokens."""
+        if self.length:
+            raise RuntimeError(
+                f"{self.length} tokens of this layer were to be loaded, and have not been; compute"
+                " with the adapter's generate, which loads them first"
+            )
         batch, heads, count, dim = key_states.shape
         shape = (2, batch, max(ROOM_MIN, count + count // 8), heads, dim)
         memory = self._buffers.empty(shape, key_states.dtype, key_states.device)

@@ -5,6 +5,7 @@ the same things by different names, and what a cache is given says it for all of
 """
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -68,6 +69,8 @@ class ModelKV:
     """The keys and values of a model: ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
 
     layers:    those that keep any, in order; num_layers: all layers that a cache has a place for.
+    text_max:  texts of so many tokens and more have other keys than shorter ones with the same
+               beginning: rope of type longrope or dynamic. 0: all texts have the same.
     """
 
     layers: tuple[KVLayer, ...]
@@ -75,6 +78,7 @@ class ModelKV:
     heads: int
     dim: int
     dtype: torch.dtype
+    text_max: int = 0
 
     def geometry(self, page_tokens: int) -> Geometry:
         """Return the shape of a page. Raises UnsupportedModel when no page has such numbers."""
@@ -133,7 +137,47 @@ def read_model(model: PreTrainedModel) -> ModelKV:
             f"the layers of {type(model).__name__} keep keys of {len(shapes)} shapes; pages have one"
         )
     ((heads, dim, dtype),) = shapes
-    return ModelKV(tuple(layers), len(found.layers), heads, dim, dtype)
+    text_max = text_max_of(model.config.get_text_config())
+    return ModelKV(tuple(layers), len(found.layers), heads, dim, dtype, text_max)
+
+
+def text_max_of(config: Any) -> int:
+    """Return from which length on a text's keys are turned by other angles; 0: from none."""
+    limits = []
+    for rope in _ropes(getattr(config, "rope_parameters", None)):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings"))
+        elif rope.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min((int(each or 1) for each in limits), default=0)
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """Return the rotary positions of a model: it has one kind, or one for each type of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    return [parameters, *(rope for each in parameters.values() for rope in _ropes(each))]
+
+
+class WeightsNote:
+    """What was seen of a model's weights, to notice that they are others now.
+
+    It sees what optimizers and ``load_state_dict`` do; not what is written behind torch's back,
+    through ``weight.data``.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._weights = [weakref.ref(each) for each in model.parameters() if not each.is_inference()]
+        self._seen = self._versions()
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the weights are those that there were."""
+        return self._versions() == self._seen
+
+    def _versions(self) -> tuple[int, set[torch.dtype]]:
+        there = [weight for each in self._weights if (weight := each()) is not None]
+        return sum(each._version for each in there), {each.dtype for each in there}
 
 
 def fingerprint_of(model: PreTrainedModel) -> bytes:

@@ -169,6 +169,10 @@ class PageLoads:
         with self._client.lease(keys) as lease:
             there = list(self._stored(lease.pages, first, known))
             target.copy(there, stop)
+            if target.device.type == "cuda":
+                # An engine in this process may have pinned the pages, and copies from them return before
+                # they are made. The lease has to last until they are.
+                torch.cuda.current_stream(target.device).synchronize()
         return min(there[-1].first + there[-1].count, stop) if there else 0
 
     def _stored(self, views: list[memoryview | None], first: int, known: int) -> Iterator[Stored]:

@@ -250,10 +250,13 @@ class PagedRunner:
         if load is None or self._pages is None:
             return Admission(held.local, held.local, None, time.perf_counter() - held.begun)
         self._pages.end_load(held.number, load)
-        if load.logits is not None:
-            self._last.keep(held.salt, sequence.tokens, load.logits)
+        logits = load.logits
+        if logits is not None:
+            # They come from the CPU. A request chooses all its tokens on one device, with one generator.
+            logits = logits.to(self.model.device)
+            self._last.keep(held.salt, sequence.tokens, logits)
         computed, lookup_s = self.cache.computed(held.number), time.perf_counter() - held.begun
-        return Admission(computed, held.local, load.logits, lookup_s, int(load.has_failed))
+        return Admission(computed, held.local, logits, lookup_s, int(load.has_failed))
 
     def _collect(self, *, wait: bool) -> None:
         """Take note of loads that are over, and give back the blocks of those nobody wants."""

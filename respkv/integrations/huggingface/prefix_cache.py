@@ -155,7 +155,12 @@ class PrefixCache(Cache):
         """
         data = token_bytes(tokens)
         prompt = self.rows[row]
-        count = min(len(data) // TOKEN_BYTES, self.length - prompt.padding)
+        wanted = len(data) // TOKEN_BYTES
+        count = min(wanted, self.length - prompt.padding)
+        if self.kv.text_max:
+            count = min(count, self.kv.text_max - 1)  # keys behind are those of longer texts
+        if count < wanted:
+            logits = None  # they follow a token that is not stored
         data = data[: count * TOKEN_BYTES]
         is_known = prompt.match.tokens >= count
         if is_known or self.kv_layers[0].memory is None:
@@ -208,6 +213,9 @@ class RespKVCache(PrefixCache):
 
     At least one token is left to compute: that gives the logits of the next one. What was computed is
     stored by ``save``, and at the latest when the cache is dropped, closed, or left as a context.
+    What is computed with it has to be this very prompt, without padding, by the model in eval mode:
+    others will be given it. It is empty, and stores nothing, when the model's weights have changed
+    since the pages were made, and for prompts that are too long for one kind of rope (``text_max``).
 
     tokens: the prompt, as ``model.generate`` gets it in ``input_ids`` besides.
     model:  the one of ``pages`` if None.
@@ -236,8 +244,12 @@ class RespKVCache(PrefixCache):
         if not row.num_tokens:
             raise ValueError("a prompt has at least 1 token")
         super().__init__(pages, kv, [row], room=room, chain=chain)
-        self._is_stored = not store
+        is_short = not kv.text_max or row.num_tokens < kv.text_max
+        self._is_usable = is_short and pages.has_its_weights
+        self._is_stored = not (store and self._is_usable)
         self.loaded_tokens = 0
+        if not self._is_usable:
+            return
         self.match()
         self._load(min(row.match.tokens, row.num_tokens - 1, limit or row.num_tokens))
 
@@ -247,10 +259,11 @@ class RespKVCache(PrefixCache):
         tokens: the prompt and what was generated behind it, as far as it shall be stored; the
                 prompt alone if None.
         logits: [V] that follow the last of these tokens.
-        Returns: False when too much waits already.
+        Returns: False when too much waits already, and for a prompt whose keys are not to be mixed
+                 with those that are stored.
         """
         self._is_stored = True
-        return self.store(0, self.rows[0].tokens if tokens is None else tokens, logits=logits)
+        return self._is_usable and self.store(0, self.rows[0].tokens if tokens is None else tokens, logits=logits)
 
     def activate_past_recording(self) -> None:
         """Forget what was loaded, if nothing has been computed behind it.

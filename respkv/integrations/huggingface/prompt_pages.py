@@ -27,7 +27,12 @@ from respkv.integrations.huggingface.availability import (
 )
 from respkv.integrations.huggingface.buffers import BufferPool
 from respkv.integrations.huggingface.logits import pack_logits, unpack_logits
-from respkv.integrations.huggingface.model_kv import ModelKV, fingerprint_of, read_model
+from respkv.integrations.huggingface.model_kv import (
+    ModelKV,
+    WeightsNote,
+    fingerprint_of,
+    read_model,
+)
 from respkv.integrations.huggingface.page_copies import KVPair, Target
 from respkv.integrations.huggingface.page_loads import PageLoads
 from respkv.integrations.huggingface.page_stores import Gather, PageStores
@@ -76,14 +81,16 @@ class PromptPages:
                  a client of its own.
     model:       what makes the KV: its geometry is read off a forward pass of one token, and its
                  fingerprint is a hash of its configuration and all its weights, read once. Or give
-                 ``geometry``, whose tokens are those of a page, and ``fingerprint``.
+                 ``geometry``, whose tokens are those of a page, and ``fingerprint`` or ``namespace``,
+                 which no other model may have.
     namespace:   after the fingerprint if None.
     page_tokens: tokens of a page; 64 to 256, so that pages of small models are not too many, if None.
                  Prompts are matched to the token whatever it is.
     codecs, ttl_ms, durability: of the namespace, as in ``Client.schema_set``.
     queue_max:   stores that may wait.
     spare_bytes: of memory are kept for the next prompt.
-    Raises: UnsupportedModel; TypeError when there is neither a model nor a geometry.
+    Raises: UnsupportedModel; TypeError when there is neither a model nor a geometry, or nothing
+            that tells its pages from those of another model.
     """
 
     def __init__(
@@ -103,6 +110,11 @@ class PromptPages:
     ) -> None:
         if model is None and geometry is None:
             raise TypeError("PromptPages needs a model, or the geometry of its pages")
+        if not (fingerprint or namespace or (fingerprint is None and model is not None)):
+            raise TypeError(
+                "PromptPages needs a model, a fingerprint or a namespace: models of one shape"
+                " would get each other's pages"
+            )
         self.model_kv: ModelKV | None = None if model is None else read_model(model)
         if geometry is None:
             assert self.model_kv is not None
@@ -111,6 +123,7 @@ class PromptPages:
             )
         if fingerprint is None:
             fingerprint = b"" if model is None else fingerprint_of(model)
+        self._weights = None if model is None else WeightsNote(model)
         self.geometry = geometry
         self.fingerprint = fingerprint
         self.namespace = namespace or f"hf-{fingerprint.hex()[:16]}-{geometry.tokens}"
@@ -133,7 +146,7 @@ class PromptPages:
         self._is_declared = False
         self._state = Availability()
         self._counts: dict[str, Any] = dict.fromkeys((each.name for each in fields(PagesStats)), 0)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection may drop a cache, which is stored, anywhere
         self._storing = threading.Lock()
         self._queue = StoreQueue(queue_max)
         where = (self.client, self.namespace, geometry, fingerprint, self.buffers)
@@ -144,6 +157,11 @@ class PromptPages:
     def page_tokens(self) -> int:
         """Tokens of a page."""
         return self.geometry.tokens
+
+    @property
+    def has_its_weights(self) -> bool:
+        """Whether the model has the weights that it had, as far as torch counts their changes."""
+        return self._weights is None or self._weights.is_right
 
     @property
     def token_bytes(self) -> int:

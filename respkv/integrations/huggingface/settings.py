@@ -70,6 +70,15 @@ class Settings:
         )
         if others:
             return f"{', '.join(others)}: what tokens mean may depend on it"
+        if self.get("token_healing"):
+            return "token_healing changes the prompt"
+        if self.get("output_attentions") or self.get("output_hidden_states"):
+            return "attentions and hidden states are wanted, of all tokens"
+        # What these compute is not what the weights alone say, and others would get it.
+        if self._model.training:
+            return "the model is in training mode; model.eval() leaves it"
+        if torch.is_autocast_enabled(self._model.device.type):
+            return "autocast is on: keys and values have another precision than the weights"
         return ""
 
     def mask(self, ids: Tensor) -> Tensor:
@@ -103,13 +112,15 @@ class Settings:
     @property
     def may_skip_forward(self) -> bool:
         """Whether logits are all that is wanted of the first forward pass."""
-        is_assisted = self.get("assistant_model") or self.get("prompt_lookup_num_tokens")
-        wants_more = self.get("output_attentions") or self.get("output_hidden_states")
-        return not is_assisted and not wants_more
+        return not (self.get("assistant_model") or self.get("prompt_lookup_num_tokens"))
 
-    def room(self, columns: int, default: int) -> int:
+    def new_tokens(self, columns: int, default: int) -> int:
         """Return how many tokens will be generated, as far as is known."""
         new, length = self.get("max_new_tokens"), self.get("max_length")
         if new is None:
             new = default if length is None else length - columns
-        return int(min(max(1, new), ROOM_MAX))
+        return int(max(1, new))
+
+    def room(self, columns: int, default: int) -> int:
+        """Return for how many of them memory is made."""
+        return min(self.new_tokens(columns, default), ROOM_MAX)

@@ -1,10 +1,10 @@
 """A bounded queue of work that a thread does in the background, for stores that nobody waits for."""
 
 import atexit
-import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
@@ -18,13 +18,15 @@ class StoreQueue:
     """Work in order, one at a time, in a thread that lives while there is some.
 
     work_max: how much may wait; what comes then is refused.
+    A thread may add work while it is in here already: a collection that drops a cache does.
     """
 
     def __init__(self, work_max: int) -> None:
         if work_max < 1:
             raise ValueError(f"queue_max must be at least 1, not {work_max}")
-        self._queue: queue.Queue[Work] = queue.Queue(work_max)
-        self._changed = threading.Condition()
+        self._work_max = work_max
+        self._queue: deque[Work] = deque()
+        self._changed = threading.Condition(threading.RLock())
         self._unfinished = 0
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -33,13 +35,11 @@ class StoreQueue:
     def add(self, work: Work) -> bool:
         """Queue work, which must not raise; False: there is no room, or it was closed."""
         with self._changed:
-            if self._is_closed:
+            if self._is_closed or len(self._queue) >= self._work_max:
                 return False
-            try:
-                self._queue.put_nowait(work)
-            except queue.Full:
-                return False
+            self._queue.append(work)
             self._unfinished += 1
+            self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="respkv-store", daemon=True)
                 self._thread.start()
@@ -64,14 +64,11 @@ class StoreQueue:
 
     def _run(self) -> None:
         while True:
-            try:
-                work = self._queue.get(timeout=_IDLE_S)
-            except queue.Empty:
-                with self._changed:
-                    if self._queue.empty():
-                        self._thread = None
-                        return
-                continue
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._queue, _IDLE_S):
+                    self._thread = None
+                    return
+                work = self._queue.popleft()
             try:
                 work()
             finally:

@@ -82,6 +82,19 @@ def tiny_model(
     return model
 
 
+def length_model() -> PreTrainedModel:
+    """Return a Llama whose keys are turned otherwise in texts of more than 64 tokens."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+        "factor": POSITIONS / 64,
+    }
+    return tiny_model("llama", rope_parameters=rope)
+
+
 @cache
 def shared_model(family: str) -> PreTrainedModel:
     """Return the model of a family that tests share; it is not to be changed."""

@@ -112,3 +112,11 @@ def test_a_cache_made_in_inference_mode_is_used_outside_of_it() -> None:
     keys, _ = layer.update(states, states)
     assert keys.shape == (1, 2, 6, 4)
     assert not keys.requires_grad
+
+
+def test_what_was_to_be_loaded_is_not_made_up() -> None:
+    layer = TokenMajorLayer(POOL)
+    layer.set_length(5)
+    states = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(RuntimeError, match="5 tokens of this layer were to be loaded"):
+        layer.update(states, states)

@@ -1,11 +1,17 @@
 """What is read off a model, and the name of its weights."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from respkv.integrations.huggingface.model_kv import fingerprint_of, read_model
+from respkv.integrations.huggingface.model_kv import (
+    WeightsNote,
+    fingerprint_of,
+    read_model,
+    text_max_of,
+)
 from tests.integrations.huggingface.models import FAMILIES, WINDOW, shared_model, tiny_model
 
 # Layers, heads, dim and the windows.
@@ -53,3 +59,32 @@ def test_the_fingerprint_names_weights_and_what_they_mean() -> None:
     with torch.no_grad():
         model.lm_head.weight[3, 4] += 1e-3
     assert fingerprint_of(model) != name
+
+
+def test_ropes_that_depend_on_the_length_have_a_limit() -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    long = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    for parameters, limit in (
+        ({"rope_type": "default", "rope_theta": 1e4}, 0),
+        (dynamic, 2048),
+        (long, 64),
+        ({"full_attention": dynamic, "sliding_attention": long}, 64),
+        ({"rope_type": "longrope"}, 1),
+        (None, 0),
+    ):
+        config = SimpleNamespace(rope_parameters=parameters, max_position_embeddings=2048)
+        assert text_max_of(config) == limit
+    assert {read_model(shared_model(family)).text_max for family in FAMILIES} == {0}
+
+
+def test_weights_that_change_are_noticed() -> None:
+    model: Any = tiny_model("llama")
+    note = WeightsNote(model)
+    model(torch.tensor([[5]]))
+    assert note.is_right
+    model.load_state_dict(model.state_dict())
+    assert not note.is_right
+    halved: Any = tiny_model("llama")
+    note = WeightsNote(halved)
+    halved.to(torch.bfloat16)
+    assert not note.is_right

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from respkv.batching.model_loop import Limits, ModelLoop
 from respkv.batching.request import Generation, GenerationFailed, GenerationRequest, Sampling
+from respkv.batching.runner import Admission
+from respkv.batching.sequence import Sequence
 from respkv.client import Client
 from respkv.integrations.huggingface.model_kv import UnsupportedModel
 from respkv.integrations.huggingface.paged_runner import PagedRunner
@@ -295,6 +297,24 @@ def test_the_model_is_as_it_was_when_the_loop_has_closed(pages: PromptPages) -> 
     assert ticket.result(0).finish_reason == "cancelled"
     assert model.config._attn_implementation == before
     assert pages.match(DOCUMENT).tokens == len(DOCUMENT)
+
+
+def test_logits_from_the_store_come_to_where_the_model_computes(pages: PromptPages) -> None:
+    """A request has one generator, whose device has to be that of all logits it chooses by."""
+    with ModelLoop(runner_of(model_of("llama"), pages)) as loop:
+        ask(loop, PROMPTS[0])
+    runner = runner_of(model_of("llama"), pages)
+    try:
+        elsewhere: Any = tiny_model("llama")  # stands for one on a GPU
+        runner.model = elsewhere.to("meta")
+        sequence = Sequence(GenerationRequest(PROMPTS[0], NEW))
+        admission = runner.begin(sequence)
+        assert isinstance(admission, Admission)
+        assert admission.logits is not None
+        assert admission.logits.device.type == "meta"
+        runner.end(sequence, is_good=False)
+    finally:
+        runner.close()
 
 
 def test_a_model_that_blocks_cannot_serve_is_refused() -> None:

@@ -8,7 +8,7 @@ import torch
 from respkv.client import Client
 from respkv.integrations.huggingface import PromptPages, RespKVCache
 from respkv.integrations.huggingface.prefix_cache import as_rows
-from tests.integrations.huggingface.models import prompt, shared_model, tiny_model
+from tests.integrations.huggingface.models import length_model, prompt, shared_model, tiny_model
 
 TEXT = prompt(50)
 
@@ -90,6 +90,33 @@ def test_assisted_decoding_without_the_adapter_is_right_if_not_fast(engine: Clie
         found = generate(model, TEXT, past_key_values=cache, prompt_lookup_num_tokens=3)
         assert found == expected
         assert cache.loaded_tokens == 0
+
+
+def test_logits_are_not_stored_behind_a_token_that_was_not_computed(engine: Client) -> None:
+    model: Any = shared_model("llama")
+    with PromptPages(engine, model=model, page_tokens=16, namespace="behind") as pages:
+        cache = RespKVCache(pages, TEXT)
+        logits = model(input_ids=torch.tensor([TEXT]), past_key_values=cache).logits[0, -1]
+        assert cache.save([*TEXT, 9], logits=logits)
+        assert pages.flush(10)
+        match = pages.match([*TEXT, 9])
+        assert (match.tokens, pages.match(TEXT).has_logits) == (50, False)
+
+
+def test_texts_with_other_keys_do_not_mix(engine: Client) -> None:
+    model: Any = length_model()
+    with PromptPages(engine, model=model, page_tokens=16) as pages:
+        long = prompt(70)
+        with RespKVCache(pages, long[:50]) as cache:
+            model(input_ids=torch.tensor([long[:50]]), past_key_values=cache)
+        assert pages.flush(10)
+        assert RespKVCache(pages, long[:60], store=False).loaded_tokens == 50
+        with RespKVCache(pages, long) as cache:
+            assert cache.loaded_tokens == 0
+            model(input_ids=torch.tensor([long]), past_key_values=cache)
+            assert not cache.save()
+        assert pages.flush(10)
+        assert pages.match(long).tokens == 50
 
 
 def test_a_cache_needs_a_prompt_and_a_model(engine: Client) -> None:

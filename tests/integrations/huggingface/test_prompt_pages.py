@@ -213,6 +213,9 @@ def test_another_model_is_refused(engine: Client) -> None:
     assert PromptPages(engine, model=llama).namespace != PromptPages(engine, model=other).namespace
     with pytest.raises(TypeError, match="a model, or the geometry"):
         PromptPages(engine)
+    for nameless in (None, b""):  # another model of this shape would get its pages
+        with pytest.raises(TypeError, match="a model, a fingerprint or a namespace"):
+            PromptPages(engine, geometry=SHAPE, fingerprint=nameless)
 
 
 def test_a_server_that_is_away_is_not_waited_for(start_server: StartServer) -> None:

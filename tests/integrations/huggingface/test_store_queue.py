@@ -41,6 +41,15 @@ def test_what_is_too_much_is_refused() -> None:
         StoreQueue(0)
 
 
+def test_work_can_be_added_by_whoever_adds_already() -> None:
+    queue, done = StoreQueue(4), []
+    # A collection may drop a cache, which is then stored, anywhere: also with the queue's lock held.
+    with queue._changed:
+        assert queue.add(lambda: done.append(1))
+    assert queue.flush(10)
+    assert done == [1]
+
+
 def test_an_interpreter_that_ends_waits_for_what_is_queued() -> None:
     code = (
         "import time; from respkv.integrations.huggingface.store_queue import StoreQueue;"
