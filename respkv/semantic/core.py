@@ -316,10 +316,17 @@ class Core:
         if not reply:  # it left meanwhile
             return None
         try:
-            return records.decode_front(reply, owner, entry, self._settings.dim)
+            front = records.decode_front(reply, owner, entry, self._settings.dim)
+            self._check_direction(front.embedding)
+            return front
         except PageCorrupt:
             self._unreadable += 1
             return None
+
+    def _check_direction(self, embedding: Vector) -> None:
+        """Raise PageCorrupt for zeros where scores are cosines: put by a cache of another metric."""
+        if self._settings.metric == "cosine" and not embedding.any():
+            raise PageCorrupt("an embedding without a direction")
 
     def _near(self, owner: bytes, vector: Vector, count: int, least: float | None) -> list[bytes]:
         found = self._shelves.open(owner).index.nearest(vector, count)
@@ -343,6 +350,7 @@ class Core:
             return None
         try:
             record = records.decode(reply, owner, entry, self._settings.dim)
+            self._check_direction(record.embedding)
         except PageCorrupt:
             self._unreadable += 1
             shelf.drop(entry)

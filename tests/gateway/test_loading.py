@@ -48,7 +48,7 @@ def test_what_one_life_stored_in_a_server_the_next_one_has(
 ) -> None:
     place = Checkpoint(folder=checkpoint, url=server.url, page_tokens=16, always_load=True)
     ask = {"prompt": "words that are said in both lives. " * 5, "max_new_tokens": 4}
-    lives = []
+    lives, stats = [], {}
     for _ in range(2):
         running = Running(load(place, SMALL), SMALL)
         try:

@@ -101,8 +101,9 @@ def test_an_end_of_the_gateway_waits_for_streams_or_tells_them(
     body = {"prompt": "x", "max_new_tokens": tokens, "stream": True}
     with running.open("POST", "/generate", body) as raw:
         received = raw.recv(4096)
-        assert running.gateway.stop() is running.model is not None
-        running.model.close(drain_s)
+        model = running.gateway.stop()
+        assert model is not None
+        model.close(drain_s)
         while not received.endswith(b"0\r\n\r\n"):
             part = raw.recv(65536)
             assert part, received

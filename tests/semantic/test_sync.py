@@ -60,6 +60,20 @@ def test_search_answers_with_the_nearest_first(open_cache: OpenCache) -> None:
         answers.search(EAST, 0)
 
 
+def test_an_embedding_without_a_direction_is_left_to_other_metrics(open_cache: OpenCache) -> None:
+    answers, distances = open_cache(), open_cache(metric="l2", threshold=-0.5)
+    answers.put(EAST, "east")
+    distances.put([0, 0, 0, 0], "nowhere")
+    for number in range(10):
+        answers.put([number, 1, 1, 1], f"{number}")
+    found = answers.get(NEARLY_EAST)
+    assert found is not None
+    assert found.payload == "east"
+    assert len(answers.search(EAST, 100)) == 11
+    assert answers.stats().unreadable == 1
+    assert distances.get([0, 0, 0, 0.1]) is not None
+
+
 @pytest.mark.parametrize("size", [0, 1, 400, 100_000, 3_000_000], ids=str)
 def test_payloads_are_opaque_bytes_of_any_size(open_cache: OpenCache, size: int) -> None:
     answers = open_cache()

@@ -11,6 +11,9 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S: Final = 1.0
 PAUSE_MAX_S: Final = 60.0
+# A server that hangs costs each question a client's timeout: it is asked so much less often.
+PAUSE_PER_S: Final = 10.0
+PAUSE_OF_HANG_MAX_S: Final = 600.0
 
 
 class Availability:
@@ -24,6 +27,7 @@ class Availability:
         self.errors = 0
         self.last_error = ""
         self.refused = ""
+        self._last_kind = "", ""
         self._retry_at = 0.0
         self._pause_s = PAUSE_S
         self._lock = threading.Lock()
@@ -33,14 +37,20 @@ class Availability:
         """Whether to ask."""
         return not self.refused and time.monotonic() >= self._retry_at
 
-    def failed(self, what: str, error: CacheError) -> None:
-        """Count an error; it is logged when it differs from the last one."""
+    def failed(self, what: str, error: CacheError, seconds: float = 0.0) -> None:
+        """Count an error; it is logged when it is of another kind than the last one.
+
+        seconds: that were spent on waiting for it.
+        """
         text = f"{what}: {error}"
         with self._lock:
             self.errors += 1
-            is_new, self.last_error = text != self.last_error, text
+            # Not by its text: that of a full cache has numbers in it, which differ each time.
+            kind = what, error.word if isinstance(error, ServerError) else type(error).__name__
+            is_new, self.last_error, self._last_kind = kind != self._last_kind, text, kind
             if isinstance(error, ConnectionLost | TimedOut):
-                self._retry_at = time.monotonic() + self._pause_s
+                hang_s = min(PAUSE_PER_S * seconds, PAUSE_OF_HANG_MAX_S)
+                self._retry_at = time.monotonic() + max(self._pause_s, hang_s)
                 self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
         if is_new:
             logger.warning("%s; generation goes on without the cache", text)

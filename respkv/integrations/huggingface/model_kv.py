@@ -167,7 +167,9 @@ class WeightsNote:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._weights = [weakref.ref(each) for each in model.parameters() if not each.is_inference()]
+        self._weights = [
+            weakref.ref(each) for each in model.parameters() if not each.is_inference()
+        ]
         self._seen = self._versions()
 
     @property

@@ -72,7 +72,8 @@ class PagedRunner:
     logits_bytes: of the last logits of prompts that are kept here.
     aside_bytes:  a load of more, or of what lies in files, does not keep others from computing.
     never_slower: what respkv has is computed instead where that is expected to take less time.
-    Raises UnsupportedModel for a model that blocks cannot serve: see DynamicRunner.
+    Raises UnsupportedModel for a model that blocks cannot serve: see DynamicRunner. Raises ValueError
+    for one in training mode, whose dropout others would find in what it stored.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class PagedRunner:
         never_slower: bool = True,
         aside_bytes: int = ASIDE_BYTES,
     ) -> None:
+        if model.training:
+            raise ValueError("the model is in training mode; model.eval() leaves it")
         context = tokens_max or context_tokens(model)
         if memory_bytes is None and num_blocks is None:
             config = paged_config(model, num_blocks=1, block_tokens=block_tokens)

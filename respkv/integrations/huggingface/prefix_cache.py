@@ -263,7 +263,9 @@ class RespKVCache(PrefixCache):
                  with those that are stored.
         """
         self._is_stored = True
-        return self._is_usable and self.store(0, self.rows[0].tokens if tokens is None else tokens, logits=logits)
+        return self._is_usable and self.store(
+            0, self.rows[0].tokens if tokens is None else tokens, logits=logits
+        )
 
     def activate_past_recording(self) -> None:
         """Forget what was loaded, if nothing has been computed behind it.

@@ -343,6 +343,7 @@ class PromptPages:
         """Return an answer, None when there is none to be had."""
         if not self._state.is_open:
             return None
+        begun = time.monotonic()
         try:
             if not self._is_declared:
                 self._declare()
@@ -355,7 +356,7 @@ class PromptPages:
                 answer = ask()
         except CacheError as error:
             if not self._state.refused:
-                self._state.failed(what, error)
+                self._state.failed(what, error, time.monotonic() - begun)
             return None
         self._state.succeeded()
         return answer

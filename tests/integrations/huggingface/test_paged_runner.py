@@ -322,3 +322,8 @@ def test_a_model_that_blocks_cannot_serve_is_refused() -> None:
     model = tiny_model("llama", rope_parameters=rope)
     with pytest.raises(UnsupportedModel, match="rope of type dynamic"):
         PagedRunner(model)
+
+
+def test_a_model_in_training_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"training mode; model\.eval"):
+        PagedRunner(tiny_model("llama").train())
