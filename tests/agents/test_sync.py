@@ -124,7 +124,7 @@ def test_sessions_are_apart_whatever_is_in_their_names(
     ("value", "said"),
     [
         ({1, 2}, None),
-        (object(), "a value is made of None, bool"),
+        pytest.param(object(), "a value is made of None, bool", id="object"),
         (1 << 70, "a value is made of None, bool"),
         ("\ud800", "a value is made of None, bool"),
     ],
