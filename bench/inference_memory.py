@@ -163,20 +163,12 @@ def in_dynamic_caches(prompts: Sequence[Prompt]) -> int:
 
 
 def saved_by_torch(prompts: Sequence[Prompt]) -> int:
-    """Return the bytes that torch.save writes for the keys and values of each prompt.
-
-    Raises BenchError when it does not give them back.
-    """
+    """Return the bytes that torch.save writes for the keys and values of each prompt."""
     total = 0
     for prompt in prompts:
         into = io.BytesIO()
         torch.save(tensors(prompt.cache()), into)
         total += into.getbuffer().nbytes
-        into.seek(0)
-        loaded: list[tuple[Tensor, Tensor]] = torch.load(into)
-        for (keys, values), kv in zip(loaded, prompt.kv, strict=True):
-            if not torch.equal(torch.stack([keys[0], values[0]]).transpose(1, 2), kv):
-                raise BenchError("torch.load gave back other numbers")
     return total
 
 

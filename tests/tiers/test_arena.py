@@ -260,8 +260,10 @@ def test_hugepages_are_reported_as_the_kernel_counts_them() -> None:
     arena = create(None, 8 * MIB, hugepages=True)
     assert not arena.hugepages
     arena.prefault()
-    # The mapping's own entry, found by the name of the memfd rather than by its address.
-    _, _, entry = Path("/proc/self/smaps").read_text().partition("/memfd:respkv-arena")
+    # The mapping's own entry: other tests of this process may have arenas, too.
+    inode = os.fstat(arena.fd).st_ino
+    _, _, entry = Path("/proc/self/smaps").read_text().partition(f" {inode} ")
+    assert entry.lstrip().startswith("/memfd:respkv-arena")
     mapped_kib = int(entry.partition("ShmemPmdMapped:")[2].split()[0])
     assert arena.hugepages == (mapped_kib >= 4 * 1024)
     arena.close()
