@@ -154,9 +154,11 @@ class Namespaces:
 
     chosen: of namespaces whose codec is "auto", the codecs of keys and values, by layer. Until one
             is chosen, pages are stored without loss.
+    version: how often a schema has come, changed or gone.
     """
 
     def __init__(self) -> None:
+        self.version = 0
         self.chosen: dict[bytes, tuple[tuple[Codec, Codec], ...]] = {}
         self._schemas: dict[bytes, Schema] = {}
 
@@ -188,15 +190,19 @@ class Namespaces:
             )
         if known is not None and _targets(known) != _targets(schema):
             self.chosen.pop(schema.namespace, None)
+        if known != schema:
+            self.version += 1
         self._schemas[schema.namespace] = schema
 
     def drop(self, namespace: bytes) -> bool:
         """Forget a schema; its pages stay until they are evicted. False if there was none."""
         self.chosen.pop(namespace, None)
+        self.version += 1
         return self._schemas.pop(namespace, None) is not None
 
     def clear(self) -> None:
         """Forget every schema."""
+        self.version += 1
         self._schemas.clear()
         self.chosen.clear()
 

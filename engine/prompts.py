@@ -1,21 +1,33 @@
-"""Prompts of namespaces: tokens chained as the schema of their namespace says."""
+"""Prompts of namespaces: tokens chained as the schema of their namespace says.
+
+The last ones are kept, from whichever connection they came, so that a match and the get or put behind it
+hash a prompt once, and a prompt that goes on where another one ended hashes what is new. They are
+all forgotten when a schema comes, changes or goes.
+"""
 
 from respkv.chain import PAGE_TOKENS_MAX, Chain, Extras, Prompt
+from respkv.chain.recent import RecentPrompts
 from respkv.engine.namespaces import Namespaces, Schema
 from respkv.errors import CommandError, SchemaMismatch
 from respkv.page import KEY_BYTES_MAX, PAGE_ID_BYTES
 
 CHAINS_MAX = 1024
+RECENT_BYTES = 4 << 20  # of the last prompts of all connections: their tokens and ids
 SUFFIX_BYTES = 64  # of a part: a dot, what it is, and the name of a group
 NAMESPACE_BYTES_MAX = KEY_BYTES_MAX - 1 - 2 * PAGE_ID_BYTES - SUFFIX_BYTES
 
 
 class Prompts:
-    """Makes prompts; keeps how each namespace chains them."""
+    """Makes prompts; keeps how each namespace chains them.
+
+    recent: the prompts of late.
+    """
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
         self._chains: dict[tuple[bytes, bytes, int], Chain] = {}
+        self.recent = RecentPrompts(RECENT_BYTES)
+        self._version = namespaces.version
 
     def prompt(self, namespace: bytes, tokens: bytes, extras: Extras) -> Prompt:
         """Return a prompt; tokens: int32 little-endian.
@@ -34,8 +46,11 @@ class Prompts:
                 f"a namespace of sequences has at most {NAMESPACE_BYTES_MAX} bytes, "
                 f"not {len(namespace)}"
             )
+        if self._version != self._namespaces.version:
+            self._version = self._namespaces.version
+            self.recent.clear()
         try:
-            return self._chain(schema).prompt(namespace, tokens, extras, schema.tag)
+            return self.recent.prompt(self._chain(schema), namespace, tokens, extras, schema.tag)
         except ValueError as error:
             raise CommandError(str(error)) from None
 

@@ -70,7 +70,8 @@ class Shared:
 
     def note_residence(self, idle_s: float) -> None:
         """Count how long an entry had been idle when it was evicted."""
-        self.num_evicted = min(self.num_evicted + 1, RESIDENCE_COUNT)
+        if self.num_evicted < RESIDENCE_COUNT:
+            self.num_evicted += 1
         self.residence_s += (idle_s - self.residence_s) / self.num_evicted
 
     def trim_ghost(self) -> None:

@@ -121,8 +121,11 @@ class Requests(Watcher):
         elif request.last is not parent:
             request = self._begin(0, entry.depth + entry.tokens, now)
         entry.request = request
-        self._touch(request, now)
-        self._describe(request, request.turn, max(request.num_tokens, entry.depth + entry.tokens))
+        if request.touched != now:
+            self._touch(request, now)
+        num_tokens = entry.depth + entry.tokens
+        if num_tokens > request.num_tokens:
+            self._describe(request, request.turn, num_tokens)
         if is_partial(entry):
             request.has_tail = True
         else:

@@ -16,7 +16,7 @@ from math import inf
 from respkv.engine.clock import Clock
 from respkv.engine.copies import Copies
 from respkv.engine.entry import ENTRY_BYTES, Entry
-from respkv.engine.eviction import Policy, Verdict, make_policy
+from respkv.engine.eviction import EVICT, HELD, PARENT, UNWRITTEN, Policy, Verdict, make_policy
 from respkv.engine.nodes import page_of, right_behind, with_descendants
 from respkv.engine.survival import Survival
 from respkv.errors import OutOfMemory
@@ -122,20 +122,20 @@ class Room:
     def verdict(self, entry: Entry) -> Verdict:
         """Say whether an entry may leave memory now."""
         if entry.records:  # it is found again, so who stands behind it does not matter
-            return Verdict.HELD if self.is_held(entry) else Verdict.EVICT
+            return HELD if self.is_held(entry) else EVICT
         answer = self.final_verdict(entry)
-        if answer is Verdict.EVICT and self._copies.is_on and self._copies.spares(entry):
+        if answer is EVICT and self._copies.is_on and self._copies.spares(entry):
             self._copies.hurry(entry)
-            return Verdict.UNWRITTEN
+            return UNWRITTEN
         return answer
 
     def final_verdict(self, entry: Entry) -> Verdict:
         """Say whether an entry may go if nothing else can."""
         if entry.children and not entry.records:
-            return Verdict.PARENT
+            return PARENT
         if (entry.parts or entry.part) and not entry.records:
             return self._verdict_of_all(page_of(entry))
-        return Verdict.HELD if self.is_held(entry) else Verdict.EVICT
+        return HELD if self.is_held(entry) else EVICT
 
     def is_any_held(self, page: Entry) -> bool:
         """Whether a page, or a part that would be lost with it, has to stay."""
@@ -146,8 +146,8 @@ class Room:
 
     def _verdict_of_all(self, page: Entry) -> Verdict:
         if page.children:
-            return Verdict.PARENT
-        return Verdict.HELD if self.is_any_held(page) else Verdict.EVICT
+            return PARENT
+        return HELD if self.is_any_held(page) else EVICT
 
     def is_held(self, entry: Entry) -> bool:
         """Whether somebody was promised that the entry stays, or is reading it now."""

@@ -22,9 +22,12 @@ the reuse of a prompt's KV follows its turn and its age: Wang et al., KVCache Ca
 USENIX ATC 2025, arXiv:2506.02634.
 """
 
+from bisect import bisect_right
 from collections import deque
+from functools import lru_cache
 from itertools import accumulate
 from math import exp, inf, log
+from operator import add, mul
 from typing import Any
 
 FIRST_BIN_S = 4.0
@@ -44,13 +47,14 @@ NOTICES_MAX = 4096
 TICK_S = 16.0
 LEARN_EVERY = 64  # observations after which the hazards are worked out anew, more as there are more
 _PRIOR_SHARE = 0.25  # of requests, continued in the first bin, before anything was learned
+_RATE_MAX = 0.999
+_STEP_MAX = -log(1.0 - _RATE_MAX)
 _PER_LOG = 1.0 / log(BIN_RATIO)
 
 
 def kind_of(turn: int, num_tokens: int) -> int:
     """Return the kind of a request by its turn and the length of its prompt."""
-    length = sum(num_tokens >= border for border in LENGTHS)
-    return turn * NUM_LENGTHS + length
+    return turn * NUM_LENGTHS + bisect_right(LENGTHS, num_tokens)
 
 
 def turn_of(kind: int) -> int:
@@ -82,32 +86,24 @@ class Curve:
         prior: counts as PSEUDO_COUNT observations; None: each bin is like the one before. As bins
                are equally long in logarithms, odds go on falling as 1 / age where nothing was seen.
         """
-        waiting = sum(self.continued) + sum(lost)
+        steps = [*map(add, self.continued, lost)]
+        waiting = [*accumulate(reversed(steps))]
+        # Those lost sight of within a bin waited for half of it.
+        seen = [number - gone / 2 for number, gone in zip(reversed(waiting), lost, strict=True)]
         if prior is not None:
-            prior = self._scaled(lost, prior)
+            ratio = sum(self.continued) + RATIO_COUNT
+            ratio /= sum(map(mul, prior, seen)) + RATIO_COUNT
+            scaled = [rate if rate < 1.0 else 1.0 for rate in (each * ratio for each in prior)]
+            rows = zip(self.continued, scaled, seen, strict=True)
+            return [(done + PSEUDO_COUNT * rate) / (all_ + PSEUDO_COUNT) for done, rate, all_ in rows]
         rates: list[float] = []
         before = _PRIOR_SHARE
         for at in range(NUM_BINS):
-            if prior is not None:
-                before = prior[at]
-            # Those lost sight of within a bin waited for half of it.
-            seen = waiting - lost[at] / 2
-            before = (self.continued[at] + PSEUDO_COUNT * before) / (seen + PSEUDO_COUNT)
+            before = (self.continued[at] + PSEUDO_COUNT * before) / (seen[at] + PSEUDO_COUNT)
             rates.append(before)
             if at == 0:
                 before *= BIN_RATIO - 1.0  # the second bin is so much shorter than the first
-            waiting -= self.continued[at] + lost[at]
         return rates
-
-    def _scaled(self, lost: list[float], prior: list[float]) -> list[float]:
-        """Return a prior times the ratio of what was continued to what it says of that."""
-        waiting = sum(self.continued) + sum(lost)
-        expected = 0.0
-        for at in range(NUM_BINS):
-            expected += prior[at] * (waiting - lost[at] / 2)
-            waiting -= self.continued[at] + lost[at]
-        ratio = (sum(self.continued) + RATIO_COUNT) / (expected + RATIO_COUNT)
-        return [min(rate * ratio, 1.0) for rate in prior]
 
     def cumulated(self, age: float) -> float:
         """Return the hazard cumulated up to an age, linear within a bin."""
@@ -213,6 +209,7 @@ def _sums(rows: list[list[float]]) -> list[float]:
     return [sum(column, 0.0) for column in zip(*rows, strict=True)]
 
 
+@lru_cache(maxsize=256)  # all kinds that wait are asked about the same ages, one after another
 def _bin(age: float) -> int:
     if age < FIRST_BIN_S:
         return 0
@@ -220,7 +217,8 @@ def _bin(age: float) -> int:
 
 
 def _cumulated(rates: list[float]) -> list[float]:
-    return [*accumulate((-log(1.0 - min(rate, 0.999)) for rate in rates), initial=0.0)]
+    steps = [-log(1.0 - rate) if rate < _RATE_MAX else _STEP_MAX for rate in rates]
+    return [*accumulate(steps, initial=0.0)]
 
 
 _EDGES = [0.0, *(FIRST_BIN_S * BIN_RATIO**number for number in range(NUM_BINS))]

@@ -78,7 +78,7 @@ class SurvivalQueue(Queue):
         self._lapses: list[Item] = []
         self._tails: list[tuple[float, int, Entry]] = []
         self._num_items = 0
-        self._num_paged = 0
+        self._num_entries = 0
         self._noticed = survival.num_notices
         self._chosen: Bucket | Singles | Entry | None = None
         self._waits: dict[int, float] = {}  # of each line; infinite where it has to be found out
@@ -87,7 +87,7 @@ class SurvivalQueue(Queue):
         self._coldest: Entry | None = None
 
     def __len__(self) -> int:
-        return len(self._fresh) + len(self._singles) + self._num_paged
+        return self._num_entries
 
     def __iter__(self) -> Iterator[Entry]:
         yield from self._fresh
@@ -98,12 +98,15 @@ class SurvivalQueue(Queue):
     def add(self, entry: Entry) -> None:
         entry.mark = _FRESH
         self._fresh[entry] = None
+        self._num_entries += 1
 
     def restore(self, entry: Entry, place: float) -> None:
+        self._num_entries += 1
         self._place(entry)
 
     def withdraw(self, entry: Entry) -> float:
         place = entry.mark
+        self._num_entries -= 1
         if place == _FRESH:
             del self._fresh[entry]
         elif place == _SINGLE:
@@ -111,20 +114,17 @@ class SurvivalQueue(Queue):
         else:
             bucket = self._buckets[place]
             del bucket.pages[entry]
-            self._num_paged -= 1
             if not bucket.pages:
-                bucket.stamp = 0
-                del self._buckets[place]
+                self._drop(bucket)
         return place
 
     def candidate(self, now: float) -> Entry | None:
         self._looks_left = LOOKS_MAX
         self._coldest = None
-        self._hear()
-        # Looks of their own: with none left for a choice, nobody would be chosen of all that wait.
-        for _ in range(min(len(self._fresh), LOOKS_MAX)):
-            entry, _ = self._fresh.popitem(last=False)
-            self._place(entry)
+        if self._noticed != self._survival.num_notices:
+            self._hear()
+        if self._fresh:
+            self._place_fresh()
         chosen = self._chosen
         if chosen is None or now >= self._waits_until or not self._is_good(chosen):
             chosen = self._chosen = self._choose(now)
@@ -152,7 +152,8 @@ class SurvivalQueue(Queue):
 
     def check(self) -> None:
         self._singles.check()
-        assert self._num_paged == sum(len(bucket.pages) for bucket in self._buckets.values())
+        num_paged = sum(len(bucket.pages) for bucket in self._buckets.values())
+        assert self._num_entries == len(self._fresh) + len(self._singles) + num_paged
         for number, bucket in self._buckets.items():
             assert bucket.request.number == number
             assert bucket.pages
@@ -164,6 +165,20 @@ class SurvivalQueue(Queue):
 
     # -- placing ------------------------------------------------------------------------------
 
+    def _place_fresh(self) -> None:
+        """Put entries that came since the last choice where they belong.
+
+        Looks of their own: with none left for a choice, nobody would be chosen of all that wait.
+        """
+        fresh = self._fresh
+        if len(fresh) > LOOKS_MAX:
+            for _ in range(LOOKS_MAX):
+                self._place(fresh.popitem(last=False)[0])
+            return
+        for entry in fresh:
+            self._place(entry)
+        fresh.clear()
+
     def _place(self, entry: Entry) -> None:
         request: Request | None = entry.request
         if request is None:
@@ -171,20 +186,21 @@ class SurvivalQueue(Queue):
             self._singles.add(entry)
             self._waits.setdefault(SINGLE, inf)
             return
-        entry.mark = request.number
-        bucket = self._buckets.get(request.number)
+        number = entry.mark = request.number
+        bucket = self._buckets.get(number)
         if bucket is None:
-            bucket = self._buckets[request.number] = Bucket(request)
+            bucket = self._buckets[number] = Bucket(request)
             self._rank(bucket)
-        pages = bucket.pages
-        is_behind = not pages or next(reversed(pages)).depth <= entry.depth
-        pages[entry] = None
-        if not is_behind:
-            pages.move_to_end(entry, last=False)
-        self._num_paged += 1
+            bucket.pages[entry] = None
+        else:
+            pages = bucket.pages
+            is_before = next(reversed(pages)).depth > entry.depth
+            pages[entry] = None
+            if is_before:
+                pages.move_to_end(entry, last=False)
         if is_partial(entry):
             heapq.heappush(self._tails, (entry.touched, next(self.shared.numbers), entry))
-            if len(self._tails) > 2 * self._num_paged + HEAP_SLACK:
+            if len(self._tails) > 2 * self._num_entries + HEAP_SLACK:
                 self._tails = [item for item in self._tails if self._is_waiting(item)]
                 heapq.heapify(self._tails)
             self._waits.setdefault(TAIL, inf)
@@ -205,6 +221,11 @@ class SurvivalQueue(Queue):
         if self._num_items + len(self._lapses) > 4 * len(self._buckets) + HEAP_SLACK:
             self._sweep()
 
+    def _drop(self, bucket: Bucket) -> None:
+        """Forget a bucket without pages; its item is void."""
+        bucket.stamp = 0
+        del self._buckets[bucket.request.number]
+
     def _sweep(self) -> None:
         for heap in (*self._lines.values(), self._lapses):
             heap[:] = [item for item in heap if item[2].stamp == item[1]]
@@ -215,8 +236,6 @@ class SurvivalQueue(Queue):
         """Put requests of which something was said into the lines where they belong now."""
         survival = self._survival
         num_new = min(survival.num_notices - self._noticed, len(survival.notices))
-        if not num_new:
-            return
         self._noticed = survival.num_notices
         for at in range(-num_new, 0):
             bucket = self._buckets.get(survival.notices[at].number)
@@ -309,34 +328,46 @@ class SurvivalQueue(Queue):
 
     def _is_good(self, chosen: Bucket | Singles | Entry) -> bool:
         """Whether the last page of a bucket belongs there; if not, it is put where it does."""
+        if isinstance(chosen, Bucket):
+            pages, request = chosen.pages, chosen.request
+            if not chosen.stamp:
+                return False
+            entry = next(reversed(pages))
+            if entry.request is request and entry.touched <= request.touched:
+                return True
+            self._settle(chosen)
+            return False
         if isinstance(chosen, Entry):
             bucket = self._buckets.get(chosen.mark)
             return bucket is not None and chosen in bucket.pages
-        if isinstance(chosen, Singles):
-            return len(chosen) > 0
-        if not chosen.stamp:
-            return False
-        request = chosen.request
-        entry = next(reversed(chosen.pages))
-        if entry.request is not request:
+        return len(chosen) > 0
+
+    def _settle(self, bucket: Bucket) -> None:
+        """Put the last pages of a bucket that are not its request's any more where they belong."""
+        pages, request = bucket.pages, bucket.request
+        while pages and self._looks_left > 0:
+            entry = next(reversed(pages))
+            if entry.request is not request:
+                del pages[entry]
+                self._place(entry)
+            elif entry.touched > request.touched:
+                self._note_read(request, entry.touched)
+            else:
+                break
             self._looks_left -= 1
-            self.withdraw(entry)
-            self._place(entry)
-        elif entry.touched > request.touched:
-            # It was read without a match.
-            self._looks_left -= 1
-            if entry.touched - request.touched >= FIRST_BIN_S:
-                self._survival.continued(
-                    request.kind, entry.touched - request.touched, entry.touched
-                )
-            if request.is_open:
-                self._survival.moved(request.kind, request.touched, entry.touched)
-            request.touched = entry.touched
-        else:
-            return True
-        if self._coldest is None or entry.touched < self._coldest.touched:
-            self._coldest = entry
-        return False
+            if self._coldest is None or entry.touched < self._coldest.touched:
+                self._coldest = entry
+        if not pages:
+            self._drop(bucket)
+
+    def _note_read(self, request: Request, touched: float) -> None:
+        """Learn that a page of a request was read without a match."""
+        age = touched - request.touched
+        if age >= FIRST_BIN_S:
+            self._survival.continued(request.kind, age, touched)
+        if request.is_open:
+            self._survival.moved(request.kind, request.touched, touched)
+        request.touched = touched
 
     def _lapse(self, now: float) -> None:
         lapses = self._lapses

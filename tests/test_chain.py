@@ -1,6 +1,9 @@
 """Chains: ids, what is mixed into them, and what of a page can be compared."""
 
 import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 
 import cbor2
@@ -152,6 +155,26 @@ def test_ids_do_not_depend_on_how_they_are_asked_for(algorithm: str, name: str) 
     assert short.position_key(7) == page_key("ns", prompt.position_id(7))
     assert prompt.parent_key(0) == b""
     assert prompt.parent_key(3) == prompt.key(2)
+
+
+def test_threads_that_ask_together_get_the_id_of_each_page_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = Chain("sha256", b"", 2)
+    expected = chain.ids(pack_tokens(range(16)))
+    meeting = threading.Barrier(4)
+
+    def hash_together(data: bytes) -> "hashlib._Hash":
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(1)
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr(chain.scheme, "_hash", hash_together)
+    prompt = chain.prompt(b"", pack_tokens(range(16)))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: list(prompt.ids(8)), range(4)))
+    assert found == [expected] * 4
+    assert prompt.ids(8) == expected
 
 
 @algorithms

@@ -38,6 +38,14 @@ def head_used_bytes(buffer: Buffer, nonce: bytes) -> int:
     return used_bytes if HEAD_PREFIX_BYTES <= used_bytes <= HEAD_BYTES_MAX else 0
 
 
+def peek(buffer: Buffer) -> tuple[bytes, int] | None:
+    """Return the nonce and the sequence of the batch that seems to start here, whole or not."""
+    if len(buffer) < HEAD_PREFIX_BYTES or buffer[:8] != MAGIC:
+        return None
+    _, nonce, _, _, sequence, *_ = PREFIX.unpack_from(buffer)
+    return nonce, sequence
+
+
 def decode_head(buffer: Buffer, *, offset: int | None, nonce: bytes) -> Head:
     """Read the head, or the twin of one, at the start of a buffer.
 

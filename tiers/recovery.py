@@ -232,6 +232,11 @@ class _Recovery:
                     start = _scan_from(row, file.head)
                     if start is not None:
                         group.start_soon(scan, file, file.head, start)
+                elif file.is_head_missing:
+                    # The machine went down before its first sync, or the disk has lost the head.
+                    if replay.is_same_boot:
+                        replay.lost_notes_below = _EVERYTHING
+                        replay.damaged += 1
                 elif not file.is_blank:
                     # It may have had notes: torn writes leave a blank head or one of two copies.
                     replay.lost_notes_below = _EVERYTHING

@@ -230,7 +230,9 @@ class SegmentTable:
     def seal(self, segment: Segment) -> None:
         """Take no more batches into an open segment."""
         assert segment.state == "open"
-        self.filled[segment.stream] = self._open.pop(segment.stream)
+        del self._open[segment.stream]
+        if segment.max_sequence:  # else its head failed, and the one before is still the last
+            self.filled[segment.stream] = segment
         segment.state = "sealed"
 
     def fence(self, segment: Segment) -> None:

@@ -31,6 +31,7 @@ GROW_AFTER_S = 5.0
 _LOOK_S = 1.0
 _LEVELS = 16  # of all segments, one in so many is kept ready
 _READY_MAX = 8
+_HEAD_TRIES = 2
 
 
 class Space:
@@ -46,7 +47,9 @@ class Space:
         self._syncer = syncer
         self._capacity_bytes = log.table.capacity_bytes
         self._full_s = -GROW_AFTER_S
-        self._heads = {stream: memoryview(mmap.mmap(-1, SEGMENT_HEAD_BYTES)) for stream in STREAMS}
+        self._heads = {
+            stream: memoryview(mmap.mmap(-1, 2 * SEGMENT_HEAD_BYTES)) for stream in STREAMS
+        }
         self._more = anyio.Event()
         self._refusals = 0
         self.wanted = anyio.Event()
@@ -202,19 +205,33 @@ class Space:
         log.table.open(
             segment, nonce=head.nonce, sequence=head.sequence, now=log.clock(), stream=stream
         )
-        memory = self._heads[stream]
-        memory[:] = encode_segment_head(head, alignment=log.alignment)
         segment.writers += 1
         try:
             with anyio.CancelScope(shield=True):
-                await log.device.write(segment_name(segment.id), [Write(0, memory)])
+                await self._write_head(head, self._heads[stream])
         except OSError:
             log.table.fence(segment)
             self.wanted.set()
             raise
         finally:
             segment.writers -= 1
-        log.stats.written_bytes += SEGMENT_HEAD_BYTES
+
+    async def _write_head(self, head: SegmentHead, memory: memoryview) -> None:
+        """Write a segment's head, and see that it is there.
+
+        A disk may acknowledge a write and lose it. Of a batch that tells the next one; without its
+        head nothing of a segment would be found after a crash, nor anything be missed.
+        """
+        log, name = self._log, segment_name(head.id)
+        written, there = memory[:SEGMENT_HEAD_BYTES], memory[SEGMENT_HEAD_BYTES:]
+        written[:] = encode_segment_head(head, alignment=log.alignment)
+        for _ in range(_HEAD_TRIES):
+            await log.device.write(name, [Write(0, written)])
+            log.stats.written_bytes += SEGMENT_HEAD_BYTES
+            await log.device.read(name, 0, there)
+            if there == written:
+                return
+        raise OSError(errno.EIO, f"{name} has not the head that was written twice")
 
     def _grow(self) -> None:
         if self._log.clock() - self._full_s >= GROW_AFTER_S:

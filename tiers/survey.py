@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import anyio
 
 from respkv.errors import PageCorrupt
+from respkv.tiers.batch_reader import peek
 from respkv.tiers.checkpoint import (
     BLOCK_BYTES,
     CHECKPOINT_NAMES,
@@ -26,6 +27,7 @@ from respkv.tiers.segment_head import (
 
 UNIT_BYTES = 4096
 HEADS_MAX = 32  # heads of segments that are read at a time
+_START_BYTES = SEGMENT_HEAD_BYTES + UNIT_BYTES  # of a segment: its head, and that of a batch
 _READ_BYTES = 1 << 20
 # Errors of a medium, and of a file that is shorter than it was. All others (no memory, no
 # descriptor, no permission) say nothing about what is stored: then nothing may be given up.
@@ -34,12 +36,17 @@ DAMAGE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN, errn
 
 @dataclass(slots=True)
 class SegmentFile:
-    """A segment's file. head: None when it is damaged, or was never written (``is_blank``)."""
+    """A segment's file.
+
+    head: None when it is damaged, was never written (``is_blank``), or is that of an earlier use or
+          blank though a batch stands behind it (``is_head_missing``).
+    """
 
     id: int
     nbytes: int = 0
     head: SegmentHead | None = None
     is_blank: bool = False
+    is_head_missing: bool = False
     is_readable: bool = True
 
 
@@ -65,11 +72,8 @@ class Survey:
         ids = sorted(found for name in self.names if (found := segment_id_of(name)) is not None)
         limiter = anyio.Semaphore(HEADS_MAX)
         self.files = [SegmentFile(segment_id) for segment_id in ids]
-        memory = memoryview(mmap.mmap(-1, HEADS_MAX * SEGMENT_HEAD_BYTES))
-        places = [
-            memory[at : at + SEGMENT_HEAD_BYTES]
-            for at in range(0, memory.nbytes, SEGMENT_HEAD_BYTES)
-        ]
+        memory = memoryview(mmap.mmap(-1, HEADS_MAX * _START_BYTES))
+        places = [memory[at : at + _START_BYTES] for at in range(0, memory.nbytes, _START_BYTES)]
 
         async def read(file: SegmentFile) -> None:
             async with limiter:
@@ -90,6 +94,7 @@ class Survey:
             if file.nbytes < SEGMENT_HEAD_BYTES:
                 file.is_blank = True
                 return
+            place = place[: file.nbytes // UNIT_BYTES * UNIT_BYTES]
             await self.device.read(name, 0, place)
         except OSError as error:
             if error.errno not in DAMAGE:
@@ -104,8 +109,13 @@ class Survey:
         except PageCorrupt as error:
             file.head = None
             file.is_blank = not any(place)
-            if not file.is_blank:
+            if any(place[:SEGMENT_HEAD_BYTES]):
                 self.messages.append(f"{name} is damaged: {error}")
+                return
+        if _is_of_later_use(place[SEGMENT_HEAD_BYTES:], file.head):
+            file.head = None
+            file.is_head_missing = True
+            self.messages.append(f"{name} has a batch whose segment's head is missing")
 
     async def read_checkpoints(self) -> tuple[str | None, Checkpoint | None]:
         """Return the newest checkpoint that is whole, and its name."""
@@ -144,6 +154,15 @@ class Survey:
             self.broken_checkpoints += 1
             self.messages.append(f"{name} is damaged and not used: {error}")
         return None
+
+
+def _is_of_later_use(place: memoryview, head: SegmentHead | None) -> bool:
+    """Whether a batch stands behind a head that was written before that batch's segment was opened."""
+    found = peek(place)
+    if found is None:
+        return False
+    nonce, sequence = found
+    return head is None or (nonce != head.nonce and sequence >= head.sequence)
 
 
 def _blocks(part: memoryview) -> Iterator[memoryview]:

@@ -118,11 +118,35 @@ class Prompt:
         self.num_pages, self.tail_tokens = divmod(self.num_tokens, self.page_tokens)
 
     def ids(self, stop: int) -> list[bytes]:
-        """Return the ids of the full pages before ``stop``, in a list that is not to be changed."""
-        if stop > len(self._ids):
+        """Return the ids of the full pages before ``stop``, in a list that is not to be changed.
+
+        Threads may ask together.
+        """
+        ids = self._ids
+        if stop > len(ids):
             assert stop <= self.num_pages
-            self._hash(stop)
-        return self._ids
+            ids = self._hash(stop)
+        return ids
+
+    def take_ids(self, other: "Prompt") -> int:
+        """Take over the ids that another prompt has, of the full pages that both begin with.
+
+        Returns: how many. None when the other has another chain or other extras.
+        """
+        if other.chain is not self.chain or other.extras != self.extras:
+            return 0
+        ids, width = other._ids, self.page_tokens * TOKEN_BYTES
+        same, stop = 0, min(len(ids), self.num_pages)
+        while same < stop:  # the halves that are equal are read once
+            middle = (same + stop + 1) // 2
+            piece = other.tokens[same * width : middle * width]
+            if self.tokens.startswith(piece, same * width):
+                same = middle
+            else:
+                stop = middle - 1
+        if same > len(self._ids):
+            self._ids = ids[:same]
+        return same
 
     def id(self, index: int) -> bytes:
         """Return the id of a full page."""
@@ -151,7 +175,9 @@ class Prompt:
         """Return the id of the first ``num_tokens`` tokens: of a page, or of a part of one."""
         assert 0 < num_tokens <= self.num_tokens
         index, rest = divmod(num_tokens, self.page_tokens)
-        return self._hash_one(index, num_tokens) if rest else self.id(index - 1)
+        if not rest:
+            return self.id(index - 1)
+        return self._hash_one(index, num_tokens, self.parent_id(index))
 
     def position_key(self, num_tokens: int) -> bytes:
         """Return the key of a page, or of a tail, that ends with these tokens."""
@@ -185,22 +211,25 @@ class Prompt:
         parts.append(self.tokens[at * TOKEN_BYTES : stop * TOKEN_BYTES])
         return b"".join(parts)
 
-    def _hash(self, stop: int) -> None:
-        ids, extras = self._ids, self.extras
+    def _hash(self, stop: int) -> list[bytes]:
+        # The list that others may be reading is never changed: two threads that both made it longer
+        # would leave ids in it twice, and those behind them would name the wrong pages.
+        ids, extras, start = self._ids.copy(), self.extras, self.chain.start
         has_all = bool(extras.lora or extras.media)
         while len(ids) < stop:
             index = len(ids)
+            parent = ids[-1] if ids else start
             if has_all or (not index and extras is not NO_EXTRAS):
-                ids.append(self._hash_one(index, (index + 1) * self.page_tokens))
+                ids.append(self._hash_one(index, (index + 1) * self.page_tokens, parent))
             else:
-                parent = self.parent_id(index)
                 self.chain.scheme.extend(ids, parent, self.tokens, self.page_tokens, stop)
+        self._ids = ids
+        return ids
 
-    def _hash_one(self, index: int, num_tokens: int) -> bytes:
+    def _hash_one(self, index: int, num_tokens: int, parent: bytes) -> bytes:
         """Hash a page, or its first tokens, with whatever extras it has."""
         first = index * self.page_tokens
         tokens = self.tokens[first * TOKEN_BYTES : num_tokens * TOKEN_BYTES]
-        parent = self.parent_id(index)
         return self.chain.scheme.hash_page(parent, tokens, self.extras, index, first)
 
 

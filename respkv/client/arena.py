@@ -27,6 +27,9 @@ class Arena:
         self.writable = writable
         self._memory = memory
 
+    def __len__(self) -> int:
+        return len(self._memory)
+
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Return bytes of the arena. Raises ProtocolError when they are not within it."""
         if offset < 0 or nbytes < 0 or offset + nbytes > len(self._memory):

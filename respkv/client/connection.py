@@ -27,6 +27,7 @@ class Connection:
     sent:  bytes of the current exchange have left, so the server may have acted on it.
     used:  it has served a call before this one.
     arena: the server's shared memory, once it was asked for.
+    packs: leases can be answered packed.
     """
 
     def __init__(self, stream: Stream, settings: Settings, generation: int) -> None:
@@ -35,6 +36,7 @@ class Connection:
         self.used = False
         self.generation = generation
         self.arena: Arena | None = None
+        self.packs = False
         self._stream = stream
         self._settings = settings
         self._parser = ReplyParser()

@@ -47,6 +47,7 @@ class Core(Generic[S]):
         self.arenas = arenas or Arenas()
         self.gpus = gpus or GpuMemories()
         self.shapes: dict[Any, Any] = {}  # of the pages of namespaces, see sequences.py
+        self.unknown: set[str] = set()  # options that the server has refused: it is an older one
 
     def call(self, command: Command[T]) -> Operation[T]:
         """Carry out one command.

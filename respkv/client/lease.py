@@ -9,6 +9,7 @@ confirmed, on release, that the lease still stood.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from struct import Struct
 from typing import Any, Unpack
 
 from respkv.client.arena import ADVICE, Arena
@@ -28,23 +29,49 @@ from respkv.errors import (
 )
 
 RESERVE_MS = 5000
+_PLACE = Struct("<qq")  # offset and bytes of a page
+_ABSENT = (-1, -1)
 
 
 class LeaseHold:
     """A lease from begin to end.
 
-    pages: a read-only view of each key's page in the arena, None where it is not cached. They are
-           released at the end; one that is still exported, say as an array, stays mapped, but its
-           bytes may be another page's by then.
+    places: of each key's page its offset in the arena and its bytes, None where it is not cached.
     """
 
     def __init__(self, core: Core[Any], keys: Iterable[Key], ms: int | None) -> None:
-        self.pages: list[memoryview | None] = []
+        self.places: list[tuple[int, int] | None] = []
+        self._arena: Arena | None = None
+        self._pages: list[memoryview | None] | None = None
+        self._whole: memoryview | None = None
         self._core = core
         self._keys = list(keys)
         self._ms = ms
         self._conn: Connection | None = None
         self._id: Reply = None
+
+    @property
+    def pages(self) -> list[memoryview | None]:
+        """A read-only view of each key's page in the arena, None where it is not cached.
+
+        They are released at the end; one that is still exported, say as an array, stays mapped, but
+        its bytes may be another page's by then.
+        """
+        if self._pages is None:
+            arena, places = self._arena, self.places
+            self._pages = [
+                None if arena is None or place is None else arena.view_to_read(*place)
+                for place in places
+            ]
+        return self._pages
+
+    @property
+    def memory(self) -> memoryview:
+        """A read-only view of the whole arena, which ``places`` are in, until the end."""
+        assert self._arena is not None, "a lease is entered first"
+        if self._whole is None:
+            self._whole = self._arena.view_to_read(0, len(self._arena))
+        return self._whole
 
     def begin(self) -> Operation[None]:
         """Take the lease.
@@ -59,12 +86,15 @@ class LeaseHold:
 
         def talk(conn: Connection, deadline: float) -> Operation[None]:
             arena = yield from _attach(self._core, conn, deadline)
-            reply = yield from ask(conn, args, deadline)
+            words = [*args, "PACKED"] if conn.packs else args
+            reply = yield from ask(conn, words, deadline)
             with undone_on_error(conn):
                 self._id, *places = array_of(reply)
-                if len(places) != len(self._keys):
-                    raise ProtocolError(f"{len(self._keys)} keys, {len(places)} places")
-                self.pages = [_view(arena, place) for place in places]
+                self.places = _unpacked(places) if conn.packs else [*map(_place, places)]
+                if len(self.places) != len(self._keys):
+                    raise ProtocolError(f"{len(self._keys)} keys, {len(self.places)} places")
+                _check_within(arena, self.places)
+                self._arena = arena
 
         self._conn, _ = yield from self._core.converse(talk, repeatable=True)
 
@@ -77,8 +107,11 @@ class LeaseHold:
         """
         conn, self._conn = self._conn, None
         assert conn is not None, "a lease ends once"
-        for page in self.pages:
+        for page in self._pages or ():
             _release(page)
+        _release(self._whole)
+        self.places, self._pages = [], self._pages or []
+        self._whole = self._arena = None
         try:
             still = yield from _ask_within(self._core, conn, ["KV.RELEASE", _arg(self._id)])
         except (ConnectionLost, TimedOut) as error:
@@ -125,7 +158,7 @@ class ReserveHold:
             reply = yield from ask(conn, args, deadline)
             with undone_on_error(conn):
                 self._id, offset = array_of(reply, 2)
-                self._view = _view(arena, [offset, self._nbytes], writable=True)
+                self._view = arena.view(*_numbers(offset, self._nbytes))
 
         self._conn, _ = yield from self._core.converse(talk, repeatable=True)
         self._open = True
@@ -180,6 +213,7 @@ def _attach(core: Core[Any], conn: Connection, deadline: float) -> Operation[Are
                 raise
             raise ServerError(error.word, f"{error.message} ({ADVICE})") from error
         conn.arena = core.arenas.find(answer)
+        conn.packs = isinstance(answer, list) and b"packed" in answer[5:]
     return conn.arena
 
 
@@ -207,13 +241,31 @@ def undone_on_error(conn: Connection) -> Iterator[None]:
         raise
 
 
-def _view(arena: Arena, place: Reply, *, writable: bool = False) -> memoryview | None:
-    if place is None:
-        return None
-    offset, nbytes = array_of(place, 2)
+def _place(place: Reply) -> tuple[int, int] | None:
+    """Read where a page is, as a plain lease says it. Raises ProtocolError."""
+    return None if place is None else _numbers(*array_of(place, 2))
+
+
+def _numbers(offset: Reply, nbytes: Reply) -> tuple[int, int]:
     if not isinstance(offset, int) or not isinstance(nbytes, int):
-        raise ProtocolError(f"{place!r} is not a place in the arena")
-    return arena.view(offset, nbytes) if writable else arena.view_to_read(offset, nbytes)
+        raise ProtocolError(f"{[offset, nbytes]!r} is not a place in the arena")
+    return offset, nbytes
+
+
+def _unpacked(places: list[Reply]) -> list[tuple[int, int] | None]:
+    """Read where pages are, as a packed lease says it. Raises ProtocolError."""
+    packed = places[0] if len(places) == 1 else None
+    if not isinstance(packed, bytes | memoryview) or len(packed) % _PLACE.size:
+        raise ProtocolError("a packed lease was answered with something else")
+    return [None if place == _ABSENT else place for place in _PLACE.iter_unpack(packed)]
+
+
+def _check_within(arena: Arena, places: list[tuple[int, int] | None]) -> None:
+    """Raise ProtocolError unless all pages are within the arena."""
+    size = len(arena)
+    for place in places:
+        if place is not None and not 0 <= place[0] <= place[0] + place[1] <= size:
+            raise ProtocolError(f"{place[1]} bytes at {place[0]} are not within the arena")
 
 
 def array_of(reply: Reply, count: int | None = None) -> list[Reply]:

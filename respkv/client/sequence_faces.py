@@ -193,7 +193,7 @@ class Sequences:
     def __init__(self, client: "Client") -> None:
         self._client = client
 
-    match = _method(sequences.match)
+    match = _operation(sequences.match)
     explain = _method(retention.explain_prompt)
     retain = _method(retention.retain_prompt)
     put = _operation(sequences.put)
@@ -242,7 +242,7 @@ class AsyncSequences:
     def __init__(self, client: "AsyncClient") -> None:
         self._client = client
 
-    match = _async_method(sequences.match)
+    match = _async_operation(sequences.match)
     explain = _async_method(retention.explain_prompt)
     retain = _async_method(retention.retain_prompt)
     put = _async_operation(sequences.put)

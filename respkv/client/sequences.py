@@ -18,6 +18,7 @@ from respkv.client.schemas import schema_get
 from respkv.errors import ConfigError, SequenceGap, ServerError
 
 PIPELINED = 4  # commands at a time: those behind one that fails were sent in vain
+_LOGITS = "KV.SEQ.MATCH LOGITS"
 TRIES = 3  # pages may be evicted between the question and the put
 
 Tokens: TypeAlias = Any  # list[int], bytes of int32 little-endian, an array or a tensor of integers
@@ -52,7 +53,8 @@ class SequenceMatch(NamedTuple):
     """What is stored of a prompt.
 
     tokens: to the token. pages: full ones among them. tiers: a letter for each page, the partly
-    matched last one too. has_logits: those of the prompt's end are stored.
+    matched last one too. has_logits: those of the prompt's end are stored. logits: these, where they
+    were asked for and are in the server's memory; ``get`` brings them from wherever they are.
     """
 
     tokens: int
@@ -60,6 +62,7 @@ class SequenceMatch(NamedTuple):
     tiers: str
     load_us: int
     has_logits: bool
+    logits: bytes | memoryview | None = None
 
 
 class SequencePut(NamedTuple):
@@ -138,16 +141,30 @@ def portion_words(
 
 
 def match(
-    namespace: Key, tokens: Tokens, **options: Unpack[ChainOptions]
-) -> Command[SequenceMatch]:
+    core: Core[Any],
+    namespace: Key,
+    tokens: Tokens,
+    *,
+    logits: bool = False,
+    **options: Unpack[ChainOptions],
+) -> Operation[SequenceMatch]:
     """Find how many tokens of a prompt are stored; they then stay for a few seconds.
 
     tokens:  a list, an array or a tensor of integers, or bytes of int32.
+    logits:  answer with those of the prompt's end, too, if all of it is stored and they are in memory.
+             A server that is too old for that answers without.
     options: salt, tenant, lora, lora_path, media, session; see ChainOptions.
     """
     args: list[Arg] = ["KV.SEQ.MATCH", namespace, token_bytes(tokens)]
     chain_words(args, options)
-    return Command(args, _match)
+    if logits and _LOGITS not in core.unknown:
+        try:
+            return (yield from core.call(Command([*args, "LOGITS"], _match)))
+        except ServerError as error:
+            if error.word != "ERR" or "option 'LOGITS'" not in error.message:
+                raise
+            core.unknown.add(_LOGITS)
+    return (yield from core.call(Command(args, _match)))
 
 
 def put(
@@ -334,8 +351,9 @@ def find_shape(core: Core[Any], namespace: Key, group: Key | None = None) -> Ope
 
 def _match(reply: Reply) -> SequenceMatch:
     match reply:
-        case [int(tokens), int(pages), bytes(tiers), int(load_us), int(has_logits), *_]:
-            return SequenceMatch(tokens, pages, tiers.decode(), load_us, bool(has_logits))
+        case [int(tokens), int(pages), bytes(tiers), int(load_us), int(has_logits), *more]:
+            logits = more[0] if more and isinstance(more[0], bytes | memoryview) else None
+            return SequenceMatch(tokens, pages, tiers.decode(), load_us, bool(has_logits), logits)
         case _:
             raise unexpected("a match", reply)
 

@@ -192,6 +192,19 @@ class Lease:
         """Return a read-only view of every key's page, None where there is none."""
         return self._hold.pages
 
+    @property
+    def memory(self) -> memoryview:
+        """Return a read-only view of the server's memory, which ``places`` are in."""
+        return self._hold.memory
+
+    @property
+    def places(self) -> list[tuple[int, int] | None]:
+        """Return offset and bytes of every key's page in ``memory``, None where there is none.
+
+        For many pages this is quicker than a view of each.
+        """
+        return self._hold.places
+
     def __enter__(self) -> Self:
         self._client._run(self._hold.begin())
         return self

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from respkv import __version__
+from respkv.gateway.bodies import refusal
 from respkv.gateway.failures import Refused, error_body
 from respkv.gateway.guard import Guard
 from respkv.gateway.openai_routes import router as openai_routes
@@ -16,10 +17,8 @@ from respkv.gateway.openapi import document
 from respkv.gateway.routes import router as own_routes
 from respkv.gateway.state import Gateway
 
-ERRORS_SHOWN = 3
-VALUE_CHARS = 80
-_CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
-_MESSAGES = {400: "the body cannot be read as JSON", 404: "there is nothing at this path"}
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+_MESSAGES = {404: "there is nothing at this path"}
 _ABOUT = "Text generation with a cache of the KV of prompts."
 
 
@@ -75,35 +74,8 @@ async def _bug(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """Answer a body that is not what was asked for: 400 where OpenAI says so, else 422."""
+    """Answer a path that is not as it was asked for; bodies are bodies.py's."""
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
-    if any(each["type"] == "json_invalid" for each in problems):
-        return JSONResponse(error_body(400, _CODES[400], _MESSAGES[400]), 400)
-    shown = [_described(each) for each in problems[:ERRORS_SHOWN]]
-    more = len(problems) - len(shown)
-    message = "; ".join(shown) + (f"; and {more} more" if more else "")
-    param = _param(problems[0])
-    status = 400 if request.url.path.startswith("/v1/") else 422
-    return JSONResponse(error_body(status, "invalid_value", message, param), status)
-
-
-def _param(problem: dict[str, Any]) -> str | None:
-    """Return the field that a problem is about, such as messages.0.role; None for the whole body."""
-    first, *rest = problem["loc"][1:] or [""]  # without "body"
-    # Between the names there are those of a union's members, which only we know.
-    names = [each for each in rest if isinstance(each, int) or _is_name(each)]
-    return ".".join(str(each)[:VALUE_CHARS] for each in (first, *names)) or None
-
-
-def _is_name(part: str) -> bool:
-    return part.isidentifier() and part not in ("str", "int", "float", "bool", "list", "dict")
-
-
-def _described(problem: dict[str, Any]) -> str:
-    """Return a problem in words, with the value if that is short; nothing else of the body."""
-    value = problem.get("input")
-    is_short = isinstance(value, str | int | float | bool) or value is None
-    given = repr(value)[:VALUE_CHARS] if is_short and problem["type"] != "missing" else ""
-    where = _param(problem) or "the body"
-    return f"{where}: {problem['msg'][: VALUE_CHARS * 2]}{f', not {given}' if given else ''}"
+    return refusal(
+        [{**each, "loc": each["loc"][1:]} for each in error.errors()], request
+    ).response()

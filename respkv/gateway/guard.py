@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,7 +40,7 @@ class Guard:
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app = app
         self._gateway = gateway
-        self._bodies_bytes = 0
+        self._room = _Room(gateway.settings.bodies_bytes)
         token = gateway.settings.token
         self._digest = None if token is None else _digest(token.encode())
 
@@ -75,20 +76,21 @@ class Guard:
             )
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = b""
+        share = _Share(self._room)
+        scope["state"]["let_go"] = share.let_go
         try:
             try:
                 self._check_token(scope)
                 if scope["method"] in WITH_BODY:
-                    body = await self._read(scope, receive)
+                    receive = _replay(await self._read(scope, receive, share), receive)
             except Refused as failure:
                 await failure.response()(scope, receive, send)
                 return
             except ClientGone:
                 return
-            await self._app(scope, _replay(body, receive), send)
+            await self._app(scope, receive, send)
         finally:
-            self._bodies_bytes -= len(body)
+            share.let_go()
 
     def _check_token(self, scope: Scope) -> None:
         """Raise Refused without the right token. How long it takes tells nothing of the token."""
@@ -106,8 +108,8 @@ class Guard:
                 headers={"www-authenticate": "Bearer"},
             )
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """Read the body; its bytes are counted until the caller counts them off.
+    async def _read(self, scope: Scope, receive: Receive, share: "_Share") -> bytes:
+        """Read the body; its bytes are counted in the share.
 
         Raises Refused when it is too long, too slow or too much beside the others; ClientGone.
         """
@@ -117,40 +119,60 @@ class Guard:
             if _header(scope, b"expect") is None:
                 await _linger(receive)
             raise self._too_long()
-        chunks: list[bytes] = []
-        num_bytes = 0
-        is_whole = False
-        try:
-            with anyio.move_on_after(settings.body_timeout_s):
-                async for chunk in _chunks(receive):
-                    self._check_room(len(chunk))
-                    self._bodies_bytes += len(chunk)
-                    num_bytes += len(chunk)
-                    chunks.append(chunk)
-                    if num_bytes > settings.max_body_bytes:
-                        await _linger(receive)
-                        raise self._too_long()
-                is_whole = True
-            if not is_whole:
-                message = f"the body did not come within {settings.body_timeout_s:g} s"
-                raise Refused(408, "too_slow", message, headers={"connection": "close"})
-        finally:
-            if not is_whole:
-                self._bodies_bytes -= num_bytes
-        return b"".join(chunks)
+        body = bytearray()  # not a list: a client may send it byte by byte
+        with anyio.move_on_after(settings.body_timeout_s):
+            async for chunk in _chunks(receive):
+                if not share.take(len(chunk)):
+                    raise self._no_room()
+                body += chunk
+                if len(body) > settings.max_body_bytes:
+                    share.let_go()
+                    body.clear()
+                    await _linger(receive)
+                    raise self._too_long()
+            return bytes(body)
+        message = f"the body did not come within {settings.body_timeout_s:g} s"
+        raise Refused(408, "too_slow", message, headers={"connection": "close"})
 
-    def _check_room(self, num_bytes: int) -> None:
-        settings = self._gateway.settings
-        if self._bodies_bytes + num_bytes > settings.bodies_bytes:
-            message = "other requests take all the memory that there is for them; try again"
-            failure = unavailable("busy", message, settings.retry_after_s)
-            failure.headers["connection"] = "close"
-            raise failure
+    def _no_room(self) -> Refused:
+        message = "other requests take all the memory that there is for them; try again"
+        failure = unavailable("busy", message, self._gateway.settings.retry_after_s)
+        failure.headers["connection"] = "close"
+        return failure
 
     def _too_long(self) -> Refused:
         most = self._gateway.settings.max_body_bytes
         message = f"the body is longer than the {most} bytes allowed"
         return Refused(413, "body_too_long", message, headers={"connection": "close"})
+
+
+@dataclass(slots=True)
+class _Room:
+    """The memory for the bodies of all requests."""
+
+    limit: int
+    used: int = 0
+
+
+class _Share:
+    """What one request has of it, from its body's first byte until nothing of the body is left."""
+
+    def __init__(self, room: _Room) -> None:
+        self._room = room
+        self._taken = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """Take so much more, if there is as much."""
+        if self._room.used + num_bytes > self._room.limit:
+            return False
+        self._room.used += num_bytes
+        self._taken += num_bytes
+        return True
+
+    def let_go(self) -> None:
+        """Give all of it back; idempotent."""
+        self._room.used -= self._taken
+        self._taken = 0
 
 
 async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
@@ -174,14 +196,13 @@ async def _linger(receive: Receive) -> None:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Return a receive that tells the body, and then whatever the connection tells."""
-    is_told = False
+    left: list[bytes] = [body]
+    del body  # who is told it is the only one to have it
 
     async def replayed() -> Message:
-        nonlocal is_told
-        if is_told:
+        if not left:
             return await receive()
-        is_told = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": left.pop(), "more_body": False}
 
     return replayed
 

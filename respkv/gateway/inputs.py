@@ -7,11 +7,15 @@ prompts.py.
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from respkv.gateway.failures import clean
 
 # What every reader of JSON takes exactly: beyond, many round.
 SEED_MAX = (1 << 53) - 1
 NEW_TOKENS_DEFAULT = 64
+UNKNOWN_FIELD = "unknown_field"
 
 
 def _whole(value: object) -> object:
@@ -44,6 +48,18 @@ class Input(BaseModel):
     """What comes from a client: strict, and nothing unknown."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_known(cls, given: object) -> object:
+        """Tell one field that is unknown; pydantic would tell all of them, of which there may be a million."""
+        if not isinstance(given, dict):
+            raise PydanticCustomError("object_type", "Input should be an object")
+        for name in given:
+            if name not in cls.model_fields:
+                told = "Extra inputs are not permitted"
+                raise PydanticCustomError(UNKNOWN_FIELD, told, {"field": clean(name)})
+        return given
 
 
 class GenerateRequest(Input):

@@ -5,12 +5,16 @@ gateway has not got take only the value that asks for nothing, so that a client 
 given something else than it asked for; those that change nothing in the answer are taken and ignored.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from respkv.gateway.inputs import WHOLE, Input, Seed, Stop, Temperature, TopK, TopP, Word
 from respkv.gateway.settings import CHOICES_MAX
+
+MESSAGES_MAX = 4096
 
 
 def _no(value: bool) -> bool:
@@ -19,13 +23,26 @@ def _no(value: bool) -> bool:
     return value
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
+def _at_most(most: int) -> Callable[[object], object]:
+    """Return a check of how many items an object has, before each of them is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            told = f"Dictionary should have at most {most} items, not {len(value)}"
+            raise PydanticCustomError("too_long", "{told}", {"told": told})
+        return value
+
+    return check
+
+
+# A list with a million wrong items is told by its first: hence fail_fast.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 Prompt = (
     Text
     | TokenIds
-    | Annotated[list[Text], Field(min_length=1, max_length=CHOICES_MAX)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=CHOICES_MAX)]
+    | Annotated[list[Text], Field(min_length=1, max_length=CHOICES_MAX, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=CHOICES_MAX, fail_fast=True)]
 )
 Ignored = Annotated[str, Field(max_length=1024)]
 # Not Literal[False] and Literal[0]: in Python those are equal, in JSON they are not.
@@ -33,7 +50,16 @@ No = Annotated[bool, AfterValidator(_no), WithJsonSchema({"const": False, "type"
 Zero = Annotated[int, Field(ge=0, le=0), WHOLE]
 One = Annotated[int, Field(ge=1, le=1), WHOLE]
 NoPenalty = Annotated[float, Field(ge=0, le=0)]
-Nothing = Annotated[dict[str, int], Field(max_length=0)]
+Nothing = Annotated[dict[str, int], Field(max_length=0), BeforeValidator(_at_most(0))]
+NoItems = Annotated[list[None], Field(max_length=0)]
+# As many and as long as OpenAI takes.
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+    BeforeValidator(_at_most(16)),
+]
+# Advice to other servers on how to be quick, whatever it says.
+Advice = dict[str, Any]
 
 
 class StreamOptions(Input):
@@ -83,14 +109,23 @@ class TextPart(Input):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Advice | None = None
 
 
 class ChatMessage(Input):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    An answer of a chat is taken back as it came: with the fields that say what it has not got.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    refusal: None = None
+    annotations: NoItems | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: NoItems | None = None
 
 
 class ResponseFormat(Input):
@@ -102,7 +137,9 @@ class ResponseFormat(Input):
 class ChatCompletionRequest(OpenAIRequest):
     """A conversation that the assistant is to go on with."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(
         None, description="As many as the gateway allows if not given."
     )
@@ -112,13 +149,22 @@ class ChatCompletionRequest(OpenAIRequest):
     logprobs: No | None = None
     top_logprobs: Zero | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[None], Field(max_length=0)] | None = None
+    tools: NoItems | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    functions: NoItems | None = None
+    function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    metadata: dict[str, str] | None = None
+    audio: None = None
+    web_search_options: None = None
+    moderation: None = None
+    verbosity: Literal["medium"] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
     service_tier: Ignored | None = None
     safety_identifier: Ignored | None = None
     prompt_cache_key: Ignored | None = None
+    prompt_cache_options: Advice | None = None
+    prompt_cache_retention: Ignored | None = None
+    prediction: Advice | None = None
     reasoning_effort: Literal["none"] | None = None

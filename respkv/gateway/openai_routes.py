@@ -6,11 +6,12 @@ from fastapi import APIRouter, Depends, Path, Request
 from starlette.responses import Response
 
 from respkv.gateway.answers import chat_completion, completion
+from respkv.gateway.bodies import body_of
 from respkv.gateway.events import OpenAIEvents
 from respkv.gateway.openai_inputs import ChatCompletionRequest, CompletionRequest, OpenAIRequest
 from respkv.gateway.openai_outputs import ChatCompletion, Completion, Model, Models
-from respkv.gateway.openapi import GENERATING, responses
-from respkv.gateway.requests import event_stream, generation_of, json_body, reply_of, whole
+from respkv.gateway.openapi import GENERATING, json_body, responses
+from respkv.gateway.requests import event_stream, generation_of, reply_of, whole
 from respkv.gateway.routes import Here
 from respkv.gateway.state import Gateway
 
@@ -22,11 +23,13 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
     summary="Continue texts",
     response_model=Completion,
     responses=responses(*GENERATING, 404, stream=("message",)),
-    dependencies=[Depends(json_body)],
+    openapi_extra=json_body(CompletionRequest),
 )
 async def completions(
-    body: CompletionRequest, request: Request, gateway: Here
-) -> Response | Completion:
+    body: Annotated[CompletionRequest, Depends(body_of(CompletionRequest))],
+    request: Request,
+    gateway: Here,
+) -> Response:
     """Go on with one prompt or several, n times each."""
     model = gateway.named_model(body.model)
     job = await gateway.prompts.of_completion(body, model, request.state.started)
@@ -34,8 +37,7 @@ async def completions(
     if body.stream:
         events = OpenAIEvents(reply, is_chat=False, has_usage=_has_usage(body))
         return event_stream(gateway, generation, events)
-    await whole(request, gateway, generation)
-    return completion(reply, generation)
+    return whole(gateway, generation, lambda: completion(reply, generation))
 
 
 @router.post(
@@ -43,11 +45,13 @@ async def completions(
     summary="Continue a conversation",
     response_model=ChatCompletion,
     responses=responses(*GENERATING, 404, stream=("message",)),
-    dependencies=[Depends(json_body)],
+    openapi_extra=json_body(ChatCompletionRequest),
 )
 async def chat_completions(
-    body: ChatCompletionRequest, request: Request, gateway: Here
-) -> Response | ChatCompletion:
+    body: Annotated[ChatCompletionRequest, Depends(body_of(ChatCompletionRequest))],
+    request: Request,
+    gateway: Here,
+) -> Response:
     """Say what the assistant says next, n times."""
     model = gateway.named_model(body.model)
     job = await gateway.prompts.of_chat(body, model, request.state.started)
@@ -55,8 +59,7 @@ async def chat_completions(
     if body.stream:
         events = OpenAIEvents(reply, is_chat=True, has_usage=_has_usage(body))
         return event_stream(gateway, generation, events)
-    await whole(request, gateway, generation)
-    return chat_completion(reply, generation)
+    return whole(gateway, generation, lambda: chat_completion(reply, generation))
 
 
 @router.get("/models", summary="List the models", responses=responses(401, 503))

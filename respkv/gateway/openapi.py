@@ -5,12 +5,15 @@ name of the model, whether a token is needed. And a test that is generated from 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 
 from respkv.gateway.guard import OPEN_PATHS
+from respkv.gateway.inputs import GenerateRequest, Input
+from respkv.gateway.openai_inputs import ChatCompletionRequest, CompletionRequest
 from respkv.gateway.outputs import Error
 from respkv.gateway.state import Gateway
 
@@ -33,6 +36,12 @@ _HEADERS = {
 # What every endpoint that generates may answer.
 GENERATING = (400, 401, 408, 413, 415, 500, 503)
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
+_SCHEMA = "#/components/schemas/{model}"
+_INPUTS: tuple[tuple[type[Input], Literal["validation"]], ...] = (
+    (GenerateRequest, "validation"),
+    (CompletionRequest, "validation"),
+    (ChatCompletionRequest, "validation"),
+)
 
 
 def responses(*statuses: int, stream: Sequence[str] = ()) -> dict[int | str, dict[str, Any]]:
@@ -48,12 +57,20 @@ def responses(*statuses: int, stream: Sequence[str] = ()) -> dict[int | str, dic
     return documented
 
 
+def json_body(kind: type[Input]) -> dict[str, Any]:
+    """Return what is to be documented of a route's body, which bodies.py reads and not FastAPI."""
+    schema = {"$ref": _SCHEMA.format(model=kind.__name__)}
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def document(app: FastAPI, gateway: Gateway) -> dict[str, Any]:
     """Return the document of a gateway as it is now."""
     made = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     schemas = made["components"]["schemas"]
+    schemas |= models_json_schema(_INPUTS, ref_template=_SCHEMA)[1]["$defs"]
     for name in _NOT_OURS:
         schemas.pop(name, None)
     has_token = gateway.settings.token is not None

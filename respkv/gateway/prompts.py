@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 
 from respkv.batching.request import GenerationRequest, Sampling
-from respkv.gateway.failures import Refused
+from respkv.gateway.failures import Refused, shown
 from respkv.gateway.generation import Job
 from respkv.gateway.inputs import NEW_TOKENS_DEFAULT, GenerateRequest
 from respkv.gateway.model import Model
@@ -145,7 +145,7 @@ class Prompts:
             raise Refused(
                 400,
                 "too_many_new_tokens",
-                f"{asked} new tokens are more than the {most} that one request may ask for",
+                f"{shown(asked)} new tokens are more than the {most} that one request may ask for",
                 param=param,
             )
         return default if asked is None else asked
@@ -214,7 +214,7 @@ class Prompts:
             raise Refused(
                 400,
                 "unknown_token",
-                f"token {max(tokens)} is not one of the model's {model.vocab_size}",
+                f"token {shown(max(tokens))} is not one of the model's {model.vocab_size}",
                 param=param,
             )
         return model.tokens_max - len(tokens)

@@ -1,16 +1,16 @@
 """What the routes that generate have in common."""
 
-from email.message import Message
+from collections.abc import Callable
 
 from fastapi import Request
 
 from respkv.gateway.answers import Reply
 from respkv.gateway.events import Events
-from respkv.gateway.failures import Refused
-from respkv.gateway.generation import Answer, Generation, Job
+from respkv.gateway.generation import Generation, Job
 from respkv.gateway.model import Model
+from respkv.gateway.outputs import Output
 from respkv.gateway.state import Gateway
-from respkv.gateway.streaming import CLIENT_GONE, EventStream, unless_gone
+from respkv.gateway.streaming import EventStream, WholeAnswer
 
 
 def here(request: Request) -> Gateway:
@@ -18,15 +18,6 @@ def here(request: Request) -> Gateway:
     gateway = request.app.state.gateway
     assert isinstance(gateway, Gateway)
     return gateway
-
-
-async def json_body(request: Request) -> None:
-    """Raise Refused when there is a body and it is not said to be JSON."""
-    header = Message()
-    header["content-type"] = request.headers.get("content-type", "")
-    kind = header.get_content_subtype() if header.get_content_maintype() == "application" else ""
-    if not (kind == "json" or kind.endswith("+json")) and await request.body():
-        raise Refused(415, "not_json", "the body has to be JSON: content-type: application/json")
 
 
 def reply_of(request: Request, model: Model, prefix: str) -> Reply:
@@ -39,15 +30,9 @@ def generation_of(gateway: Gateway, model: Model, job: Job) -> Generation:
     return Generation(model.loop, job, model.coder.decode, gateway.settings.retry_after_s)
 
 
-async def whole(request: Request, gateway: Gateway, generation: Generation) -> None:
-    """Wait for all answers. Raises Refused, also when the client has gone: then nobody reads it."""
-
-    async def work() -> None:
-        await generation.run(_drop)
-
-    if not await unless_gone(request.receive, work):
-        raise Refused(CLIENT_GONE, "client_gone", "the client has gone")
-    gateway.metrics.generated(generation)
+def whole(gateway: Gateway, generation: Generation, written: Callable[[], Output]) -> WholeAnswer:
+    """Return a generation as one answer. written: makes its body, when all of it is there."""
+    return WholeAnswer(generation, written, lambda: gateway.metrics.generated(generation))
 
 
 def event_stream(gateway: Gateway, generation: Generation, events: Events) -> EventStream:
@@ -58,7 +43,3 @@ def event_stream(gateway: Gateway, generation: Generation, events: Events) -> Ev
         gateway.settings.heartbeat_s,
         lambda: gateway.metrics.generated(generation),
     )
-
-
-async def _drop(answer: Answer, text: str) -> None:
-    """Nobody reads along."""

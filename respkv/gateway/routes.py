@@ -9,11 +9,12 @@ from starlette.responses import PlainTextResponse, Response
 
 from respkv.errors import CacheError
 from respkv.gateway.answers import generate_response
+from respkv.gateway.bodies import body_of
 from respkv.gateway.events import GenerateEvents
 from respkv.gateway.failures import unavailable
 from respkv.gateway.inputs import GenerateRequest
 from respkv.gateway.metrics import CONTENT_TYPE
-from respkv.gateway.openapi import GENERATING, responses
+from respkv.gateway.openapi import GENERATING, json_body, responses
 from respkv.gateway.outputs import (
     CacheCleared,
     CacheStats,
@@ -25,7 +26,6 @@ from respkv.gateway.requests import (
     event_stream,
     generation_of,
     here,
-    json_body,
     reply_of,
     whole,
 )
@@ -45,20 +45,21 @@ Here = Annotated[Gateway, Depends(here)]
     summary="Generate text",
     response_model=GenerateResponse,
     responses=responses(*GENERATING, 422, stream=("token", "done", "error")),
-    dependencies=[Depends(json_body)],
+    openapi_extra=json_body(GenerateRequest),
     tags=["respkv"],
 )
 async def generate(
-    body: GenerateRequest, request: Request, gateway: Here
-) -> Response | GenerateResponse:
+    body: Annotated[GenerateRequest, Depends(body_of(GenerateRequest))],
+    request: Request,
+    gateway: Here,
+) -> Response:
     """Go on with a prompt; one answer, at once or as a stream of `token` events and one `done`."""
     model = gateway.model
     job = await gateway.prompts.of_generate(body, model, request.state.started)
     generation, reply = generation_of(gateway, model, job), reply_of(request, model, "gen")
     if body.stream:
         return event_stream(gateway, generation, GenerateEvents(reply))
-    await whole(request, gateway, generation)
-    return generate_response(reply, generation)
+    return whole(gateway, generation, lambda: generate_response(reply, generation))
 
 
 @router.get(

@@ -3,7 +3,7 @@
 import threading
 
 from respkv.batching.stats import LoopStats
-from respkv.gateway.failures import Refused, unavailable
+from respkv.gateway.failures import Refused, shown, unavailable
 from respkv.gateway.metrics import Metrics
 from respkv.gateway.model import Model
 from respkv.gateway.prompts import Prompts
@@ -65,7 +65,7 @@ class Gateway:
         """
         model = self.model
         if name is not None and name != model.name:
-            message = f"there is no model {name!r} here, only {model.name!r}"
+            message = f"there is no model {shown(name)} here, only {model.name!r}"
             raise Refused(404, "model_not_found", message, param="model")
         return model
 

@@ -1,5 +1,6 @@
-"""Answers that come in pieces, and clients that go away.
+"""Answers that are made while they are sent, whole or in pieces, and clients that go away.
 
+Both begin when the route has returned, so that nothing of the request's body is held until they end.
 A request is cancelled as soon as its client is gone, streamed or not. A client that reads slowly
 holds up nobody: its tokens wait in its ticket, and when it takes nothing for too long protocol.py
 drops the connection, which looks like any other client that went away.
@@ -15,6 +16,7 @@ from respkv.batching.ticket import Ticket
 from respkv.gateway.events import HEARTBEAT, Events
 from respkv.gateway.failures import Refused
 from respkv.gateway.generation import Answer, Generation
+from respkv.gateway.outputs import Output
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -53,6 +55,39 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[None]]) -> 
     return not is_gone
 
 
+def let_go(scope: Scope) -> None:
+    """Give back the room that the request's body took: it has been read, and is not there any more."""
+    scope["state"]["let_go"]()
+
+
+class WholeAnswer(Response):
+    """A generation as one body of JSON.
+
+    written: makes the body, when all of it is there; when_over: called after that.
+    """
+
+    def __init__(
+        self, generation: Generation, written: Callable[[], Output], when_over: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._generation = generation
+        self._written = written
+        self._when_over = when_over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, or nothing to a client that has gone. Raises Refused."""
+        let_go(scope)
+
+        async def work() -> None:
+            await self._generation.run(_drop)
+
+        if not await unless_gone(receive, work):
+            return
+        self._when_over()
+        body = self._written().model_dump_json()
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+
 class EventStream(Response):
     """A generation as server-sent events.
 
@@ -78,6 +113,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
+        let_go(scope)
         try:
             with self._generation.submitted() as tickets:
                 start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -121,3 +157,7 @@ class EventStream(Response):
             except Refused as failure:
                 await say(events.failed(failure))
             group.cancel_scope.cancel()
+
+
+async def _drop(answer: Answer, text: str) -> None:
+    """Nobody reads along."""

@@ -18,7 +18,9 @@ the first, the one that was given back longest ago is a leaf.
 There is no tensor and no I/O here: copies to be made are returned.
 """
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 
 from respkv.paged.block_table import BlockStats, BlockTable, OutOfBlocks
 from respkv.paged.free_blocks import FreeBlocks
@@ -37,7 +39,9 @@ class BlockManager:
         self._free = FreeBlocks(num_blocks)
         self._uses = [0] * num_blocks
         self._nodes: list[Node | None] = [None] * num_blocks
-        self._idle: dict[int, None] = {}  # in the tree, of no sequence; used longest ago first
+        # In the tree, of no sequence; used longest ago first. A plain dict would look at all that have
+        # gone from its front for each one that goes.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._tree = PrefixTree(block_tokens)
         self._sequences: dict[int, BlockTable] = {}
         self._next_id = 0
@@ -57,7 +61,7 @@ class BlockManager:
     @property
     def num_shared_blocks(self) -> int:
         """Return how many blocks more than one sequence has."""
-        return sum(uses > 1 for uses in self._uses)
+        return self.num_blocks - self._uses.count(0) - self._uses.count(1)
 
     def sequences(self) -> tuple[int, ...]:
         """Return the sequences that there are."""
@@ -142,14 +146,19 @@ class BlockManager:
         return self._next_id
 
     def extend(self, sequence: int, tokens: Iterable[int] | int) -> None:
-        """Say which tokens come next, or how many when their ids are not told."""
+        """Say which tokens come next, or how many when their ids are not told.
+
+        Raises ValueError for the other of the two, and for a number below 0.
+        """
         state = self._get(sequence)
         if isinstance(tokens, int) != (state.tokens is None):
             raise ValueError(f"sequence {sequence} was begun with tokens of another kind")
         if isinstance(tokens, int):
+            if tokens < 0:
+                raise ValueError(f"{tokens} tokens cannot come next; truncate takes some back")
             state.length += tokens
         elif state.tokens is not None:
-            state.tokens += tokens
+            state.tokens += list(tokens)
             state.length = len(state.tokens)
 
     def reserve(self, sequence: int, count: int) -> list[tuple[int, int]]:
@@ -181,12 +190,12 @@ class BlockManager:
             self._release(old)
             self.stats.copies += 1
         state.blocks += self._take(self._grown(state, count), state.blocks)
+        state.reserved = max(state.reserved, state.computed + count)
         return copies
 
     def unreserve(self, sequence: int) -> None:
         """Give back the blocks that nothing was computed into."""
-        state = self._get(sequence)
-        self._release_from(state, -(-state.computed // self.block_tokens))
+        self._give_back(self._get(sequence))
 
     def commit(self, sequence: int, count: int) -> None:
         """Say that the KV of the next ``count`` tokens is there: full blocks can be shared now.
@@ -194,7 +203,7 @@ class BlockManager:
         Raises ValueError when they were not reserved.
         """
         state = self._get(sequence)
-        if count < 0 or (count and (self._grown(state, count) or self._must_copy(state))):
+        if count < 0 or (count and state.computed + count > state.reserved):
             raise ValueError(f"{count} tokens of sequence {sequence} were not reserved")
         state.computed += count
         if state.is_sharing:
@@ -209,14 +218,8 @@ class BlockManager:
         for block in blocks:
             self._uses[block] += 1
         self._next_id += 1
-        self._sequences[self._next_id] = BlockTable(
-            tokens,
-            state.length,
-            state.salt,
-            state.is_sharing,
-            state.computed,
-            blocks,
-            list(state.nodes),
+        self._sequences[self._next_id] = replace(
+            state, tokens=tokens, blocks=blocks, nodes=list(state.nodes), reserved=state.computed
         )
         return self._next_id
 
@@ -229,7 +232,7 @@ class BlockManager:
         if state.tokens is not None:
             del state.tokens[length:]
         del state.nodes[state.computed // self.block_tokens :]
-        self._release_from(state, -(-state.computed // self.block_tokens))
+        self._give_back(state)
 
     def free(self, sequence: int, *, keep: bool = True) -> None:
         """End a sequence.
@@ -257,6 +260,10 @@ class BlockManager:
             for block in state.blocks:
                 uses[block] += 1
             assert len(set(state.blocks)) == len(state.blocks)
+            assert state.reserved <= len(state.blocks) * self.block_tokens
+            at, used = divmod(state.computed, self.block_tokens)
+            if used and state.reserved > state.computed and (node := self._nodes[state.blocks[at]]):
+                assert len(node.tokens) <= used
             assert [node.block for node in state.nodes] == state.blocks[: len(state.nodes)]
         assert uses == self._uses
         in_tree = {node.block: node for node in self._tree}
@@ -292,9 +299,12 @@ class BlockManager:
         return max(0, -(-(state.computed + count) // self.block_tokens) - len(state.blocks))
 
     def _must_copy(self, state: BlockTable) -> bool:
-        """Whether others may read where the next token would be written."""
+        """Whether others may read where the next token would be written.
+
+        Who has reserved the place keeps it: others that take the block afterwards read in front of it.
+        """
         at, used = divmod(state.computed, self.block_tokens)
-        if not used:
+        if not used or state.reserved > state.computed:
             return False
         node = self._nodes[state.blocks[at]]
         return self._uses[state.blocks[at]] > 1 or (node is not None and used < len(node.tokens))
@@ -337,6 +347,11 @@ class BlockManager:
         for block in taken:
             self._uses[block] = 1
         return taken
+
+    def _give_back(self, state: BlockTable) -> None:
+        """Give back what was reserved and not computed."""
+        state.reserved = state.computed
+        self._release_from(state, -(-state.computed // self.block_tokens))
 
     def _release_from(self, state: BlockTable, at: int) -> None:
         """Give back blocks, the last one first, so that it is the first to be evicted."""

@@ -33,6 +33,7 @@ class BlockTable:
 
     tokens:   their ids; None when only their number is known, and then nothing is shared.
     computed: how many of them have their KV in the blocks.
+    reserved: up to which token it may write: nobody else will, in these places, while it has them.
     nodes:    of the prefix tree, for the first blocks: all that are full, once they are computed.
     """
 
@@ -43,3 +44,4 @@ class BlockTable:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    reserved: int = 0

@@ -6,7 +6,7 @@ its restarts and are shared by all processes that use it. docs/semantic.md says 
 """
 
 from respkv.semantic.aio import AsyncSemanticCache
-from respkv.semantic.core import Hit, SemanticStats
+from respkv.semantic.answers import Hit, SemanticStats
 from respkv.semantic.embeddings import Metric
 from respkv.semantic.sync import SemanticCache
 

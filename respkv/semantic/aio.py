@@ -8,7 +8,8 @@ import anyio
 from respkv.client import AsyncClient, AsyncListening, PageEvent
 from respkv.client.replies import Reply
 from respkv.errors import ConnectionLost, ProtocolError
-from respkv.semantic.core import Core, Hit, SemanticStats
+from respkv.semantic.answers import Hit, SemanticStats
+from respkv.semantic.core import Core
 from respkv.semantic.effects import Ask, Effect, Hear, Heard, Steps
 from respkv.semantic.settings import Options, make_settings
 from respkv.semantic.sync import EVENTS_MAX
@@ -41,6 +42,7 @@ class AsyncSemanticCache:
             )
         self._cache = AsyncClient(cache) if isinstance(cache, str) else cache
         self._is_own = isinstance(cache, str)
+        self._is_closed = False
         self._lock = anyio.Lock()
         self._events: AsyncListening[PageEvent] | None = None
 
@@ -91,8 +93,10 @@ class AsyncSemanticCache:
         return self._core.stats()
 
     async def close(self) -> None:
-        """Stop listening, and close the client if it was opened here."""
-        await self._stop_listening()
+        """Stop listening, and close the client if it was opened here; later calls raise ConnectionLost."""
+        self._is_closed = True
+        if not self._lock.locked():  # else the call that runs stops it when it ends
+            await self._stop_listening()
         if self._is_own:
             await self._cache.close()
 
@@ -127,9 +131,13 @@ class AsyncSemanticCache:
             return result
         finally:
             if is_held:
+                if self._is_closed:
+                    await self._stop_listening()
                 self._lock.release()
 
     async def _carry_out(self, effect: Effect) -> list[Reply] | Heard:
+        if self._is_closed:
+            raise ConnectionLost("the semantic cache is closed")
         if isinstance(effect, Hear):
             return await self._hear(effect.namespace)
         pipeline = self._cache.pipeline()

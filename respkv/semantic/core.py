@@ -14,67 +14,28 @@ its own index, and the server sees SET-like and GET-like commands only.
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from respkv.client.commands import list_of, unexpected
 from respkv.client.replies import Reply
 from respkv.client.requests import Arg
 from respkv.errors import ConfigError, PageCorrupt, ServerError
 from respkv.semantic import records
+from respkv.semantic.answers import Hit, SemanticStats
 from respkv.semantic.effects import Ask, Hear, Heard, Steps
 from respkv.semantic.embeddings import Vector, as_vector, scaled, scores
-from respkv.semantic.records import Front, Record
+from respkv.semantic.records import Record
 from respkv.semantic.settings import Settings
 from respkv.semantic.shelf import Shelf, Shelves
 
 SCAN_COUNT = 10_000
 BATCH = 256  # commands sent together
+STALE_MAX = 4096  # entries, of whom nothing is asked for, that are noted and not read
 CANDIDATES = 8  # that a get has ready, in case the nearest ones are gone
 PAYLOADS = 8  # that a search asks for together
 TURNS = 3
 # Entries may be replaced while they are read; a get that meets that so often gives up.
 ATTEMPTS = 64
-
-
-class Hit(NamedTuple):
-    """An entry that is near enough.
-
-    payload:  as it was put, bytes or str.
-    score:    how near, more is nearer: cosine, inner product, or minus the distance (l2).
-    key:      its name within its tenant, for ``delete``; metadata: as it was put.
-    """
-
-    payload: bytes | str
-    score: float
-    key: str
-    metadata: dict[str, Any] | None
-
-
-@dataclass(frozen=True, slots=True)
-class SemanticStats:
-    """What this object has done, and what it knows of the store.
-
-    entries, tenants: in the store, as far as is known; tenants_open: whose embeddings are here.
-    hits, misses:     of get and search; hit_rate: of all of them, 0 when there was none.
-    gone:             entries that the index named and the store had no longer.
-    evicted:          entries deleted because a tenant had more than max_entries.
-    unreadable:       values under entries' keys that are none; they are left alone.
-    rescans:          how often all keys were asked for.
-    """
-
-    entries: int
-    tenants: int
-    tenants_open: int
-    index_bytes: int
-    hits: int
-    misses: int
-    hit_rate: float
-    puts: int
-    gone: int
-    evicted: int
-    unreadable: int
-    rescans: int
 
 
 class Core:
@@ -106,29 +67,31 @@ class Core:
         ttl_ms = settings.ttl_ms(ttl_s)
         name = records.name_of(vector) if key is None else key
         entry = records.entry_hash(name)
-        told = None if metadata is None else dict(metadata)
+        told = None if metadata is None else records.as_metadata(metadata)
         created_ms = time.time_ns() // 1_000_000
         value = records.encode(owner, Record(name, vector, kept, told, created_ms))
-        yield from self._catch_up(owner)
+        yield from self._listen()
         args: list[Arg] = ["KV.PUT", self._names.key(owner, entry), value, "TENANT", owner.hex()]
         if ttl_ms:
             args += ("PX", ttl_ms)
         if settings.durability is not None:
             args.append(settings.durability.upper())
-        self._shelves.expect(owner, entry)
+        num_changes = self._shelves.num_changes
         try:
             checked((yield Ask([args], lets_others=True)))
         except BaseException:
             # It may have been stored or not; whoever reads next will see.
-            self._shelves.settle(owner, entry)
             self._shelves.open(owner).stale.add(entry)
             raise
         shelf = self._shelves.open(owner)
-        shelf.put(entry, vector, created_ms)
-        shelf.use(entry)
-        self._shelves.keys.setdefault(owner, set()).add(entry)
+        self._shelves.note(owner, entry)
+        if self._shelves.num_changes == num_changes:
+            shelf.put(entry, vector, created_ms)
+            shelf.use(entry)
+        else:  # of this very put perhaps, or of one that came after it
+            shelf.stale.add(entry)
         self._puts += 1
-        yield from self._make_room(owner, shelf, entry)
+        yield from self._make_room(owner, entry)
         return name
 
     def get(
@@ -158,6 +121,7 @@ class Core:
                     self._hits += 1
                     self._shelves.open(owner).use(entry)
                     return hit
+                yield from self._read_stale(owner)
                 if entry in self._shelves.open(owner).entries:
                     break  # it is another now, and so may be the nearest
         self._misses += 1
@@ -176,8 +140,8 @@ class Core:
         vector = as_vector(embedding, settings.dim, settings.metric)
         owner = records.tenant_hash(tenant)
         least = None if threshold is None else settings.check_threshold(threshold)
-        if k < 1:
-            raise ValueError(f"k = {k}: at least 1 entry is searched for")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k = {k!r}: how many are searched for, from 1 on")
         yield from self._catch_up(owner)
         found: dict[bytes, Hit] = {}
         for _ in range(ATTEMPTS):
@@ -190,6 +154,7 @@ class Core:
                 hits = yield from self._fetch(owner, batch, vector)
                 pairs = zip(batch, hits, strict=True)
                 found |= {entry: hit for entry, hit in pairs if hit is not None}
+            yield from self._read_stale(owner)
         best = sorted(found.items(), key=lambda each: (-each[1].score, each[0]))[:k]
         shelf = self._shelves.open(owner)
         for entry, _ in reversed(best):
@@ -235,6 +200,11 @@ class Core:
 
     def _catch_up(self, owner: bytes) -> Steps[None]:
         """Make the view of the store current, for one tenant with its embeddings."""
+        yield from self._listen()
+        yield from self._read_stale(owner)
+
+    def _listen(self) -> Steps[None]:
+        """Take note of what has become of entries since the last time."""
         heard: Heard = yield Hear(self._names.of_pages)
         if heard.is_new or any(event.missed for event in heard.events):
             self._is_complete = False
@@ -252,13 +222,10 @@ class Core:
                     self._is_described = False
                 elif (name := self._names.parse(event.key)) is None:
                     continue
-                elif event.kind == "stored":
-                    self._shelves.stored(*name)
-                elif event.kind == "removed":
-                    self._shelves.removed(*name)
+                elif event.kind in ("stored", "removed"):
+                    self._shelves.changed(*name, is_there=event.kind == "stored")
         if not self._is_described:
             yield from self._describe()
-        yield from self._read_stale(owner)
 
     def _describe(self) -> Steps[None]:
         """Agree with all other users of the namespace on what is kept in it. Raises ConfigError."""
@@ -292,36 +259,35 @@ class Core:
                 return keys
 
     def _read_stale(self, owner: bytes) -> Steps[None]:
-        """Read the embeddings of entries that are new here."""
+        """Read the embeddings of entries that are new here, or of which something was told."""
         shelf = self._shelves.open(owner)
         last = records.front_bytes(self._settings.dim) - 1
-        is_first = bool(shelf.stale) and not shelf.entries
         while shelf.stale:
             batch = [entry for entry, _ in zip(shelf.stale, range(BATCH), strict=False)]
             ranges: list[list[Arg]] = [
                 ["GETRANGE", self._names.key(owner, each), 0, last] for each in batch
             ]
             for entry, reply in zip(batch, checked((yield Ask(ranges))), strict=True):
-                front = self._front(owner, entry, reply)
-                if front is None:
-                    shelf.drop(entry)
-                else:
-                    shelf.put(entry, front.embedding, front.created_ms)
-        if is_first:
+                self._take_front(owner, shelf, entry, reply)
+        if not shelf.is_loaded:
+            shelf.is_loaded = True
             shelf.order_by_age()
 
-    def _front(self, owner: bytes, entry: bytes, reply: Reply) -> Front | None:
+    def _take_front(self, owner: bytes, shelf: Shelf, entry: bytes, reply: Reply) -> None:
         if not isinstance(reply, bytes | memoryview):
             raise unexpected("bytes", reply)
-        if not reply:  # it left meanwhile
-            return None
+        if not reply:  # it has left
+            self._shelves.removed(owner, entry)
+            return
         try:
             front = records.decode_front(reply, owner, entry, self._settings.dim)
             self._check_direction(front.embedding)
-            return front
         except PageCorrupt:
             self._unreadable += 1
-            return None
+            shelf.drop(entry)
+            return
+        self._shelves.note(owner, entry)
+        shelf.put(entry, front.embedding, front.created_ms)
 
     def _check_direction(self, embedding: Vector) -> None:
         """Raise PageCorrupt for zeros where scores are cosines: put by a cache of another metric."""
@@ -346,7 +312,7 @@ class Core:
         shelf = self._shelves.open(owner)
         if reply is None:
             self._gone += entry in shelf.entries
-            self._shelves.removed(owner, entry)
+            shelf.stale.add(entry)  # others may have put it again meanwhile
             return None
         try:
             record = records.decode(reply, owner, entry, self._settings.dim)
@@ -355,9 +321,8 @@ class Core:
             self._unreadable += 1
             shelf.drop(entry)
             return None
-        is_known = shelf.is_current(entry, record.embedding)
-        shelf.put(entry, record.embedding, record.created_ms)
-        if not is_known:  # another entry may be nearer now
+        if not shelf.is_current(entry, record.embedding):  # another entry may be nearer now
+            shelf.stale.add(entry)
             return None
         metric = self._settings.metric
         # As the index has it, so that both come to the same, to the last bit.
@@ -365,11 +330,15 @@ class Core:
         score = float(scores(row[None], query, metric)[0])
         return Hit(record.payload, score, record.key, record.metadata)
 
-    def _make_room(self, owner: bytes, shelf: Shelf, keep: bytes) -> Steps[None]:
-        surplus = shelf.surplus(self._settings.max_entries, keep)
-        if surplus:
-            count = yield from self._delete(owner, surplus)
-            self._evicted += count
+    def _make_room(self, owner: bytes, keep: bytes) -> Steps[None]:
+        """Delete what a tenant has too many of. Reads embeddings only if it may have."""
+        most = self._settings.max_entries
+        if len(self._shelves.keys.get(owner, ())) > most:
+            yield from self._read_stale(owner)
+            surplus = self._shelves.open(owner).surplus(most, keep)
+            self._evicted += yield from self._delete(owner, surplus)
+        elif len(self._shelves.open(owner).stale) >= STALE_MAX:
+            yield from self._read_stale(owner)
 
     def _delete(self, owner: bytes, entries: list[bytes]) -> Steps[int]:
         count = 0

@@ -26,14 +26,12 @@ def as_vector(embedding: Any, dim: int, metric: Metric) -> Vector:
     Raises ValueError naming what is wrong: the shape, a number that is not finite or too large, or
     nothing but zeros where the metric needs a direction; TypeError for what is no numbers.
     """
-    if hasattr(embedding, "untyped_storage"):  # a tensor, told without importing torch
-        embedding = embedding.detach().cpu().double().numpy()
     try:
-        given = numpy.asarray(embedding)
+        given = numpy.asarray(_on_host(embedding))
         if given.dtype.kind in "cmMSU":  # complex numbers, times, text: they convert, and lie
             raise TypeError(f"{given.dtype} are no such numbers")
         wide = given.astype(numpy.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(
             f"an embedding is a list, an array or a tensor of {dim} numbers,"
             f" not {type(embedding).__name__}: {error}"
@@ -51,8 +49,19 @@ def as_vector(embedding: Any, dim: int, metric: Metric) -> Vector:
         )
     vector = wide.astype(numpy.float32)
     if metric == "cosine" and not vector.any():
-        raise ValueError("the embedding is all zeros: it has no direction to compare by cosine")
+        raise ValueError(
+            "the embedding is all zeros as float32: it has no direction to compare by cosine"
+        )
     return vector
+
+
+def _on_host(embedding: Any) -> Any:
+    """Return a tensor as an array, anything else as it is. Raises TypeError or RuntimeError."""
+    if not hasattr(embedding, "untyped_storage"):  # a tensor, told without importing torch
+        return embedding
+    if embedding.is_complex():  # its imaginary part would be left out
+        raise TypeError(f"{embedding.dtype} are no such numbers")
+    return embedding.detach().cpu().double().numpy()
 
 
 def scaled(vector: Vector, metric: Metric) -> Vector:

@@ -135,7 +135,9 @@ class ExactIndex:
         if self._metric == "ip":
             return wide, slack
         squares = numpy.square(norms)
-        return 2 * wide - squares, 2 * slack + self._slack * squares
+        # Where rows differ by less than float64 tells of their distances, it makes them equal.
+        blur = self._slack * 2.0**-29 * length * length
+        return 2 * wide - squares, 2 * slack + self._slack * squares + blur
 
     def _resize(self, rows: int) -> None:
         kept = len(self._entries)

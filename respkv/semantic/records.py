@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 
 from respkv.errors import ConfigError, PageCorrupt
-from respkv.semantic.embeddings import Vector
+from respkv.semantic.embeddings import LARGEST, Vector
 
 MAGIC = b"KVSEM\x00\x01\x00"
 # Magic, hash of the tenant, of the key, when it was stored (ms), numbers, bytes of the key's text,
@@ -58,7 +58,7 @@ class Names:
     namespace: str
 
     def __post_init__(self) -> None:
-        if not _NAMESPACE.fullmatch(self.namespace):
+        if not isinstance(self.namespace, str) or not _NAMESPACE.fullmatch(self.namespace):
             raise ConfigError(
                 f"namespace = {self.namespace!r}: accepted are 1 to 64 letters, digits and . _ -"
             )
@@ -121,7 +121,7 @@ def front_bytes(dim: int) -> int:
 def encode(tenant: bytes, record: Record) -> bytes:
     """Return the value of an entry. Raises ValueError or TypeError: metadata that JSON cannot say."""
     name = record.key.encode("utf-8", "surrogatepass")
-    metadata = b"" if record.metadata is None else _json(record.metadata)
+    metadata = b"" if record.metadata is None else _json(as_metadata(record.metadata))
     text = isinstance(record.payload, str)
     payload = record.payload.encode() if isinstance(record.payload, str) else record.payload
     head = HEAD.pack(
@@ -155,8 +155,10 @@ def decode(value: Any, tenant: bytes, entry: bytes, dim: int) -> Record:
         payload: bytes | str = bytes(data[end:])
         if is_text:
             payload = bytes(data[end:]).decode()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PageCorrupt(f"an entry that cannot be read: {error}") from error
+    if metadata is not None and not isinstance(metadata, dict):
+        raise PageCorrupt("an entry whose metadata are no dict")
     return Record(name, _embedding(data, dim), payload, metadata, created_ms)
 
 
@@ -173,18 +175,25 @@ def _head(data: memoryview, tenant: bytes, entry: bytes, dim: int) -> tuple[int,
 
 def _embedding(data: memoryview, dim: int) -> Vector:
     found = numpy.frombuffer(data, "<f4", dim, HEAD.size).astype(numpy.float32)
-    if not numpy.isfinite(found).all():
-        raise PageCorrupt("an entry whose embedding is not finite")
+    if not (numpy.abs(found) <= LARGEST).all():
+        raise PageCorrupt("an entry whose embedding is not finite, or too large to compare")
     return found
 
 
-def _json(metadata: Mapping[str, Any]) -> bytes:
+def as_metadata(metadata: object) -> dict[str, Any]:
+    """Return metadata as a dict. Raises TypeError when they are none."""
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata is a dict, not {type(metadata).__name__}")
+    return dict(metadata)
+
+
+def _json(metadata: dict[str, Any]) -> bytes:
     try:
-        text = json.dumps(dict(metadata), allow_nan=False, separators=(",", ":")).encode()
+        text = json.dumps(metadata, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata must be what JSON can say: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"metadata must be what JSON can say: {error}") from error
     if len(text) > METADATA_BYTES_MAX:
         raise ValueError(
             f"metadata takes {len(text)} bytes as JSON, at most {METADATA_BYTES_MAX}; put the rest"

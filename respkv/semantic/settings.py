@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+import numpy
+
 from respkv.errors import ConfigError
 from respkv.semantic.embeddings import METRICS, Metric
 from respkv.semantic.index import KINDS, Kind
@@ -47,8 +49,9 @@ class Settings:
         return Names(self.namespace)
 
     def check_threshold(self, threshold: float) -> float:
-        """Return a threshold. Raises ValueError when it is no number or nothing can reach it."""
+        """Return a threshold. Raises TypeError, or ValueError when nothing can reach it."""
         highest = {"cosine": 1.0, "ip": math.inf, "l2": 0.0}[self.metric]
+        _check_number("threshold", threshold)
         if math.isnan(threshold) or threshold > highest:
             raise ValueError(
                 f"threshold = {threshold}: the {self.metric} score is at most {highest:g}"
@@ -64,7 +67,7 @@ class Settings:
             raise TypeError(
                 f"a payload is bytes or str, not {type(payload).__name__}; make bytes of it first"
             )
-        nbytes = len(payload) if isinstance(payload, bytes) else len(payload.encode())
+        nbytes = len(payload) if isinstance(payload, bytes) else _utf8_bytes(payload)
         if nbytes > self.max_payload_bytes:
             raise ValueError(
                 f"a payload of {nbytes} bytes; max_payload_bytes is {self.max_payload_bytes}"
@@ -72,10 +75,11 @@ class Settings:
         return payload
 
     def ttl_ms(self, ttl_s: float | None) -> int:
-        """Return a time to live in milliseconds, 0 for none. Raises ValueError."""
+        """Return a time to live in milliseconds, 0 for none. Raises TypeError or ValueError."""
         seconds = self.default_ttl_s if ttl_s is None else ttl_s
         if seconds is None:
             return 0
+        _check_number("ttl_s", seconds)
         if not 0 < seconds <= TTL_S_MAX:
             raise ValueError(f"ttl_s = {seconds}: accepted are more than 0 and up to {TTL_S_MAX:g}")
         return max(1, math.ceil(seconds * 1000))
@@ -116,10 +120,24 @@ def make_settings(namespace: str, dim: int, options: Options) -> Settings:
     try:
         settings.check_threshold(threshold)
         settings.ttl_ms(None)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     _ = settings.names
     return settings
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | numpy.number):
+        raise TypeError(f"{name} = {value!r}: a number is needed")
+
+
+def _utf8_bytes(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the payload is no text that can be written as UTF-8 ({error}); make bytes of it first"
+        ) from error
 
 
 def _check_one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:

@@ -34,8 +34,9 @@ class Shelf:
     def __init__(self, index: Index, stale: Iterable[bytes]) -> None:
         self.index = index
         self.entries: OrderedDict[bytes, Known] = OrderedDict()
-        # Entries that are in the store and have to be read, again or for the first time.
+        # Entries of which something is not known: what they are in the store has to be read.
         self.stale: set[bytes] = set(stale)
+        self.is_loaded = False  # all that were there at first have been read
 
     def put(self, entry: bytes, vector: Vector, created_ms: int) -> None:
         """Take note of an entry's embedding."""
@@ -87,7 +88,7 @@ class Shelves:
     kind: Kind
     tenants_max: int
     keys: dict[bytes, set[bytes]] = field(default_factory=dict)  # of entries, by tenant
-    own: dict[tuple[bytes, bytes], int] = field(default_factory=dict)  # puts not yet heard of
+    num_changes: int = 0  # told of by events and rescans
     _open: OrderedDict[bytes, Shelf] = field(default_factory=OrderedDict, init=False)
 
     def open(self, tenant: bytes) -> Shelf:
@@ -101,38 +102,42 @@ class Shelves:
             self._open.popitem(last=False)
         return shelf
 
-    def stored(self, tenant: bytes, entry: bytes) -> None:
-        """Take note that an entry was stored, by whomever."""
+    def note(self, tenant: bytes, entry: bytes) -> None:
+        """Take note that an entry is in the store."""
         self.keys.setdefault(tenant, set()).add(entry)
-        waiting = self.own.get((tenant, entry), 0)
-        if waiting:
-            self.settle(tenant, entry)
-        elif tenant in self._open:
-            self._open[tenant].stale.add(entry)
+
+    def changed(self, tenant: bytes, entry: bytes, *, is_there: bool) -> None:
+        """Take note of an event: an entry was stored or has gone, be it by this very object.
+
+        Events come later than answers, so what they tell may be past: an entry that has gone may have
+        been put again. What it is now is read from the store before it is next asked for.
+        """
+        self.num_changes += 1
+        shelf = self._open.get(tenant)
+        is_known = entry in self.keys.get(tenant, ()) or (shelf and entry in shelf.entries)
+        if is_there:
+            self.note(tenant, entry)
+        else:
+            self._forget(tenant, entry)
+        if shelf is not None and (is_there or is_known):
+            shelf.stale.add(entry)
 
     def removed(self, tenant: bytes, entry: bytes) -> None:
-        """Take note that an entry is gone."""
+        """Take note that an entry was not in the store just now."""
+        self._forget(tenant, entry)
+        if tenant in self._open:
+            self._open[tenant].drop(entry)
+
+    def _forget(self, tenant: bytes, entry: bytes) -> None:
         keys = self.keys.get(tenant, set())
         keys.discard(entry)
         if not keys:
             self.keys.pop(tenant, None)
-        if tenant in self._open:
-            self._open[tenant].drop(entry)
-
-    def expect(self, tenant: bytes, entry: bytes) -> None:
-        """Take note of a put by this very object: when it is told of, nothing has to be read."""
-        self.own[tenant, entry] = self.own.get((tenant, entry), 0) + 1
-
-    def settle(self, tenant: bytes, entry: bytes) -> None:
-        """Expect one put less."""
-        left = self.own.pop((tenant, entry), 0) - 1
-        if left > 0:
-            self.own[tenant, entry] = left
 
     def restart(self, keys: dict[bytes, set[bytes]]) -> None:
         """Take note of all entries that there are; whatever was known of them may be old."""
+        self.num_changes += 1
         self.keys = keys
-        self.own.clear()
         for tenant, shelf in self._open.items():
             there = keys.get(tenant, set())
             for entry in [entry for entry in shelf.entries if entry not in there]:

@@ -8,7 +8,8 @@ from typing import Any, Self, TypeVar, Unpack
 from respkv.client import Client, Listening, PageEvent
 from respkv.client.replies import Reply
 from respkv.errors import ConnectionLost, ProtocolError
-from respkv.semantic.core import Core, Hit, SemanticStats
+from respkv.semantic.answers import Hit, SemanticStats
+from respkv.semantic.core import Core
 from respkv.semantic.effects import Ask, Effect, Hear, Heard, Steps
 from respkv.semantic.settings import Options, make_settings
 
@@ -55,6 +56,7 @@ class SemanticCache:
             )
         self._cache = Client(cache) if isinstance(cache, str) else cache
         self._is_own = isinstance(cache, str)
+        self._is_closed = False
         self._lock = threading.Lock()
         self._events: Listening[PageEvent] | None = None
         self._pid = os.getpid()
@@ -124,8 +126,9 @@ class SemanticCache:
             return self._core.stats()
 
     def close(self) -> None:
-        """Stop listening, and close the client if it was opened here."""
+        """Stop listening, and close the client if it was opened here; later calls raise ConnectionLost."""
         with self._lock:
+            self._is_closed = True
             self._stop_listening()
         if self._is_own:
             self._cache.close()
@@ -139,23 +142,23 @@ class SemanticCache:
     def _run(self, steps: Steps[T]) -> T:
         if self._pid != os.getpid():
             self._begin_anew_after_fork()
-        self._lock.acquire()
-        try:
-            effect = next(steps)
-            while True:
-                try:
-                    answer = self._carry_out(effect)
-                except BaseException as error:
-                    effect = steps.throw(error)
-                else:
-                    effect = steps.send(answer)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-        finally:
-            self._lock.release()
+        with self._lock:
+            try:
+                effect = next(steps)
+                while True:
+                    try:
+                        answer = self._carry_out(effect)
+                    except BaseException as error:
+                        effect = steps.throw(error)
+                    else:
+                        effect = steps.send(answer)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
 
     def _carry_out(self, effect: Effect) -> list[Reply] | Heard:
+        if self._is_closed:
+            raise ConnectionLost("the semantic cache is closed")
         if isinstance(effect, Hear):
             return self._hear(effect.namespace)
         if not effect.lets_others:
@@ -164,7 +167,19 @@ class SemanticCache:
         try:
             return self._ask(effect)
         finally:
-            self._lock.acquire()
+            self._take_again()
+
+    def _take_again(self) -> None:
+        """Take the lock, also when interrupted: it is given back by who has it."""
+        interruption: BaseException | None = None
+        while True:
+            try:
+                self._lock.acquire()
+                break
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
     def _ask(self, ask: Ask) -> list[Reply]:
         pipeline = self._cache.pipeline()

@@ -225,6 +225,11 @@ def _send_part(session: "Session", prompt: Prompt, what: bytes, *, is_hit: bool)
     entry = (
         session.server.sequences.find_part(prompt, what) if is_hit and prompt.num_tokens else None
     )
+    send_entry(session, entry)
+
+
+def send_entry(session: "Session", entry: Entry | None) -> None:
+    """Answer with the bytes of a part that are in memory, else with null, and count it as used."""
     if entry is None or entry.slot is None:
         session.send_nil()
         return

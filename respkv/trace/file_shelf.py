@@ -13,7 +13,7 @@ from itertools import count
 
 from respkv.engine.admission import Admission, Mode
 from respkv.engine.entry import Entry
-from respkv.engine.eviction import Verdict
+from respkv.engine.eviction import EVICT, HELD, PARENT, Verdict
 from respkv.tiers.record import Level, Record
 from respkv.trace.format import Request
 from respkv.trace.shelf import Shelf
@@ -93,8 +93,8 @@ class FileShelf(Shelf):
     def _verdict(self, entry: Entry) -> Verdict:
         self.num_verdicts += 1
         if not entry.records and entry.children and not self._cold.issuperset(entry.children):
-            return Verdict.PARENT
-        return Verdict.HELD if entry in self._used else Verdict.EVICT
+            return PARENT
+        return HELD if entry in self._used else EVICT
 
     def _write(self, entry: Entry) -> bool:
         """Write a block, if that is worth it; one behind which others are in files always is."""

@@ -14,7 +14,7 @@ from time import thread_time
 
 from respkv.engine.clock import Clock
 from respkv.engine.entry import Entry
-from respkv.engine.eviction import Verdict, make_policy
+from respkv.engine.eviction import EVICT, HELD, PARENT, Verdict, make_policy
 from respkv.engine.requests import Requests
 from respkv.trace.format import Request
 
@@ -149,8 +149,8 @@ class Shelf:
     def _verdict(self, entry: Entry) -> Verdict:
         self.num_verdicts += 1
         if entry.children:
-            return Verdict.PARENT
-        return Verdict.HELD if entry is self._in_use else Verdict.EVICT
+            return PARENT
+        return HELD if entry is self._in_use else EVICT
 
     def _count(self, started: float) -> None:
         took = thread_time() - started

@@ -13,6 +13,7 @@ from tests.gateway.running import Running
 
 TOKEN = "a-secret-token"
 SAYS = "Hello"
+HEAD = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
 def raw_answer(raw: socket.socket) -> http.client.HTTPResponse:
@@ -104,19 +105,57 @@ def test_bodies_of_all_requests_share_one_budget_and_give_it_back(serve: Serve) 
     settings = GatewaySettings(max_body_bytes=1000, bodies_bytes=1500)
     running = serve(SAYS, settings)
     body = b'{"prompt": "x", "max_new_tokens": 1}'.ljust(900)
-    running.runner.gate.clear()
     with socket.create_connection(("127.0.0.1", running.port), timeout=10) as raw:
-        head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        raw.sendall(head + b"content-length: 900\r\n\r\n" + body)
-        while not running.get("/cache/stats").json["running"]:
-            pass
-        reply = running.post("/generate", body)
+        raw.sendall(HEAD + b"content-length: 900\r\n\r\n" + body[:800])
+        while (reply := running.post("/generate", body)).status == 200:
+            pass  # what was sent first has not come yet
         assert (reply.status, reply.error["code"]) == (503, "busy")
         assert reply.headers["retry-after"] == "1"
-        running.runner.gate.set()
+        raw.sendall(body[800:])
         assert raw_answer(raw).status == 200
     for _ in range(3):
         assert running.post("/generate", body).status == 200
+
+
+@pytest.mark.parametrize("stream", [b"false", b"true"])
+def test_a_body_that_has_been_read_holds_no_room_while_its_answer_is_made(
+    serve: Serve, stream: bytes
+) -> None:
+    running = serve(SAYS, GatewaySettings(max_body_bytes=1000, bodies_bytes=1500))
+    body = b'{"prompt": "x", "max_new_tokens": 1, "stream": ' + stream + b"}"
+    running.runner.gate.clear()
+    held = []
+    for count in range(1, 5):
+        held.append(socket.create_connection(("127.0.0.1", running.port), timeout=10))
+        held[-1].sendall(HEAD + b"content-length: 900\r\n\r\n" + body.ljust(900))
+        deadline = time.monotonic() + 10
+        while count != sum(running.get("/cache/stats").json[at] for at in ("running", "waiting")):
+            assert time.monotonic() < deadline
+    running.runner.gate.set()
+    for raw in held:
+        assert raw_answer(raw).status == 200
+        raw.close()
+
+
+def test_nothing_of_a_body_is_kept_while_its_answer_is_made(serve: Serve) -> None:
+    running = serve(SAYS, GatewaySettings(max_body_bytes=1 << 23))
+    mark = "a-mark-in-a-body"
+    # A mark in each of: the bytes, the JSON, the fields. None of them is part of the job.
+    body = {"prompt": "x", "max_tokens": 1, "user": mark}
+    running.runner.gate.clear()
+    with running.open("POST", "/v1/completions", body) as raw:
+        while not running.get("/cache/stats").json["running"]:
+            pass
+        gc.collect()
+        assert not [each for each in gc.get_objects() if is_marked(each, mark)]
+        running.runner.gate.set()
+        assert raw_answer(raw).status == 200
+
+
+def is_marked(each: object, mark: str) -> bool:
+    if isinstance(each, CompletionRequest):
+        return each.user == mark
+    return type(each) is dict and each.get("user") == mark and each.get("max_tokens") == 1
 
 
 def test_a_client_that_leaves_before_its_body_is_there_leaves_nothing(serve: Serve) -> None:

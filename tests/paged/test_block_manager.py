@@ -1,5 +1,7 @@
 """Blocks: whoever reads one finds the KV of the very tokens it asked for, and none is ever lost."""
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -173,6 +175,28 @@ def test_a_sequence_as_large_as_the_cache_fits_though_a_copy_would_not() -> None
     blocks.check()
 
 
+def test_what_is_reserved_stays_writable_when_others_take_the_block_meanwhile() -> None:
+    blocks = BlockManager(8, T)
+    blocks.free(prompt(blocks, [1, 2, 3, 4, 5, 6]))
+    loading = blocks.allocate([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert blocks.computed(loading) == 6
+    blocks.reserve(loading, 3)
+    places = blocks.blocks(loading)
+    other = blocks.allocate([1, 2, 3, 4, 5, 6, 99])
+    fork = blocks.fork(loading)
+    assert blocks.computed(other) == blocks.computed(fork) == 6
+    assert blocks.reserve(loading, 3) == []
+    assert blocks.blocks(loading) == places
+    blocks.commit(loading, 3)
+    for each in (other, fork):
+        assert blocks.reserve(each, 1) == [(places[1], blocks.blocks(each)[1])]
+    blocks.check()
+    blocks.truncate(loading, 6)
+    blocks.extend(loading, [7])
+    with pytest.raises(ValueError, match="were not reserved"):
+        blocks.commit(loading, 1)
+
+
 def test_mistakes_are_told() -> None:
     blocks = BlockManager(4, T)
     with pytest.raises(ValueError, match="a sequence of 0 tokens"):
@@ -192,6 +216,18 @@ def test_mistakes_are_told() -> None:
         blocks.next_tokens(sequence, 3)
     with pytest.raises(ValueError, match="has 2 tokens, not 3 or more"):
         blocks.truncate(sequence, 3)
+    counted = blocks.allocate(5)
+    with pytest.raises(ValueError, match="-3 tokens cannot come next"):
+        blocks.extend(counted, -3)
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise OSError("a reader that fails")
+
+    with pytest.raises(OSError, match="a reader that fails"):
+        blocks.extend(sequence, broken())
+    assert (blocks.length(counted), blocks.length(sequence)) == (5, 2)
+    assert blocks.tokens(sequence) == (1, 2)
 
 
 class BlockMachine(RuleBasedStateMachine):
@@ -205,9 +241,16 @@ class BlockMachine(RuleBasedStateMachine):
         self.blocks = BlockManager(num_blocks, T)
         self.memory: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
         self.salts: dict[int, str] = {}
+        self.writing: dict[int, list[tuple[int, int]]] = {}  # places that it was given
 
     def pick(self, index: int) -> int:
         return sorted(self.salts)[index % len(self.salts)]
+
+    def unfinished(self) -> list[int]:
+        return [each for each in self.salts if self.blocks.computed(each) < self.blocks.length(each)]
+
+    def writers(self) -> list[int]:
+        return [each for each, places in self.writing.items() if places]
 
     @rule(
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14),
@@ -227,10 +270,10 @@ class BlockMachine(RuleBasedStateMachine):
     def extend(self, index: int, tokens: list[int]) -> None:
         self.blocks.extend(self.pick(index), tokens)
 
-    @precondition(lambda self: self.salts)
+    @precondition(lambda self: self.unfinished())
     @rule(index=st.integers(0, 20), count=st.integers(0, 9), is_done=st.booleans())
     def step(self, index: int, count: int, is_done: bool) -> None:
-        sequence = self.pick(index)
+        sequence = self.unfinished()[index % len(self.unfinished())]
         blocks, computed = self.blocks, self.blocks.computed(sequence)
         count = min(count, blocks.length(sequence) - computed)
         needed, free = blocks.blocks_needed(sequence, count), blocks.num_free_blocks
@@ -246,19 +289,33 @@ class BlockMachine(RuleBasedStateMachine):
                 if (source, offset) in self.memory:
                     self.memory[target, offset] = self.memory[source, offset]
         assert blocks.reserve(sequence, count) == []
-        if not is_done:
-            return
-        tokens, table = blocks.tokens(sequence), blocks.blocks(sequence)
-        assert tokens is not None
-        for at in range(computed, computed + count):
-            place = (table[at // T], at % T)
-            self.memory[place] = (self.salts[sequence], tokens[: at + 1])
-        blocks.commit(sequence, count)
+        table = blocks.blocks(sequence)
+        places = [(table[at // T], at % T) for at in range(computed, computed + count)]
+        before = self.writing.get(sequence, [])
+        assert places[: len(before)] == before[: len(places)]  # somebody may be writing there
+        self.writing[sequence] = max(before, places, key=len)
+        if is_done:
+            self.write(sequence, count)
 
-    @precondition(lambda self: self.salts)
+    @precondition(lambda self: self.writers())
+    @rule(index=st.integers(0, 20), count=st.integers(1, 9))
+    def written(self, index: int, count: int) -> None:
+        self.write(self.writers()[index % len(self.writers())], count)
+
+    def write(self, sequence: int, count: int) -> None:
+        tokens, places = self.blocks.tokens(sequence), self.writing[sequence]
+        assert tokens is not None
+        for at, place in enumerate(places[:count], self.blocks.computed(sequence)):
+            self.memory[place] = (self.salts[sequence], tokens[: at + 1])
+        self.blocks.commit(sequence, min(count, len(places)))
+        self.writing[sequence] = places[count:]
+
+    @precondition(lambda self: self.writers())
     @rule(index=st.integers(0, 20))
     def unreserve(self, index: int) -> None:
-        self.blocks.unreserve(self.pick(index))
+        sequence = self.writers()[index % len(self.writers())]
+        self.blocks.unreserve(sequence)
+        del self.writing[sequence]
 
     @precondition(lambda self: self.salts)
     @rule(index=st.integers(0, 20))
@@ -272,6 +329,7 @@ class BlockMachine(RuleBasedStateMachine):
     def truncate(self, index: int, length: int) -> None:
         sequence = self.pick(index)
         self.blocks.truncate(sequence, min(length, self.blocks.length(sequence)))
+        self.writing.pop(sequence, None)
 
     @precondition(lambda self: self.salts)
     @rule(index=st.integers(0, 20), keep=st.booleans())
@@ -279,11 +337,13 @@ class BlockMachine(RuleBasedStateMachine):
         sequence = self.pick(index)
         tokens, computed = self.blocks.tokens(sequence), self.blocks.computed(sequence)
         salt = self.salts.pop(sequence)
+        self.writing.pop(sequence, None)
         self.blocks.free(sequence, keep=keep)
         if keep and not salt.startswith("own"):
             assert tokens is not None
             assert self.blocks.match(tokens, salt) >= computed
 
+    @precondition(lambda self: self.blocks.num_cached_blocks)
     @rule()
     def clear(self) -> None:
         self.blocks.clear()
@@ -308,7 +368,7 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 BlockMachine.TestCase.settings = settings(
-    max_examples=80,
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -5,7 +5,7 @@ import pytest
 
 import respkv
 from respkv.client import AsyncClient
-from respkv.errors import ConfigError
+from respkv.errors import ConfigError, ConnectionLost
 from respkv.semantic import AsyncSemanticCache
 from tests.server_process import ServerProcess
 
@@ -69,3 +69,27 @@ async def test_tasks_share_it_and_cancelled_calls_leave_it_whole(
             for number in range(24):
                 tasks.start_soon(work, number)
         assert len(await answers.search(EAST, 99)) == 24
+
+
+async def test_it_can_be_closed_while_others_wait_for_it_and_says_so_then(
+    server: ServerProcess, namespace: str
+) -> None:
+    async with AsyncClient(server.url) as client:
+        answers = AsyncSemanticCache(client, namespace, dim=4)
+        ends: list[str] = []
+
+        async def ask() -> None:
+            try:
+                while True:
+                    await answers.put(EAST, "east")
+                    await answers.get(EAST)
+            except ConnectionLost as error:
+                ends.append(str(error))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(ask)
+            await anyio.sleep(0.05)
+            await answers.close()
+        assert ends == ["the semantic cache is closed"] * 3
+        assert (await client.command("PUBSUB", "NUMSUB", f"kv:events:semantic:{namespace}"))[1] == 0  # type: ignore[index]

@@ -30,6 +30,20 @@ def test_lists_arrays_and_tensors_come_to_the_same(embedding: Any) -> None:
     assert vector.tolist() == [1, 2.5, -3]
 
 
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.ones(3, dtype=torch.complex64), "torch.complex64 are no such numbers"),
+        (torch.ones(3).to_sparse(), "not Tensor: can't convert Sparse"),
+        (torch.ones(3, device="meta"), "not Tensor: Cannot copy out of meta tensor"),
+    ],
+    ids=["complex", "sparse", "meta"],
+)
+def test_a_tensor_that_would_lose_something_is_refused(tensor: torch.Tensor, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        as_vector(tensor, 3, "cosine")
+
+
 def test_a_vector_has_memory_of_its_own() -> None:
     mine = numpy.ones(3, "float32")
     vector = as_vector(mine, 3, "cosine")

@@ -97,6 +97,17 @@ def test_the_exact_index_finds_what_float64_finds(
     assert [(-score, entry) for entry, score in index.nearest(query, 10)] == best
 
 
+def test_rows_that_float64_cannot_tell_apart_come_in_the_order_of_their_names() -> None:
+    """Tiny rows and a far query: all distances are equal in float64, and not the rough ones."""
+    random = numpy.random.default_rng(2)
+    index = open_index("exact", 8, "l2")
+    rows = random.standard_normal((30, 8)) * 10.0 ** random.integers(-40, -12, (30, 1))
+    for number, row in enumerate(rows):
+        index.put(name(number), as_vector(row, 8, "l2"))
+    found = index.nearest(as_vector(random.standard_normal(8) * 1e6, 8, "l2"), 3)
+    assert [entry for entry, _ in found] == [name(0), name(1), name(2)]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_approximate_index_finds_nearly_all_and_scores_them_exactly(metric: Metric) -> None:
     random = numpy.random.default_rng(7)

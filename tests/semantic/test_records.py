@@ -127,3 +127,21 @@ def test_names_are_text_and_not_too_long() -> None:
         records.tenant_hash(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="key has at most 1024 bytes, not 1025"):
         records.entry_hash("x" * 1025)
+
+
+def test_metadata_nested_without_end_are_an_error() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    record = Record("k", numpy.ones(2, "float32"), b"", {"deep": deep}, 5)
+    with pytest.raises(ValueError, match="what JSON can say"):
+        records.encode(records.tenant_hash("t"), record)
+
+
+def test_an_embedding_whose_squares_would_leave_float32_is_not_believed() -> None:
+    tenant, entry = records.tenant_hash("t"), records.entry_hash("k")
+    vector = numpy.array([1, 1e30], "float32")
+    value = records.encode(tenant, Record("k", vector, b"", None, 5))
+    for read in (records.decode, records.decode_front):
+        with pytest.raises(PageCorrupt, match="too large to compare"):
+            read(value, tenant, entry, 2)

@@ -108,6 +108,31 @@ def test_what_is_deleted_or_expired_is_no_answer(open_cache: OpenCache) -> None:
     assert answers.stats().entries == 0
 
 
+def test_what_was_deleted_and_put_again_is_found_every_time(open_cache: OpenCache) -> None:
+    answers, other = open_cache(), open_cache()
+    for number in range(60):
+        key = answers.put(EAST, "old")
+        assert (other if number % 2 else answers).delete(key)
+        answers.put(EAST, "new", ttl_s=100)
+        answers.put(NORTH, "north")  # takes in what was told of the others
+        found = answers.get(EAST)
+        assert found is not None, f"round {number}"
+        assert found.payload == "new"
+
+
+def test_a_closed_cache_says_so_and_leaves_the_client_open(engine: Client, namespace: str) -> None:
+    answers = SemanticCache(engine, namespace, dim=4)
+    answers.put(EAST, "east")
+    answers.close()
+    answers.close()
+    for call in (answers.get, answers.search):
+        with pytest.raises(ConnectionLost, match="the semantic cache is closed"):
+            call(EAST)
+    with pytest.raises(ConnectionLost, match="the semantic cache is closed"):
+        answers.put(EAST, "east")
+    engine.ping()  # it is its owner's still
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [("a", "b"), ("", "a"), ("a:b", "a"), ("a-b", "a"), ("*", "?"), ("\ud800", "\0")],
@@ -199,6 +224,9 @@ def test_threads_may_share_a_cache(open_cache: OpenCache) -> None:
         ({"max_payload_bytes": 1.5}, "max_payload_bytes = 1.5"),
         ({"durability": "always"}, "durability = 'always'"),
         ({"namespace": "a:b"}, "namespace = 'a:b'"),
+        ({"namespace": 3}, "namespace = 3: accepted are"),
+        ({"threshold": "high"}, "threshold = 'high': a number is needed"),
+        ({"ttl_s": "1h"}, "ttl_s = '1h': a number is needed"),
     ],
     ids=str,
 )
@@ -223,6 +251,14 @@ def test_a_bad_call_is_an_error_and_loses_nothing(open_cache: OpenCache) -> None
             answers.put(EAST, payload)
     with pytest.raises(TypeError, match="a payload is bytes or str, not dict"):
         answers.put(EAST, {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no text that can be written as UTF-8"):
+        answers.put(EAST, "\ud800")
+    with pytest.raises(TypeError, match="metadata is a dict, not list"):
+        answers.put(EAST, b"", metadata=[])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"k = 2\.5: how many are searched for"):
+        answers.search(EAST, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="threshold = 'x': a number is needed"):
+        answers.get(EAST, threshold="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ttl_s = -1"):
         answers.put(EAST, b"", ttl_s=-1)
     with pytest.raises(ValueError, match=r"has shape \(2,\)"):

@@ -10,6 +10,7 @@ from respkv.errors import PageCorrupt, TierError
 from respkv.tiers.file_tier import FileTier
 from respkv.tiers.parts import TierConfig
 from respkv.tiers.record import Level
+from respkv.tiers.segment_head import decode_segment_head, segment_name
 from tests.tiers.faulty_device import FaultyDevice
 from tests.tiers.faulty_device import Kind as FaultKind
 from tests.tiers.memory_device import MemoryDevice
@@ -202,6 +203,27 @@ async def test_one_refusal_of_space_costs_nothing_but_a_try() -> None:
             await shelf.put(page(number), 30_000)
         device.add("error", "write", code=errno.ENOSPC, name="segment-", times=1)
         assert await shelf.put(b"a", 30_000)
+        assert shelf.tier.health.state == "ok"
+        await shelf.check()
+
+
+@pytest.mark.parametrize("kind", ["flip", "misdirected", "torn", "dropped"])
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_segment_is_not_written_into_before_its_head_is_there(
+    kind: FaultKind, times: int
+) -> None:
+    device = make_device()
+    async with running(make(device)) as (shelf, _):
+        device.add(kind, "write", name="segment-", times=times)
+        record = await shelf.put(b"a", 3000)
+        assert record is not None
+        inner = device.inner
+        assert isinstance(inner, MemoryDevice)
+        name = segment_name(record.segment)
+        head = decode_segment_head(bytes(inner.files[name]), alignment=4096)
+        assert head.id == record.segment
+        # A head that is lost twice is an error of its segment, and another one is taken.
+        assert shelf.tier.stats.write_errors == times - 1
         assert shelf.tier.health.state == "ok"
         await shelf.check()
 

@@ -625,6 +625,28 @@ def test_values_that_were_encoded_are_checked_as_stored() -> None:
     assert set(metas(log.recover().found)) == {page_key(2)}
 
 
+@pytest.mark.parametrize("was_used", [False, True])
+def test_a_lost_head_of_a_segment_takes_what_may_have_been_replaced_there(was_used: bool) -> None:
+    log = SmallLog()
+    segment = log.open_segment()
+    if was_used:
+        log.batch([page(1, payload(1), 1)])
+        log.table.discard(log.live.pop(page_key(1))[1])
+    log.open_segment()
+    log.batch([string(b"k", b"old", 2), page(2, payload(2), 3)])
+    file = log.files[segment_name(segment.id)]
+    before = bytes(file[:4096]) if was_used else bytes(4096)
+    log.table.release(segment)
+    log.open_segment(segment)
+    log.batch([string(b"k", b"new", 4)])
+    file[:4096] = before
+    recovered = log.recover()
+    assert set(metas(recovered.found)) == {page_key(2)}
+    assert recovered.counts.dropped_mutable == 1
+    # The machine may have gone down before the head was anywhere, and before anyone relied on it.
+    assert set(metas(log.recover(boot_id="another").found)) == {page_key(2), b"k"}
+
+
 @pytest.mark.parametrize("is_segment_full", [False, True])
 def test_a_lost_write_takes_what_it_may_have_replaced_with_it(is_segment_full: bool) -> None:
     """A disk that says a write is done, and never does it, leaves nothing that is damaged."""

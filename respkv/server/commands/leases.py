@@ -6,7 +6,9 @@ their connection, at their deadline, or when their owner says so.
 """
 
 import os
+import struct
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -31,15 +33,19 @@ from respkv.wire.parser import Args
 
 LAYOUT_VERSION: Final = 1
 HASH_ON_LOOP_MAX: Final = 1 << 20
+_ABSENT: Final = (-1, -1)
 
 
 @command("kv.attach")
 def kv_attach(session: Session, args: Args) -> None:
-    """Answer with the arena's path, size, layout version and what clients may do with it."""
+    """Answer with the arena's path, size, layout version and what clients may do with it.
+
+    Behind that which file it is, and the ways in which a lease can be answered beside the plain one.
+    """
     check_shared(session)
     arena = session.server.arena
     mode = session.server.config.shm
-    session.send([arena.path, arena.nbytes, LAYOUT_VERSION, mode, _identity(arena.fd)])
+    session.send([arena.path, arena.nbytes, LAYOUT_VERSION, mode, _identity(arena.fd), "packed"])
 
 
 def _identity(fd: int) -> str:
@@ -86,27 +92,33 @@ def kv_lease(session: Session, args: Args) -> "Later | None":
     """
     keys, rest = counted_keys(args)
     words = Words(args, rest)
-    ms, tier = None, b"CPU"
+    ms, tier, is_packed = None, b"CPU", False
     while words:
         word = words.word()
         if word == b"MS":
             ms = words.count("MS", 1)
         elif word == b"TIER":
             tier = words.word()
+        elif word == b"PACKED" and not is_packed:
+            is_packed = True
         else:
             raise words.unexpected()
     deadline = _deadline(session, ms)
     if tier == b"GPU":
+        if is_packed:
+            raise CommandError("PACKED is for leases in the cpu tier")
         check_gpu(session)
         return lease_on_gpu(session, keys, deadline)
     if tier != b"CPU":
         raise CommandError(f"TIER {shown(tier)}: pages are leased in the cpu and gpu tiers")
     check_shared(session)
-    _lease_in_arena(session, keys, deadline)
+    _lease_in_arena(session, keys, deadline, is_packed=is_packed)
     return None
 
 
-def _lease_in_arena(session: Session, keys: list[bytes], deadline: float) -> None:
+def _lease_in_arena(
+    session: Session, keys: list[bytes], deadline: float, *, is_packed: bool
+) -> None:
     cache = session.cache
     found = [use_loaded(session, key) for key in keys]
     leased = [entry for entry in found if entry is not None and entry.slot is not None]
@@ -114,12 +126,16 @@ def _lease_in_arena(session: Session, keys: list[bytes], deadline: float) -> Non
     places = [
         None
         if entry is None or entry.slot is None
-        else [entry.slot.offset + HEADER_BYTES, entry.nbytes]
+        else (entry.slot.offset + HEADER_BYTES, entry.nbytes)
         for entry in found
     ]
     cache.stats.bytes_out += sum(entry.nbytes for entry in leased)
     cache.stats.bytes_sent_in_place += sum(entry.nbytes for entry in leased)
-    session.send([lease.number, *places])
+    if not is_packed:
+        session.send([lease.number, *places])
+        return
+    numbers = chain.from_iterable(_ABSENT if place is None else place for place in places)
+    session.send([lease.number, struct.pack(f"<{2 * len(places)}q", *numbers)])
 
 
 @command("kv.release")

@@ -3,13 +3,20 @@
 from respkv.server.arguments import DURATION_MS_MAX, Words
 from respkv.server.assembling import put_rectangles
 from respkv.server.commands.pages import DEADLINE_S_MAX
-from respkv.server.layers import Wanted, entries_needed, load_and_send, send_layers
+from respkv.server.layers import (
+    Wanted,
+    entries_needed,
+    load_and_send,
+    send_entry,
+    send_layers,
+)
 from respkv.server.loads import is_cold
 from respkv.server.places import letters_of, load_us
 from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
 from respkv.server.puts import put_pages, read_put
 from respkv.server.registry import Later, command
 from respkv.server.session import Session
+from respkv.wire import reply
 from respkv.wire.parser import Args
 
 PARTS = (b"logits", b"hidden")
@@ -19,11 +26,15 @@ PARTS = (b"logits", b"hidden")
 def kv_seq_match(session: Session, args: Args) -> None:
     """Answer with how much of a prompt is stored, where, and how long loading it takes.
 
-    What was found is used, and promised to stay for ``answer-lease``.
+    What was found is used, and promised to stay for ``answer-lease``. With LOGITS those of the
+    prompt's end are answered, too, if they are in memory: a match waits for no file.
     """
-    words, chain = Words(args, 3), ChainWords()
+    words, chain, wants_logits = Words(args, 3), ChainWords(), False
     while words:
-        if not chain.take(words.word(), words):
+        word = words.word()
+        if word == b"LOGITS" and not wants_logits:
+            wants_logits = True
+        elif not chain.take(word, words):
             raise words.unexpected()
     prompt = prompt_of(session, args[1], args[2], chain.extras())
     cache, sequences = session.cache, session.server.sequences
@@ -33,15 +44,18 @@ def kv_seq_match(session: Session, args: Args) -> None:
     parts = session.server.groups.use(prompt, found, until)
     if parts and cache.copies.num_cold:
         cache.on_match(parts)
-    has_logits = False
+    logits = None
     if found.tokens and found.tokens == prompt.num_tokens:
         logits = sequences.find_part(prompt, b"logits")
-        has_logits = logits is not None
         if logits is not None:
             cache.promise(logits, until)
     letters = letters_of(session, entries)
-    pages = len(found.pages)
-    session.send([found.tokens, pages, letters, load_us(session, entries, parts), int(has_logits)])
+    us, has_logits = load_us(session, entries, parts), int(logits is not None)
+    session.out.append(reply.array_header(6 if wants_logits else 5))
+    for item in (found.tokens, len(found.pages), letters, us, has_logits):
+        session.send(item)
+    if wants_logits:
+        send_entry(session, logits)
 
 
 @command("kv.seq.put")

@@ -199,8 +199,9 @@ _SHARED_MEMORY = (
         complexity="O(1)",
         syntax="KV.ATTACH",
         notes=(
-            "Answers an array: path, bytes, layout version, and `ro` or `rw`; an error when "
-            "shared memory is off."
+            "Answers an array: path, bytes, layout version, and `ro` or `rw`; which file of which "
+            "boot that is; and `packed` where KV.LEASE takes PACKED. An error when shared memory is "
+            "off."
         ),
     ),
     Command(
@@ -213,12 +214,15 @@ _SHARED_MEMORY = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of keys",
-        syntax="KV.LEASE numkeys key [key ...] [MS milliseconds] [TIER cpu|gpu]",
+        syntax="KV.LEASE numkeys key [key ...] [MS milliseconds] [TIER cpu|gpu] [PACKED]",
         notes=(
             "Answers an array: the lease, then for each key its offset and length, or null when "
             "there is no such page. Pages in files alone are brought into memory first; when not "
             "all of them can be there at once, the answer is an error: OOM. "
-            "The lease ends with its connection, or after its time. TIER `gpu` answers an array of "
+            "The lease ends with its connection, or after its time. With PACKED the array has two "
+            "items: the lease, and a bulk with the offset and the length of each key's page, int64 "
+            "little-endian, -1 and -1 when there is none: quicker for many keys. TIER `gpu` answers "
+            "an array of "
             "four: the lease; for each key an array of offset, length and form, or null when no "
             "copy of it can be made; the UUID of the device; and the CUDA IPC handle of the "
             "allocation that the offsets are in. Pages without a copy on the device get one first."

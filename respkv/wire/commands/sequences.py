@@ -15,14 +15,16 @@ SEQUENCES: tuple[Command, ...] = (
         since="0.1.0",
         group="kv",
         complexity="O(N) where N is the number of tokens",
-        syntax=f"KV.SEQ.MATCH namespace tokens {CHAIN} [SESSION session]",
+        syntax=f"KV.SEQ.MATCH namespace tokens {CHAIN} [SESSION session] [LOGITS]",
         notes=(
             "Tokens are int32, little-endian. Answers an array: the tokens matched, to the token and "
             "not to the page; the full pages among them; one letter for the tier of each page, the "
             "partly matched last one too (`g` gpu, `c` memory, `n` nvme, `d` disk); the microseconds "
             "that loading them should take; and 1 when logits are stored for the end of the prompt, "
-            "else 0. What matched stays for `answer-lease` milliseconds. The namespace must have a "
-            "schema, whose HASH and SEED make the ids of the pages."
+            "else 0. With LOGITS a sixth item follows: those logits, or null when there are none, or "
+            "only in a file, for which a match does not wait. What matched stays for `answer-lease` "
+            "milliseconds. The namespace must have a schema, whose HASH and SEED make the ids of the "
+            "pages."
         ),
     ),
     Command(
