@@ -59,9 +59,9 @@ def _hits(
         target.copy_(source)
         copied = perf_counter()
         tokens = token_bytes(prompt)
-        match = pages.match(tokens)
+        match = pages.match(tokens, logits=True)
         loaded = pages.load(tokens, into, match=match)
-        logits = pages.logits(tokens)
+        logits = pages.logits(tokens, match=match)
         done = perf_counter()
         assert loaded == len(prompt), f"{loaded} of {len(prompt)} tokens were loaded"
         assert logits is not None, "the logits of the prompt's end were not there"

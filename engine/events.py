@@ -17,8 +17,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from respkv.chain import BRANCH_BYTES
 from respkv.engine.entry import Entry
 from respkv.engine.history import Reason
+from respkv.engine.namespaces import TAG_BYTES
 from respkv.engine.watch import Watcher
 from respkv.page import PAGE_ID_BYTES, namespace_of, part_of
 
@@ -30,6 +32,7 @@ Kind = Literal["stored", "removed", "demoted", "promoted", "cleared"]
 MEMORY_TIER = "cpu"
 QUEUE_MAX = 100_000
 NAMESPACES_MAX = 65_536  # that have numbers; with one more all begin anew
+_PLAIN_BYTES = TAG_BYTES + BRANCH_BYTES
 _ID_DIGITS = 2 * PAGE_ID_BYTES
 _HEX = frozenset(b"0123456789abcdef")
 
@@ -56,7 +59,9 @@ class Event(NamedTuple):
     tier: str = ""
     reason: str = ""
     nbytes: int = 0
-    token_ids: bytes = b""
+    token_ids: bytes = (
+        b""  # of a page that they name: not where a salt, a tenant or a LoRA does, too
+    )
 
     @property
     def part(self) -> str:
@@ -206,7 +211,7 @@ class Events(Watcher):
             tier,
             reason,
             entry.nbytes,
-            entry.token_ids,
+            b"" if entry.branch[_PLAIN_BYTES:] else entry.token_ids,
         )
 
     def _tell(self, kind: Kind, entry: Entry, tier: str, reason: str) -> None:

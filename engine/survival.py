@@ -77,7 +77,7 @@ class Curve:
         """Return how many were lost sight of at each age, those that wait still included."""
         lost = self.lost.copy()
         for tick, number in self.waiting.items():
-            lost[_bin(max(now - tick * TICK_S, 0.0))] += number
+            lost[_bin(now - tick * TICK_S)] += number
         return lost
 
     def rates(self, lost: list[float], prior: list[float] | None) -> list[float]:

@@ -139,7 +139,9 @@ class SurvivalQueue(Queue):
 
     def note_evicted(self, entry: Entry, place: float) -> None:
         shared = self.shared
-        idle = max(shared.now - entry.touched, 0.0)
+        idle = shared.now - entry.touched
+        if idle < 0.0:
+            idle = 0.0
         if place == _SINGLE:
             self._survival.lost(SINGLE, idle, shared.now)
         request = entry.request

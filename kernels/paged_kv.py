@@ -38,11 +38,18 @@ class Scoring:
     sm_scale: factor of the products; 1 / sqrt(D) when None.
     window:   how many keys a token sees, its own included; all when None.
     soft_cap: scores become soft_cap * tanh(score / soft_cap); no cap when None.
+    Raises ValueError for a window of no key, and for a cap that is not above 0.
     """
 
     sm_scale: float | None = None
     window: int | None = None
     soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window {self.window} must be 1 or more, or None to see all keys")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"soft_cap {self.soft_cap} must be above 0, or None for no cap")
 
     def scale(self, head_dim: int) -> float:
         """Return the factor of the products."""

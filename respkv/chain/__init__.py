@@ -37,8 +37,10 @@ from respkv.page import PAGE_ID_BYTES, page_key
 
 __all__ = [
     "ALGORITHMS",
+    "BRANCH_BYTES",
     "NO_EXTRAS",
     "PAGE_TOKENS_MAX",
+    "PRIVATE",
     "TOKEN_BYTES",
     "TOKEN_MAX",
     "Chain",
@@ -55,6 +57,8 @@ __all__ = [
 PAGE_TOKENS_MAX = 4096  # of a page whose tokens are kept with it
 MEDIA_MAX = 128  # that begin in one page or reach into it
 BRANCH_BYTES = 16  # of a branch, behind its tag
+# Behind the branch of pages with a salt, a tenant or a LoRA adapter: their tokens do not name them.
+PRIVATE = b"p"
 
 
 class Chain:
@@ -186,8 +190,10 @@ class Prompt:
     def branch(self, index: int) -> bytes:
         """Return what a page shares with all pages whose tokens may be compared with its own."""
         parent = self.parent_id(index)
-        node = node_of(blake3, parent, shared_fields(self.extras, index))
-        return self.tag + node[:BRANCH_BYTES]
+        extras = self.extras
+        node = node_of(blake3, parent, shared_fields(extras, index))
+        is_private = extras.salt or extras.tenant or extras.lora
+        return self.tag + node[:BRANCH_BYTES] + (PRIVATE if is_private else b"")
 
     def token_ids(self, index: int, num_tokens: int = TOKEN_MAX) -> bytes:
         """Return the tokens of a page up to a position of the prompt, with markers for media.

@@ -21,6 +21,8 @@ TOKEN_VARIABLE = "RESPKV_GATEWAY_TOKEN"
 SETTINGS: tuple[tuple[str, type, Any, str], ...] = (
     ("host", str, "127.0.0.1", "Address to listen on."),
     ("port", int, 8000, "TCP port; 0 takes any free one."),
+    ("allow_origin", tuple, (), "Origin of web pages that may ask, or *; may be repeated."),
+    ("allow_host", tuple, (), "Name by which clients call this machine, or *; may be repeated."),
     ("max_prompt_tokens", int, 8192, "Longest prompt."),
     ("max_new_tokens", int, 1024, "Most tokens that a request may ask for."),
     ("recompute", bool, True, "Take requests with use_cache = false, which keep no KV."),
@@ -45,7 +47,10 @@ def _setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
         name = f"--{field.removesuffix('_s').replace('_', '-')}"
         if kind is bool:
             name = f"{name}/--no{name[1:]}"
-        add = click.option(name, field, type=kind, default=default, show_default=True, help=about)
+        how: dict[str, Any] = {"type": kind, "default": default, "show_default": True}
+        if kind is tuple:
+            how = {"multiple": True, "metavar": name.rpartition("-")[2].upper()}
+        add = click.option(name, field, help=about, **how)
         command = add(command)
     return command
 

@@ -45,6 +45,8 @@ class AsyncClient:
                given the answer that it left behind; what it sent may have been carried out.
     """
 
+    _origin: "AsyncClient | None" = None
+
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
         self._core = Core(settings(url, options), anyio.Semaphore)
 
@@ -78,6 +80,13 @@ class AsyncClient:
     def seq(self) -> AsyncSequences:
         """Prompts as tokens: match, put, get layer by layer."""
         return AsyncSequences(self)
+
+    def within(self, seconds: float) -> "AsyncClient":
+        """Return this client for calls that take at most so long; see ``Client.within``."""
+        found = AsyncClient.__new__(AsyncClient)
+        found._core = self._core.within(seconds)
+        found._origin = self
+        return found
 
     def pipeline(self) -> "AsyncPipeline":
         """Collect commands to send together."""

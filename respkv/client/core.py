@@ -9,6 +9,8 @@ clients of a server that comes back do not all come at once.
 import random
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from respkv.client.arena import Arenas
@@ -48,6 +50,12 @@ class Core(Generic[S]):
         self.gpus = gpus or GpuMemories()
         self.shapes: dict[Any, Any] = {}  # of the pages of namespaces, see sequences.py
         self.unknown: set[str] = set()  # options that the server has refused: it is an older one
+
+    def within(self, seconds: float) -> "Core[S]":
+        """Return these connections for calls that take at most so long. Raises ConfigError."""
+        found = copy(self)
+        found.settings = replace(self.settings, timeout_s=min(seconds, self.settings.timeout_s))
+        return found
 
     def call(self, command: Command[T]) -> Operation[T]:
         """Carry out one command.

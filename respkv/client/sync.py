@@ -49,6 +49,8 @@ class Client:
     carried out.
     """
 
+    _origin: "Client | None" = None  # which an embedded engine lives as long as
+
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
         self._core = Core(settings(url, options), threading.Semaphore)
 
@@ -82,6 +84,17 @@ class Client:
     def seq(self) -> Sequences:
         """Prompts as tokens: match, put, get layer by layer."""
         return Sequences(self)
+
+    def within(self, seconds: float) -> "Client":
+        """Return this client for calls that take at most so long, and no longer than its own.
+
+        It has the same connections: to close one is to close both.
+        Raises ConfigError when seconds is not more than 0.
+        """
+        found = Client.__new__(Client)
+        found._core = self._core.within(seconds)
+        found._origin = self
+        return found
 
     def pipeline(self) -> "Pipeline":
         """Collect commands to send together."""

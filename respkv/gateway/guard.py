@@ -14,9 +14,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import anyio
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from respkv.gateway.failures import Refused, unavailable
+from respkv.gateway.origins import Origins
 from respkv.gateway.state import Gateway
 from respkv.gateway.streaming import CLIENT_GONE
 
@@ -41,6 +43,7 @@ class Guard:
         self._app = app
         self._gateway = gateway
         self._room = _Room(gateway.settings.bodies_bytes)
+        self._origins = Origins(gateway.settings)
         token = gateway.settings.token
         self._digest = None if token is None else _digest(token.encode())
 
@@ -59,7 +62,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (REQUEST_ID, number.encode())]
+                more = [(REQUEST_ID, number.encode()), *self._origins.headers(scope)]
+                message["headers"] = [*message.get("headers", []), *more]
             await send(message)
 
         metrics.in_flight.inc()
@@ -80,7 +84,12 @@ class Guard:
         scope["state"]["let_go"] = share.let_go
         try:
             try:
-                self._check_token(scope)
+                if self._origins.is_preflight(scope):
+                    await Response(status_code=204)(scope, receive, send)
+                    return
+                if scope["path"] not in OPEN_PATHS:
+                    self._origins.check(scope)
+                    self._check_token(scope)
                 if scope["method"] in WITH_BODY:
                     receive = _replay(await self._read(scope, receive, share), receive)
             except Refused as failure:
@@ -94,7 +103,7 @@ class Guard:
 
     def _check_token(self, scope: Scope) -> None:
         """Raise Refused without the right token. How long it takes tells nothing of the token."""
-        if self._digest is None or scope["path"] in OPEN_PATHS:
+        if self._digest is None:
             return
         given = _header(scope, b"authorization") or b""
         scheme, _, token = given.partition(b" ")

@@ -62,13 +62,15 @@ async def chat_completions(
     return whole(gateway, generation, lambda: chat_completion(reply, generation))
 
 
-@router.get("/models", summary="List the models", responses=responses(401, 503))
+@router.get("/models", summary="List the models", responses=responses(401, 403, 503))
 async def models(gateway: Here) -> Models:
     """List the one model that there is."""
     return Models(data=[_model(gateway)])
 
 
-@router.get("/models/{name:path}", summary="Describe a model", responses=responses(401, 404, 503))
+@router.get(
+    "/models/{name:path}", summary="Describe a model", responses=responses(401, 403, 404, 503)
+)
 async def model(name: Annotated[str, Path(min_length=1)], gateway: Here) -> Model:
     """Describe the model if that is its name."""
     gateway.named_model(name)

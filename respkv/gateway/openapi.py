@@ -20,6 +20,7 @@ from respkv.gateway.state import Gateway
 _MEANINGS = {
     400: "It cannot be done as it was asked: no JSON, or over a limit.",
     401: "The bearer token is missing or wrong.",
+    403: "A web page of another origin asks, or under a name that is not the gateway's.",
     404: "There is no such model.",
     408: "The body did not come in time.",
     413: "The body is too long.",
@@ -34,7 +35,7 @@ _HEADERS = {
     503: {"Retry-After": _SECONDS},
 }
 # What every endpoint that generates may answer.
-GENERATING = (400, 401, 408, 413, 415, 500, 503)
+GENERATING = (400, 401, 403, 408, 413, 415, 500, 503)
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 _SCHEMA = "#/components/schemas/{model}"
 _INPUTS: tuple[tuple[type[Input], Literal["validation"]], ...] = (
@@ -85,9 +86,10 @@ def document(app: FastAPI, gateway: Gateway) -> dict[str, Any]:
                     answer["content"] = {"application/json": answer["content"]["text/plain"]}
             if path.startswith("/v1/"):  # as OpenAI, these say 400
                 operation["responses"].pop("422", None)
+            operation["responses"].pop("403" if has_token else "401", None)
             if not has_token:
-                operation["responses"].pop("401", None)
-            elif path not in OPEN_PATHS:
+                continue
+            if path not in OPEN_PATHS:
                 operation["security"] = [{"token": []}]
     _add_limits(schemas, gateway)
     if gateway.loaded is not None:

@@ -65,7 +65,7 @@ async def generate(
 @router.get(
     "/cache/stats",
     summary="Show what the cache has done",
-    responses=responses(401, 503),
+    responses=responses(401, 403, 503),
     tags=["respkv"],
 )
 async def cache_stats(gateway: Here) -> CacheStats:
@@ -77,7 +77,7 @@ async def cache_stats(gateway: Here) -> CacheStats:
 @router.post(
     "/cache/clear",
     summary="Forget all prompts",
-    responses=responses(401, 413, 503),
+    responses=responses(401, 403, 413, 503),
     tags=["respkv"],
 )
 async def cache_clear(gateway: Here) -> CacheCleared:
@@ -123,7 +123,7 @@ async def readyz(gateway: Here) -> Readiness:
     "/metrics",
     summary="Metrics for Prometheus",
     response_class=PlainTextResponse,
-    responses=responses(401),
+    responses=responses(401, 403),
     tags=["operation"],
 )
 async def metrics(gateway: Here) -> Response:

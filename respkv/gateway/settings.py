@@ -1,5 +1,7 @@
 """What a gateway may be told: where it listens and what it takes from a client."""
 
+import ipaddress
+import re
 from dataclasses import dataclass, field, fields
 
 from respkv.errors import ConfigError
@@ -7,6 +9,10 @@ from respkv.errors import ConfigError
 MIB = 1 << 20
 # The most answers to one request: prompts times n.
 CHOICES_MAX = 16
+# The longest time that can be set; the system takes milliseconds in 32 bits.
+SECONDS_MAX = 1_000_000
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/A-Z]+|\*")
+_NAME = re.compile(r"[^\s/:]+|\*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +20,8 @@ class GatewaySettings:
     """Limits and addresses; every one has to be positive where it is a number.
 
     token:      what clients have to send as `Authorization: Bearer TOKEN`; None lets all in.
+    allow_origin: origins of web pages that may ask, such as https://chat.example; * is all.
+    allow_host: names that this gateway has beside those that nobody else can have; * is any.
     *_s:        seconds; *_bytes: bytes; *_tokens: tokens of one request.
     Raises ConfigError that names the field, its value and what is accepted.
     """
@@ -21,6 +29,8 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     token: str | None = field(default=None, repr=False)
+    allow_origin: tuple[str, ...] = ()
+    allow_host: tuple[str, ...] = ()
     max_prompt_tokens: int = 8192
     max_new_tokens: int = 1024
     recompute: bool = True  # whether use_cache = false is taken
@@ -46,11 +56,34 @@ class GatewaySettings:
                     raise ConfigError(f"port = {value}: accepted are 0 to 65535")
             elif isinstance(value, int | float) and each.name != "recompute" and not value > 0:
                 raise ConfigError(f"{each.name} = {value}: accepted are values above 0")
+            elif each.name.endswith("_s") and value > SECONDS_MAX:
+                raise ConfigError(f"{each.name} = {value}: accepted are values up to {SECONDS_MAX}")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
             # The value itself stays out of the message: it is a secret.
             raise ConfigError("token: accepted are printable ASCII characters")
         if self.token is not None and (not self.token or " " in self.token):
             raise ConfigError("token: accepted are one character or more, none of them a space")
+
+        for origin in self.allow_origin:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allow_origin = {origin!r}: accepted are origins as browsers send them, such as"
+                    " https://chat.example or http://localhost:3000, and *"
+                )
+        for name in self.allow_host:
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"allow_host = {name!r}: accepted are names without scheme and port, such as"
+                    " llm.example, and *"
+                )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the address is one that only this machine reaches."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
 
     @property
     def choices_max(self) -> int:

@@ -39,8 +39,7 @@ class BlockManager:
         self._free = FreeBlocks(num_blocks)
         self._uses = [0] * num_blocks
         self._nodes: list[Node | None] = [None] * num_blocks
-        # In the tree, of no sequence; used longest ago first. A plain dict would look at all that have
-        # gone from its front for each one that goes.
+        # In the tree, of no sequence; used longest ago first. A dict's front is slow to find.
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._tree = PrefixTree(block_tokens)
         self._sequences: dict[int, BlockTable] = {}
@@ -114,6 +113,16 @@ class BlockManager:
         is_own = self._uses[state.blocks[state.computed // self.block_tokens]] == 1
         return grown if is_own and grown == self.num_free_blocks else grown + 1
 
+    def check_room(self, sequence: int, count: int) -> int:
+        """Return ``blocks_needed``. Raises OutOfBlocks when these cannot be had."""
+        needed = self.blocks_needed(sequence, count)
+        if needed > self.num_free_blocks:
+            raise OutOfBlocks(
+                f"sequence {sequence} needs {needed} blocks for {count} tokens and"
+                f" {self.num_free_blocks} of {self.num_blocks} can be had; free a sequence"
+            )
+        return needed
+
     # What is done
 
     def allocate(
@@ -171,12 +180,7 @@ class BlockManager:
         if not 0 <= count <= state.length - state.computed:
             left = state.length - state.computed
             raise ValueError(f"sequence {sequence} has {left} tokens to compute, not {count}")
-        needed = self.blocks_needed(sequence, count)
-        if needed > self.num_free_blocks:
-            raise OutOfBlocks(
-                f"sequence {sequence} needs {needed} blocks for {count} tokens and"
-                f" {self.num_free_blocks} of {self.num_blocks} can be had; free a sequence"
-            )
+        needed = self.check_room(sequence, count)
         at, copies = state.computed // self.block_tokens, list[tuple[int, int]]()
         must_copy = count > 0 and self._must_copy(state)
         if must_copy and needed == self._grown(state, count):

@@ -101,7 +101,9 @@ class PagedAttentionCache:
         Returns: its id; ``computed`` says how many tokens are there already.
         Raises ValueError for no tokens.
         """
-        return self.blocks.allocate(tokens, salt=salt, limit=limit, share=share)
+        sequence = self.blocks.allocate(tokens, salt=salt, limit=limit, share=share)
+        self._peak_used = max(self._peak_used, self._used())
+        return sequence
 
     def length(self, sequence: int) -> int:
         """Return how many tokens are known, computed or not."""
@@ -227,19 +229,25 @@ class PagedAttentionCache:
         """Write the next tokens of one layer; they count once the last layer has them.
 
         key, value: [tokens, H, D]. Of a sequence with ids these have to be known by then.
-        Raises OutOfBlocks, and ValueError for a layer, a shape or tokens that there are not.
+        They are converted to the cache's type.
+        Raises OutOfBlocks, and ValueError for a layer, a shape or tokens that there are not; then
+        nothing has changed.
         """
         if not 0 <= layer < self.config.num_layers:
             raise ValueError(f"layer {layer} is not one of {self.config.num_layers}")
-        shape = (key.shape[0], self.config.num_kv_heads, self.config.head_dim)
-        if tuple(key.shape) != shape or key.shape != value.shape:
-            raise ValueError(f"key {list(key.shape)} and value {list(value.shape)} are not {shape}")
+        heads, dim = self.config.num_kv_heads, self.config.head_dim
+        if key.dim() != 3 or key.shape[1:] != (heads, dim) or key.shape != value.shape:
+            raise ValueError(
+                f"key {list(key.shape)} and value {list(value.shape)} are not both"
+                f" [tokens, {heads}, {dim}]"
+            )
         computed = self.blocks.computed(sequence)
         written = self._written.setdefault(sequence, [computed] * self.config.num_layers)
         if min(written) != computed:  # a step or a load came in between
             written[:] = [computed] * self.config.num_layers
         first, stop = written[layer], written[layer] + key.shape[0]
         if stop > self.blocks.length(sequence) and not self.blocks.has_ids(sequence):
+            self.blocks.check_room(sequence, stop - computed)
             self.blocks.extend(sequence, stop - self.blocks.length(sequence))
         self.reserve(sequence, stop - computed)
         for run in self.runs(sequence, first, stop):
@@ -274,8 +282,11 @@ class PagedAttentionCache:
         block_tables: [B, blocks] int32, as ``block_tables`` returns; context_lens: [B] int32.
         Returns: [B, Q, D]; zeros for a sequence of no tokens.
         Error:   as ``kernels.attention.paged_decode``.
-        Raises ValueError when shapes or types do not fit.
+        Raises ValueError when shapes or types do not fit, and for a layer that there is not; on the
+        CPU also for blocks that there are not and contexts longer than their tables.
         """
+        if not 0 <= layer < self.config.num_layers:
+            raise ValueError(f"layer {layer} is not one of {self.config.num_layers}")
         pages = PagedKV(self.keys[layer], self.values[layer], block_tables, context_lens)
         if query.is_cuda:
             return paged_decode(query, pages, scoring=scoring)

@@ -134,8 +134,12 @@ def attend(
 
 
 def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> Tensor:
-    """Do what ``kernels.attention.paged_decode`` does for pages of numbers in memory, quicker."""
+    """Do what ``kernels.attention.paged_decode`` does for pages of numbers in memory, quicker.
+
+    Raises ValueError as that does, and for contexts longer than their tables and blocks that are none.
+    """
     check_pages(pages, query, batch=query.shape[0])
+    _check_tables(pages)
     lengths = pages.context_lens.tolist()
     spans = [
         Span(table, n, 1) for table, n in zip(pages.block_tables.tolist(), lengths, strict=True)
@@ -150,6 +154,19 @@ def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> T
     )
     out = torch.zeros_like(query)
     return attend(query, pages.keys, pages.values, groups, scoring=scoring, out=out)
+
+
+def _check_tables(pages: PagedKV) -> None:
+    """Raise ValueError where attention would read something else than the tokens of a sequence."""
+    num_blocks, block_tokens = pages.keys.shape[:2]
+    tables, lengths = pages.block_tables, pages.context_lens
+    room = tables.shape[1] * block_tokens
+    if ((lengths < 0) | (lengths > room)).any():
+        raise ValueError(f"context_lens must be 0 to the {room} of the tables, not {lengths.tolist()}")
+    is_read = torch.arange(tables.shape[1]) * block_tokens < lengths[:, None]
+    is_none = is_read & ((tables < 0) | (tables >= num_blocks))
+    if is_none.any():
+        raise ValueError(f"block {int(tables[is_none][0])} is not one of {num_blocks}")
 
 
 def _seen(span: Span, window: int | None) -> int:
@@ -192,14 +209,23 @@ def _gathered(
     dtype: torch.dtype,
 ) -> Group:
     widths = [_seen(span, window) for span in spans]
-    slots = torch.zeros(len(spans), seen, dtype=torch.int64)
-    for row, (span, width) in enumerate(zip(spans, widths, strict=True)):
-        mine = slots_of(span.blocks, span.context - width, span.context, block_tokens)
-        slots[row, :width] = mine
-        slots[row, width:] = mine[0]
+    oldest = [span.context - width for span, width in zip(spans, widths, strict=True)]
+    tables = [
+        span.blocks[low // block_tokens : -(-span.context // block_tokens)]
+        for span, low in zip(spans, oldest, strict=True)
+    ]
+    widest = max(map(len, tables))
+    table = torch.tensor([[*each, *[0] * (widest - len(each))] for each in tables])
+    slots = (table[..., None] * block_tokens + torch.arange(block_tokens)).flatten(1)
+    if any(low % block_tokens for low in oldest):
+        within = torch.tensor([low % block_tokens for low in oldest])[:, None]
+        place = within + torch.arange(seen)
+        slots = slots.gather(1, place.clamp_(max=slots.shape[1] - 1))
+    slots = slots[:, :seen].contiguous()
     if min(widths) == seen:
         return Group(rows, len(spans), 1, slots)
     hidden = torch.arange(seen) >= torch.tensor(widths)[:, None]
+    slots = slots.where(~hidden, slots[:, :1])
     mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
     return Group(rows, len(spans), 1, slots, mask[:, None, None])
 

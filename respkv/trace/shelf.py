@@ -7,7 +7,8 @@ beyond that (sizes, leases, files) is left out.
 
 A decision is all that one eviction takes: what is learned from the match, choosing and removing the
 victim, queueing the newcomer, and queueing the victim's parent when it has become a leaf. It is
-processor time, from the first eviction on: before that there is nothing to decide.
+processor time, from the first eviction on: before that there is nothing to decide. Names of blocks
+and the shelf's own index are none of it.
 """
 
 from time import thread_time
@@ -47,6 +48,7 @@ class Shelf:
         self.policy_s = 0.0
         self.slowest_s = 0.0
         self._in_use: Entry | None = None
+        self._gone: Entry | None = None  # evicted, and still among the entries
 
     def serve(self, request: Request, *, is_last: bool = False) -> int:
         """Return how many blocks at the front are resident; then use or store all of them.
@@ -113,6 +115,9 @@ class Shelf:
         if has_room:
             self._insert(entry, parent)
         self._count(started)
+        if self._gone is not None:
+            del self.entries[int(self._gone.key, 16)]
+            self._gone = None
         if not has_room:
             return None
         self.entries[block] = entry
@@ -137,7 +142,7 @@ class Shelf:
         self.requests.removed(victim, "evicted")
         self.policy.remove(victim)
         self.num_evicted += 1
-        del self.entries[int(victim.key, 16)]
+        self._gone = victim
         parent, victim.parent = victim.parent, None
         if parent is not None and parent.children is not None:
             parent.children.discard(victim)

@@ -1,9 +1,11 @@
 """What comes before any route: tokens, bodies, names of requests, and what is logged."""
 
 import http.client
+import json
 import logging
 import socket
 import time
+import tracemalloc
 
 import pytest
 
@@ -13,6 +15,8 @@ from tests.gateway.running import Running
 
 TOKEN = "a-secret-token"
 SAYS = "Hello"
+MIB = 1 << 20
+USER = {"role": "user", "content": "x"}
 HEAD = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
@@ -129,7 +133,7 @@ def test_a_body_that_has_been_read_holds_no_room_while_its_answer_is_made(
         held.append(socket.create_connection(("127.0.0.1", running.port), timeout=10))
         held[-1].sendall(HEAD + b"content-length: 900\r\n\r\n" + body.ljust(900))
         deadline = time.monotonic() + 10
-        while count != sum(running.get("/cache/stats").json[at] for at in ("running", "waiting")):
+        while count != under_way(running):
             assert time.monotonic() < deadline
     running.runner.gate.set()
     for raw in held:
@@ -137,25 +141,38 @@ def test_a_body_that_has_been_read_holds_no_room_while_its_answer_is_made(
         raw.close()
 
 
-def test_nothing_of_a_body_is_kept_while_its_answer_is_made(serve: Serve) -> None:
-    running = serve(SAYS, GatewaySettings(max_body_bytes=1 << 23))
-    mark = "a-mark-in-a-body"
-    # A mark in each of: the bytes, the JSON, the fields. None of them is part of the job.
-    body = {"prompt": "x", "max_tokens": 1, "user": mark}
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_of_a_body_is_kept_while_its_answer_is_made(serve: Serve, stream: bool) -> None:
+    running = serve(SAYS)
+    # Of much that nobody needs: spaces, and a field that is ignored.
+    asked = {"messages": [USER], "stream": stream, "prediction": {"x": "y" * MIB}}
+    body = json.dumps(asked).encode() + b" " * MIB
     running.runner.gate.clear()
-    with running.open("POST", "/v1/completions", body) as raw:
-        while not running.get("/cache/stats").json["running"]:
-            pass
-        gc.collect()
-        assert not [each for each in gc.get_objects() if is_marked(each, mark)]
-        running.runner.gate.set()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        held = []
+        for count in range(1, 5):
+            held.append(socket.create_connection(("127.0.0.1", running.port), timeout=10))
+            path = b"/v1/chat/completions"
+            length = b"content-length: %d\r\n\r\n" % len(body)
+            held[-1].sendall(HEAD.replace(b"/generate", path) + length + body)
+            while count != under_way(running):
+                pass
+        after, most = tracemalloc.get_traced_memory()
+        assert most - before > 2 * MIB
+        assert after - before < MIB
+    finally:
+        tracemalloc.stop()
+    running.runner.gate.set()
+    for raw in held:
         assert raw_answer(raw).status == 200
+        raw.close()
 
 
-def is_marked(each: object, mark: str) -> bool:
-    if isinstance(each, CompletionRequest):
-        return each.user == mark
-    return type(each) is dict and each.get("user") == mark and each.get("max_tokens") == 1
+def under_way(running: Running) -> int:
+    stats = running.get("/cache/stats").json
+    return int(stats["running"] + stats["waiting"])
 
 
 def test_a_client_that_leaves_before_its_body_is_there_leaves_nothing(serve: Serve) -> None:

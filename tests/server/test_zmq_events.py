@@ -69,11 +69,14 @@ def subscribe(connect: Connect) -> Iterator[Subscribe]:
         yield open_subscriber
 
 
-def put_chain(raw: Raw, namespace: str, count: int, first: int = 0) -> list[bytes]:
+def put_chain(
+    raw: Raw, namespace: str, count: int, first: int = 0, extras: tuple[str, ...] = ()
+) -> list[bytes]:
     """Put a prompt of so many full pages; return the ids of its pages."""
     raw.ask("KV.SCHEMA", "SET", namespace, *SCHEMA)
     tokens = b"".join(each.to_bytes(4, "little") for each in range(first, first + 4 * count))
-    assert raw.ask("KV.SEQ.PUT", namespace, tokens, count, *[PAGE] * count)[0] == count
+    pages = [PAGE] * count
+    assert raw.ask("KV.SEQ.PUT", namespace, tokens, count, *pages, *extras)[0] == count
     keys = [key.decode() for key in raw.ask("KEYS", f"{namespace}:*")]
     by_depth = sorted(keys, key=lambda key: depth_of(raw, key))
     return [bytes.fromhex(key.partition(":")[2]) for key in by_depth]
@@ -105,6 +108,17 @@ def test_a_stored_chain_is_published_with_its_tokens(
     assert batch.events == [BlockRemoved([ids[2]], "CPU")]
     raw.ask("FLUSHALL")
     assert subscriber.next()[2].events == [AllBlocksCleared()]
+
+
+@pytest.mark.parametrize("extras", [("SALT", "s"), ("TENANT", "t"), ("LORA", "adapter")])
+def test_tokens_that_do_not_name_their_pages_alone_are_not_said(
+    publishing: Publishing, subscribe: Subscribe, connect: Connect, extras: tuple[str, ...]
+) -> None:
+    server = publishing()
+    subscriber = subscribe(server)
+    ids = put_chain(connect(server), "model", 3, extras=extras)
+    _, _, batch = subscriber.next()
+    assert batch.events == [stored(list(ids), None, [])]
 
 
 def test_a_batch_is_plain_msgpack(

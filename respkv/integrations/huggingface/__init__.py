@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from respkv.integrations.huggingface.cache_config import CacheConfig
     from respkv.integrations.huggingface.model_kv import ModelKV, UnsupportedModel
     from respkv.integrations.huggingface.prefix_cache import RespKVCache
-    from respkv.integrations.huggingface.prompt_pages import PagesStats, PromptPages
+    from respkv.integrations.huggingface.pages_stats import PagesStats
+    from respkv.integrations.huggingface.prompt_pages import PromptPages
 
 _MODULES = {
     "CacheConfig": "cache_config",
     "KVCacheAdapter": "adapter",
     "ModelKV": "model_kv",
-    "PagesStats": "prompt_pages",
+    "PagesStats": "pages_stats",
     "PromptPages": "prompt_pages",
     "RespKVCache": "prefix_cache",
     "UnsupportedModel": "model_kv",

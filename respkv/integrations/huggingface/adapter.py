@@ -61,6 +61,7 @@ class KVCacheAdapter:
             codecs=config.codecs,
             ttl_ms=config.ttl_ms,
             durability=config.durability,
+            match_timeout_s=config.match_timeout_s,
             spare_bytes=config.spare_bytes,
         )
         self.model_kv: ModelKV = self.pages.model_kv or read_model(model)
@@ -110,7 +111,7 @@ class KVCacheAdapter:
             chain=self._chain(session),
             rates=self.rates,
         )
-        cache.match()
+        cache.match(logits=self.config.use_logits and settings.may_skip_forward)
         self._choose(cache, settings)
         kwargs["attention_mask"] = mask
         # Called on the class, or what someone put on the model instead would be called.
@@ -201,7 +202,7 @@ class KVCacheAdapter:
         known: dict[bytes, Tensor] = {}
         for row in cache.rows:
             if row.tokens not in known:
-                found = self.pages.logits(row.tokens, **cache.chain)
+                found = self.pages.logits(row.tokens, match=row.match, **cache.chain)
                 if found is None:
                     return None
                 known[row.tokens] = found

@@ -8,6 +8,7 @@ from respkv.client import Client
 from respkv.client.commands import Key
 from respkv.client.sequences import ChainOptions
 from respkv.client.url import DEFAULT_URL
+from respkv.integrations.huggingface.prompt_pages import MATCH_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class CacheConfig:
                      needs no forward pass before its first token.
     never_slower:    compute where loading is expected to take longer.
     min_tokens:      shorter matches are not worth a load.
+    match_timeout_s: for how long generation waits for a cache that does not answer, as for
+                     ``PromptPages``.
     salt, tenant, lora, lora_path: prompts that differ in these share nothing.
     spare_bytes:     of memory are kept for the next prompt.
     """
@@ -36,6 +39,7 @@ class CacheConfig:
     use_logits: bool = True
     never_slower: bool = True
     min_tokens: int = 1
+    match_timeout_s: float = MATCH_TIMEOUT_S
     codecs: Mapping[str, str] | None = None
     ttl_ms: int | None = None
     durability: Literal["memory", "written", "durable"] | None = None
@@ -51,6 +55,8 @@ class CacheConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not self.match_timeout_s > 0:
+            raise ValueError(f"match_timeout_s must be more than 0, not {self.match_timeout_s}")
 
     @property
     def chain(self) -> ChainOptions:

@@ -17,9 +17,9 @@ def pack_logits(logits: Tensor) -> bytes:
     return name.ljust(_HEAD_BYTES, b"\0") + numbers.tobytes()
 
 
-def unpack_logits(packed: bytes) -> Tensor | None:
+def unpack_logits(packed: bytes | memoryview) -> Tensor | None:
     """Return logits [V] on the CPU; None: these are none, they were stored by something else."""
-    name = packed[:_HEAD_BYTES].rstrip(b"\0").decode(errors="replace")
+    name = bytes(packed[:_HEAD_BYTES]).rstrip(b"\0").decode(errors="replace")
     dtype = getattr(torch, name, None)
     rest = len(packed) - _HEAD_BYTES
     if not isinstance(dtype, torch.dtype) or rest < dtype.itemsize or rest % dtype.itemsize:

@@ -8,6 +8,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
@@ -162,24 +163,63 @@ def _ropes(parameters: Any) -> list[dict[str, Any]]:
 class WeightsNote:
     """What was seen of a model's weights, to notice that they are others now.
 
-    It sees what optimizers and ``load_state_dict`` do; not what is written behind torch's back,
-    through ``weight.data``.
+    It sees what optimizers and ``load_state_dict`` do, parameters and modules that were replaced or
+    put in front of others (LoRA), and which adapters of PEFT are active; not what is written behind
+    torch's back, through ``weight.data``. A look takes some 80 us for 300 weights.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._weights = [
-            weakref.ref(each) for each in model.parameters() if not each.is_inference()
-        ]
-        self._seen = self._versions()
+        self._model = weakref.ref(model)
+        self._is_whole = True
+        weights = list(model.parameters())
+        # An id may be used again once its weight has gone, so that is noted, too.
+        self._weights = [weakref.ref(each, self._lose) for each in weights]
+        # Tensors made in inference mode do not count what is done to them.
+        self._counts = attrgetter(
+            "dtype", "dtype" if any(each.is_inference() for each in weights) else "_version"
+        )
+        self._tuned = [weakref.ref(each) for each in model.modules() if _is_tuned(each)]
+        self._seen = self._look(model)
 
     @property
     def is_right(self) -> bool:
-        """Whether the weights are those that there were."""
-        return self._versions() == self._seen
+        """Whether the model computes what these weights say: they are there, and eval mode is on."""
+        model = self._model()
+        if model is None:
+            return True
+        return self._is_whole and not model.training and self._look(model) == self._seen
 
-    def _versions(self) -> tuple[int, set[torch.dtype]]:
-        there = [weight for each in self._weights if (weight := each()) is not None]
-        return sum(each._version for each in there), {each.dtype for each in there}
+    def _look(self, model: PreTrainedModel) -> tuple[object, ...]:
+        modules: list[torch.nn.Module] = [model]
+        for module in modules:  # model.modules() takes ten times as long
+            if module._modules:
+                modules += [each for each in module._modules.values() if each is not None]
+        weights = [
+            weight
+            for module in modules
+            for weight in module._parameters.values()
+            if weight is not None
+        ]
+        return (
+            list(map(id, modules)),
+            list(map(id, weights)),
+            list(map(self._counts, weights)),
+            [_tuning(each) for one in self._tuned if (each := one()) is not None],
+        )
+
+    def _lose(self, _: object) -> None:
+        self._is_whole = False
+
+
+def _is_tuned(module: torch.nn.Module) -> bool:
+    """Whether a module has adapters of PEFT in it, which can be switched."""
+    return hasattr(module, "_active_adapter") and hasattr(module, "_disable_adapters")
+
+
+def _tuning(module: Any) -> tuple[str, bool, str]:
+    """Return which adapters of a module are active, whether any is, and which are merged."""
+    merged = getattr(module, "merged_adapters", ())
+    return str(module._active_adapter), bool(module._disable_adapters), str(merged)
 
 
 def fingerprint_of(model: PreTrainedModel) -> bytes:

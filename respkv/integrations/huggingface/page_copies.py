@@ -32,10 +32,10 @@ class Stored:
     nbytes: int
 
 
-def stored(first: int, count: int, view: memoryview) -> Stored:
-    """Say where a page is that a view shows; the view has to outlive what is made of it."""
-    address: int = numpy.frombuffer(view, numpy.uint8).__array_interface__["data"][0]
-    return Stored(first, count, address, len(view))
+def address_of(memory: memoryview) -> int:
+    """Return where memory begins."""
+    address: int = numpy.frombuffer(memory, numpy.uint8).__array_interface__["data"][0]
+    return address
 
 
 class Target:

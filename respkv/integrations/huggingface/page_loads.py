@@ -6,22 +6,24 @@ their chain; what is left, part of another prompt's page, only the server can fi
 """
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch
 
 from respkv.chain import NO_EXTRAS, TOKEN_BYTES, Chain, Extras, Media, Prompt
+from respkv.chain.recent import RecentPrompts
 from respkv.client import Client, as_bytes
 from respkv.client.sequences import ChainOptions
 from respkv.errors import CacheError, ConfigError, ServerError
 from respkv.integrations.huggingface.availability import is_no_shared_memory
 from respkv.integrations.huggingface.buffers import BufferPool
-from respkv.integrations.huggingface.page_copies import Stored, Target, stored
+from respkv.integrations.huggingface.page_copies import Stored, Target, address_of
 from respkv.page import Geometry, part_key
 
-RECENT_MAX: Final = 16  # prompts whose ids are kept
+RECENT_BYTES: Final = 8 << 20  # of the last prompts: their tokens and ids
 LEASE_BYTES: Final = 256 << 20  # at a time: all of a lease has to be in the server's memory
 
 
@@ -33,8 +35,19 @@ class Loaded(NamedTuple):
     gpu_tokens: int
 
 
+@dataclass(slots=True)
+class Ways:
+    """What there is of ways from the cache to here, as far as was found out.
+
+    gpu_kind: of device that the gpu tier is on; None: not asked yet.
+    """
+
+    can_lease: bool = True
+    gpu_kind: str | None = None
+
+
 class PageLoads:
-    """The loads of one namespace."""
+    """The loads of one namespace. Threads may share it."""
 
     def __init__(
         self,
@@ -49,23 +62,21 @@ class PageLoads:
         self._geometry = geometry
         self._buffers = buffers
         self._chain = Chain("blake3", fingerprint, geometry.tokens)
-        self._can_lease = True
-        self._gpu_kind: str | None = None  # of device that the gpu tier is on; None: not asked yet
-        self._recent: OrderedDict[tuple[bytes, Extras], Prompt] = OrderedDict()
+        self._ways = Ways()
+        self._recent = RecentPrompts(RECENT_BYTES)
         self._lock = threading.Lock()
 
-    def prompt(self, data: bytes, chain: ChainOptions) -> Prompt:
-        """Return a prompt, whose ids are made once: it is matched, and then loaded."""
-        key = (data, extras_of(chain))
-        with self._lock:
-            found = self._recent.get(key)
-            if found is None:
-                found = self._chain.prompt(self._namespace.encode(), *key)
-                self._recent[key] = found
-            self._recent.move_to_end(key)
-            while len(self._recent) > RECENT_MAX:
-                self._recent.popitem(last=False)
+    def within(self, client: Client) -> "PageLoads":
+        """Return these loads over the same cache, by a client that waits for other times."""
+        found = copy(self)
+        found._client = client
         return found
+
+    def prompt(self, data: bytes, chain: ChainOptions) -> Prompt:
+        """Return a prompt, whose ids are made once: it is loaded, and then loaded again."""
+        extras = extras_of(chain)
+        with self._lock:
+            return self._recent.prompt(self._chain, self._namespace.encode(), data, extras)
 
     def logits(self, data: bytes, chain: ChainOptions) -> bytes | None:
         """Return what is stored as the logits behind a prompt. Raises CacheError."""
@@ -96,7 +107,7 @@ class PageLoads:
         if count and target.device.type == self._gpu():
             end = self._load_on_gpu(data, target, count, stop, chain)
         on_device = end - target.first
-        if self._can_lease and end < stop:
+        if self._ways.can_lease and end < stop:
             end = self._load_leased(data, target, end, stop, known, chain)
         leased = end - target.first
         if end < stop:
@@ -105,9 +116,9 @@ class PageLoads:
 
     def _gpu(self) -> str:
         """Return on which kind of device the gpu tier is; empty: there is none, or none to lease of."""
-        if self._gpu_kind is None:
-            self._gpu_kind = self._client.info().get("kv_gpu_device", "").partition(":")[0]
-        return self._gpu_kind
+        if self._ways.gpu_kind is None:
+            self._ways.gpu_kind = self._client.info().get("kv_gpu_device", "").partition(":")[0]
+        return self._ways.gpu_kind
 
     def _load_on_gpu(
         self, data: bytes, target: Target, count: int, stop: int, chain: ChainOptions
@@ -125,7 +136,7 @@ class PageLoads:
                     end = min((number + 1) * tokens, stop)
                 page = None  # it is a view of memory that the lease lends
         except ConfigError:  # another host's device, or another container's
-            self._gpu_kind = ""
+            self._ways.gpu_kind = ""
             return target.first
         except CacheError:  # they have left the device: memory has them, or nobody
             return target.first
@@ -145,7 +156,7 @@ class PageLoads:
                 copied = self._copy_leased(prompt, target, (first, last), known, stop)
             except CacheError as error:
                 if is_no_shared_memory(error):
-                    self._can_lease = False
+                    self._ways.can_lease = False
                     return end
                 if isinstance(error, ServerError) and error.word == "OOM" and pages_max > 1:
                     pages_max = (last - first) // 2 or 1  # they are not all in memory at once
@@ -167,7 +178,7 @@ class PageLoads:
             keys.append(prompt.position_key(known))
         # The end of the block confirms the lease; only then are the copies known to be good.
         with self._client.lease(keys) as lease:
-            there = list(self._stored(lease.pages, first, known))
+            there = list(self._stored(lease.places, lease.memory, first, known))
             target.copy(there, stop)
             if target.device.type == "cuda":
                 # An engine in this process may have pinned the pages, and copies from them return before
@@ -175,16 +186,21 @@ class PageLoads:
                 torch.cuda.current_stream(target.device).synchronize()
         return min(there[-1].first + there[-1].count, stop) if there else 0
 
-    def _stored(self, views: list[memoryview | None], first: int, known: int) -> Iterator[Stored]:
-        """Say what the views are, up to the first page that is not there."""
-        tokens = self._geometry.tokens
+    def _stored(
+        self, places: Sequence[tuple[int, int] | None], memory: memoryview, first: int, known: int
+    ) -> Iterator[Stored]:
+        """Say what is in the places, up to the first page that is not there.
+
+        It is not to be read once the memory is released.
+        """
+        tokens, start = self._geometry.tokens, address_of(memory)
         token_bytes = self._geometry.page_bytes // tokens
-        for number, view in enumerate(views, first):
+        for number, place in enumerate(places, first):
             begin = number * tokens
             count = min(tokens, known - begin)
-            if view is None or len(view) != count * token_bytes:
+            if place is None or place[1] != count * token_bytes:
                 return
-            yield stored(begin, count, view)
+            yield Stored(begin, count, start + place[0], place[1])
 
     def _load_sent(
         self, data: bytes, target: Target, first: int, stop: int, chain: ChainOptions

@@ -58,7 +58,9 @@ class Load:
     def run(self) -> None:
         """Bring the tokens; in any thread, once."""
         begun = time.perf_counter()
-        logits = self.pages.logits(self.tokens, **self.chain) if self.is_whole else None
+        logits = None
+        if self.is_whole:
+            logits = self.pages.logits(self.tokens, match=self.match, **self.chain)
         if self.is_whole and logits is None:
             self.stop = max(self.first, self.stop - 1)  # the last token is computed, for its logits
         for run in self.runs:

@@ -39,7 +39,7 @@ class PagedPages:
     def begin_load(self, number: int, tokens: list[int], chain: ChainOptions) -> Load | None:
         """Make room for what respkv has of a prompt and the blocks have not; None: not worth it."""
         have = self._cache.computed(number)
-        match = self._pages.match(tokens, **chain)
+        match = self._pages.match(tokens, logits=True, **chain)
         is_whole = match.tokens == len(tokens) and match.has_logits
         stop = match.tokens if is_whole else min(match.tokens, len(tokens) - 1)
         if stop <= have or not self._is_worth(stop - have, match, is_whole):

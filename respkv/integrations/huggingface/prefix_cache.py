@@ -100,12 +100,12 @@ class PrefixCache(Cache):
         for layer in self.kv_layers:
             layer.set_length(length)
 
-    def match(self) -> None:
-        """Ask what is stored of each prompt."""
+    def match(self, *, logits: bool = False) -> None:
+        """Ask what is stored of each prompt; logits: of the ends of those that are there, too."""
         known: dict[bytes, SequenceMatch] = {}
         for row in self.rows:
             if row.tokens not in known:
-                known[row.tokens] = self.pages.match(row.tokens, **self.chain)
+                known[row.tokens] = self.pages.match(row.tokens, logits=logits, **self.chain)
             row.match = known[row.tokens]
 
     def load(self, stops: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ counted and logged, and only mistakes of the caller are raised.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Final, Literal, TypeAlias, TypeVar, Unpack
 
 from torch import Tensor
@@ -36,42 +36,18 @@ from respkv.integrations.huggingface.model_kv import (
 from respkv.integrations.huggingface.page_copies import KVPair, Target
 from respkv.integrations.huggingface.page_loads import PageLoads
 from respkv.integrations.huggingface.page_stores import Gather, PageStores
+from respkv.integrations.huggingface.pages_stats import PagesStats
 from respkv.integrations.huggingface.store_queue import StoreQueue
 from respkv.page import Geometry, part_of
 
 PAGE_TOKENS_MIN: Final = 64
 PAGE_TOKENS_MAX: Final = 256
 PAGE_BYTES: Final = 1 << 20  # a page has at least, if that is not too many tokens
+MATCH_TIMEOUT_S: Final = 2.0
+LOAD_PATIENCE: Final = 10  # times as long as it is expected to take
 NO_MATCH: Final = SequenceMatch(0, 0, "", 0, False)
 T = TypeVar("T")
 KV: TypeAlias = Sequence[KVPair]
-
-
-@dataclass(frozen=True, slots=True)
-class PagesStats:
-    """What was done since the beginning.
-
-    matches, match_tokens: how often it was asked, and the tokens found. loads, loaded_tokens,
-    loaded_bytes, load_s: what was brought, and the seconds it took. leased_bytes: of them, those
-    that were copied out of the server's memory, without a socket; gpu_bytes: of these, those that
-    never left the GPU. stores, stored_pages,
-    stores_dropped: what was stored; dropped is what found no room in the queue, or failed.
-    errors, last_error: of the cache.
-    """
-
-    matches: int = 0
-    match_tokens: int = 0
-    loads: int = 0
-    loaded_tokens: int = 0
-    loaded_bytes: int = 0
-    leased_bytes: int = 0
-    gpu_bytes: int = 0
-    load_s: float = 0.0
-    stores: int = 0
-    stored_pages: int = 0
-    stores_dropped: int = 0
-    errors: int = 0
-    last_error: str = ""
 
 
 class PromptPages:
@@ -87,6 +63,10 @@ class PromptPages:
     page_tokens: tokens of a page; 64 to 256, so that pages of small models are not too many, if None.
                  Prompts are matched to the token whatever it is.
     codecs, ttl_ms, durability: of the namespace, as in ``Client.schema_set``.
+    match_timeout_s: for how long a question is waited for, so that a cache that hangs holds up the
+                 caller no longer; then nobody asks for ten times as long. A load may take ten times
+                 as long as its match says, and this long at least. Neither is ever longer than the
+                 client's own ``timeout_s``, which holds for stores.
     queue_max:   stores that may wait.
     spare_bytes: of memory are kept for the next prompt.
     Raises: UnsupportedModel; TypeError when there is neither a model nor a geometry, or nothing
@@ -105,9 +85,12 @@ class PromptPages:
         codecs: Mapping[str, str] | None = None,
         ttl_ms: int | None = None,
         durability: Literal["memory", "written", "durable"] | None = None,
+        match_timeout_s: float = MATCH_TIMEOUT_S,
         queue_max: int = 64,
         spare_bytes: int = 1 << 30,
     ) -> None:
+        if not match_timeout_s > 0:
+            raise ValueError(f"match_timeout_s must be more than 0, not {match_timeout_s}")
         if model is None and geometry is None:
             raise TypeError("PromptPages needs a model, or the geometry of its pages")
         if not (fingerprint or namespace or (fingerprint is None and model is not None)):
@@ -149,9 +132,11 @@ class PromptPages:
         self._lock = threading.RLock()  # a collection may drop a cache, which is stored, anywhere
         self._storing = threading.Lock()
         self._queue = StoreQueue(queue_max)
-        where = (self.client, self.namespace, geometry, fingerprint, self.buffers)
-        self._loads = PageLoads(*where)
-        self._stores = PageStores(*where)
+        self.match_timeout_s = match_timeout_s
+        self._quick = self.client.within(match_timeout_s)
+        where = (self.namespace, geometry, fingerprint, self.buffers)
+        self._loads = PageLoads(self._quick, *where)
+        self._stores = PageStores(self.client, *where)
 
     @property
     def page_tokens(self) -> int:
@@ -175,28 +160,42 @@ class PromptPages:
         shape, ConnectionLost or TimedOut when the server is away.
         """
         self._is_declared = False
-        self._declare()
+        self._declare(self.client)
 
     # -- what is there ------------------------------------------------------------------------
 
-    def match(self, tokens: Tokens, **chain: Unpack[ChainOptions]) -> SequenceMatch:
+    def match(
+        self, tokens: Tokens, *, logits: bool = False, **chain: Unpack[ChainOptions]
+    ) -> SequenceMatch:
         """Say how many tokens of a prompt are stored; they then stay for a few seconds.
 
         tokens: a list, an array or a tensor of integers. chain: salt, tenant, lora, ... of
                 ``Client.seq.match``.
+        logits: bring those of the prompt's end at once; ``logits`` then takes them from the match.
         Returns: NO_MATCH also when the cache cannot be asked.
         """
         data = token_bytes(tokens)
-        found = self._ask("match", lambda: self.client.seq.match(self.namespace, data, **chain))
+        seq, name = self._quick.seq, self.namespace
+        found = self._ask("match", lambda: seq.match(name, data, logits=logits, **chain))
         if found is None:
             return NO_MATCH
         self._count(matches=1, match_tokens=found.tokens)
         return found
 
-    def logits(self, tokens: Tokens, **chain: Unpack[ChainOptions]) -> Tensor | None:
-        """Return the logits [V] that follow a prompt, as they were stored; None: they are not."""
-        data = token_bytes(tokens)
+    def logits(
+        self,
+        tokens: Tokens,
+        *,
+        match: SequenceMatch | None = None,
+        **chain: Unpack[ChainOptions],
+    ) -> Tensor | None:
+        """Return the logits [V] that follow a prompt, as they were stored; None: they are not.
 
+        match: of this prompt; if they came with it, nobody is asked.
+        """
+        if match is not None and match.logits is not None:
+            return unpack_logits(match.logits)
+        data = token_bytes(tokens)
         packed = self._ask("logits", lambda: self._loads.logits(data, chain))
         return None if packed is None else unpack_logits(packed)
 
@@ -227,7 +226,8 @@ class PromptPages:
             return first
         begun = time.perf_counter()
         tiers = "" if match is None else match.tiers
-        loaded = self._ask("load", lambda: self._loads.load(data, target, end, known, chain, tiers))
+        loads = self._loads_for(match)
+        loaded = self._ask("load", lambda: loads.load(data, target, end, known, chain, tiers))
         if loaded is None:
             return first
         self._count(
@@ -346,13 +346,13 @@ class PromptPages:
         begun = time.monotonic()
         try:
             if not self._is_declared:
-                self._declare()
+                self._declare(self._quick)
             try:
                 answer = ask()
             except CacheError as error:
                 if not is_schema_refusal(error):
                     raise
-                self._declare()  # everything was flushed, its schema too
+                self._declare(self._quick)  # everything was flushed, its schema too
                 answer = ask()
         except CacheError as error:
             if not self._state.refused:
@@ -361,15 +361,24 @@ class PromptPages:
         self._state.succeeded()
         return answer
 
-    def _declare(self) -> None:
-        with self._lock:
-            try:
-                self.client.schema_set(self.namespace, **self._schema)
-            except CacheError as error:
-                if is_final(error):
-                    self._state.refuse(error)
-                raise
-            self._is_declared = True
+    def _declare(self, client: Client) -> None:
+        # Threads may do so together, and none waits for another: to declare twice changes nothing.
+        try:
+            client.schema_set(self.namespace, **self._schema)
+        except CacheError as error:
+            if is_final(error):
+                self._state.refuse(error)
+            raise
+        self._is_declared = True
+
+    def _loads_for(self, match: SequenceMatch | None) -> PageLoads:
+        """Return what loads, and waits for as long as that may take."""
+        if match is None:
+            return self._loads.within(self.client)
+        seconds = LOAD_PATIENCE * match.load_us / 1e6
+        if seconds <= self.match_timeout_s:
+            return self._loads
+        return self._loads.within(self.client.within(seconds))
 
     def _count(self, **more: float) -> None:
         with self._lock:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from respkv.client import as_bytes
-from respkv.integrations.huggingface.page_copies import Target, as_one, stored
+from respkv.integrations.huggingface.page_copies import Stored, Target, address_of, as_one
 from respkv.page import Geometry
 
 SHAPE = Geometry(layers=2, heads=2, dim=4, tokens=8, dtype="float32")
@@ -31,7 +31,8 @@ def test_rows_are_those_of_the_pages(
         rows = kv[:, :, number * 8 : number * 8 + 8].contiguous()
         part = memory[place * slot : place * slot + rows.nbytes]
         part.copy_(rows.view(-1).view(torch.uint8))
-        pages.append(stored(number * 8, rows.shape[2], as_bytes(part)))
+        view = as_bytes(part)
+        pages.append(Stored(number * 8, rows.shape[2], address_of(view), len(view)))
     stop = min(first + count, TOKENS)
     whole = torch.full((2, 2, stop - first + 3, 2, 4), torch.nan)
     into = [(layer[0], layer[1]) for layer in whole]
