@@ -21,6 +21,7 @@ There is no tensor and no I/O here: copies to be made are returned.
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
+from operator import index
 
 from respkv.paged.block_table import BlockStats, BlockTable, OutOfBlocks
 from respkv.paged.free_blocks import FreeBlocks
@@ -139,9 +140,9 @@ class BlockManager:
         limit:  the most tokens to take; all but the last when not given, as that one's logits
                 take a forward pass.
         share:  whether to take from the tree, and leave anything there.
-        Raises ValueError for a sequence of no tokens.
+        Raises ValueError for a sequence of no tokens, TypeError for ids that are no integers.
         """
-        ids = None if isinstance(tokens, int) else list(tokens)
+        ids = None if isinstance(tokens, int) else list(map(index, tokens))
         length = tokens if isinstance(tokens, int) else len(tokens)
         if length < 1:
             raise ValueError(f"a sequence of {length} tokens cannot be; it needs one at least")
@@ -167,7 +168,7 @@ class BlockManager:
                 raise ValueError(f"{tokens} tokens cannot come next; truncate takes some back")
             state.length += tokens
         elif state.tokens is not None:
-            state.tokens += list(tokens)
+            state.tokens += list(map(index, tokens))
             state.length = len(state.tokens)
 
     def reserve(self, sequence: int, count: int) -> list[tuple[int, int]]:

@@ -99,7 +99,7 @@ class PagedAttentionCache:
                 forward pass. Whoever has these already says how long the prompt is.
         share:  False: nothing is taken, and nothing will be left to others.
         Returns: its id; ``computed`` says how many tokens are there already.
-        Raises ValueError for no tokens.
+        Raises ValueError for no tokens, TypeError for ids that are no integers.
         """
         sequence = self.blocks.allocate(tokens, salt=salt, limit=limit, share=share)
         self._peak_used = max(self._peak_used, self._used())

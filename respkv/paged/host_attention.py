@@ -139,7 +139,7 @@ def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> T
     Raises ValueError as that does, and for contexts longer than their tables and blocks that are none.
     """
     check_pages(pages, query, batch=query.shape[0])
-    _check_tables(pages)
+    _check_tables(pages, scoring.window)
     lengths = pages.context_lens.tolist()
     spans = [
         Span(table, n, 1) for table, n in zip(pages.block_tables.tolist(), lengths, strict=True)
@@ -156,14 +156,17 @@ def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> T
     return attend(query, pages.keys, pages.values, groups, scoring=scoring, out=out)
 
 
-def _check_tables(pages: PagedKV) -> None:
+def _check_tables(pages: PagedKV, window: int | None) -> None:
     """Raise ValueError where attention would read something else than the tokens of a sequence."""
     num_blocks, block_tokens = pages.keys.shape[:2]
     tables, lengths = pages.block_tables, pages.context_lens
     room = tables.shape[1] * block_tokens
     if ((lengths < 0) | (lengths > room)).any():
         raise ValueError(f"context_lens must be 0 to the {room} of the tables, not {lengths.tolist()}")
-    is_read = torch.arange(tables.shape[1]) * block_tokens < lengths[:, None]
+    first = torch.arange(tables.shape[1]) * block_tokens  # token of each block
+    is_read = first < lengths[:, None]
+    if window is not None:
+        is_read &= first + block_tokens > lengths[:, None] - window
     is_none = is_read & ((tables < 0) | (tables >= num_blocks))
     if is_none.any():
         raise ValueError(f"block {int(tables[is_none][0])} is not one of {num_blocks}")

@@ -1,6 +1,7 @@
 """The references of paged attention against torch's own attention, and what the functions refuse."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +140,22 @@ def test_what_does_not_fit_is_refused(change: dict[str, torch.Tensor], problem: 
     batch = make_batch([5, 40], device=CPU)
     with pytest.raises(ValueError, match=problem):
         paged_decode(batch.query, replace(batch.pages, **change))
+
+
+@pytest.mark.parametrize(
+    ("scoring", "message"),
+    [
+        ({"window": 0}, "window 0 must be 1 or more, or None"),
+        ({"window": -4}, "window -4 must be 1 or more, or None"),
+        ({"soft_cap": 0.0}, r"soft_cap 0\.0 must be above 0, or None"),
+        ({"soft_cap": float("nan")}, "soft_cap nan must be above 0, or None"),
+    ],
+)
+def test_a_window_or_a_cap_that_hides_everything_is_refused(
+    scoring: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scoring(**scoring)
 
 
 def test_codes_without_scales_or_of_an_odd_width_are_refused() -> None:

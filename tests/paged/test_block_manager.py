@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -230,6 +232,17 @@ def test_mistakes_are_told() -> None:
     assert blocks.tokens(sequence) == (1, 2)
 
 
+def test_ids_are_the_same_whatever_holds_them() -> None:
+    blocks = BlockManager(8, T)
+    ids = [1, 2, 3, 4, 5]
+    blocks.free(prompt(blocks, torch.tensor(ids)))  # type: ignore[arg-type]
+    assert blocks.match(ids) == 5
+    assert blocks.computed(blocks.allocate(np.array(ids))) == 4  # type: ignore[arg-type]
+    for wrong in ([1.5], ["1"], torch.tensor([1.5])):
+        with pytest.raises(TypeError, match=r"int|index"):
+            blocks.allocate(wrong)  # type: ignore[arg-type]
+
+
 class BlockMachine(RuleBasedStateMachine):
     """Sequences with few different tokens, so that they share and diverge; memory as a dict.
 
@@ -368,7 +381,7 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 BlockMachine.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

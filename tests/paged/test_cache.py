@@ -1,6 +1,7 @@
 """The paged cache: tensors in blocks, as sequences wrote them, whoever shares them."""
 
 import mmap
+import re
 from pathlib import Path
 
 import pytest
@@ -183,8 +184,13 @@ def test_mistakes_are_told_and_cost_nothing() -> None:
     sequence = cache.allocate_sequence(8)
     with pytest.raises(ValueError, match="layer 2 is not one of 2"):
         cache.append(sequence, 2, *rows(1, 0))
-    with pytest.raises(ValueError, match=r"key \[1, 1, 4\]"):
-        cache.append(sequence, 0, torch.ones(1, 1, D), torch.ones(1, 1, D))
+    for shape in ((1, 1, D), (H, D), (), (1, 1, H, D)):
+        with pytest.raises(ValueError, match=re.escape(f"key {list(shape)}")):
+            cache.append(sequence, 0, torch.ones(shape), torch.ones(shape))
+    for _ in range(2):
+        with pytest.raises(OutOfBlocks, match="needs 3 blocks for 9 tokens and 2 of 2"):
+            cache.append(sequence, 0, *rows(9, 0))
+        assert cache.length(sequence) == 8
     write(cache, sequence, 8, 0)
     with pytest.raises(OutOfBlocks, match="needs 1 blocks for 1 tokens and 0 of 2"):
         cache.append(sequence, 0, *rows(1, 0))
@@ -192,6 +198,44 @@ def test_mistakes_are_told_and_cost_nothing() -> None:
     named = cache.allocate_sequence([1, 2])
     with pytest.raises(ValueError, match="has 2 tokens to compute, not 3"):
         cache.append(named, 0, *rows(3, 0))
+    tables, lengths = cache.block_tables([sequence]), cache.context_lens([sequence])
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=f"layer {layer} is not one of 2"):
+            cache.paged_attention(torch.ones(1, H, D), tables, lengths, layer=layer)
+
+
+def test_layers_that_come_one_by_one_survive_a_fork_in_between() -> None:
+    cache = new_cache(num_blocks=8)
+    first = cache.allocate_sequence(2)
+    write(cache, first, 2, 0)
+    cache.append(first, 0, *rows(4, 10))
+    forks = [cache.fork(first) for _ in range(3)]
+    cache.append(first, 1, *rows(4, 11))
+    for seed, each in enumerate(forks):
+        write(cache, each, 3, 20 + 2 * seed)
+    cache.free_sequence(forks.pop(0))
+    for layer in range(L):
+        begun = torch.stack(rows(2, layer))
+        want = torch.cat([begun, torch.stack(rows(4, 10 + layer))], 1)
+        assert torch.equal(read(cache, first, layer), want)
+        for seed, each in enumerate(forks, 1):
+            want = torch.cat([begun, torch.stack(rows(3, 20 + 2 * seed + layer))], 1)
+            assert torch.equal(read(cache, each, layer), want)
+    for each in (first, *forks):
+        cache.free_sequence(each)
+    assert cache.stats().blocks_free == 8
+
+
+def test_the_most_that_was_used_counts_what_is_taken_from_the_tree() -> None:
+    cache = new_cache()
+    sequence = cache.allocate_sequence(list(range(8)))
+    write(cache, sequence, 8, 0)
+    cache.free_sequence(sequence)
+    other = cache.allocate_sequence([50, 51])
+    write(cache, other, 2, 0)
+    assert cache.stats().peak_used == 2
+    cache.allocate_sequence(list(range(9)))
+    assert cache.stats().peak_used == 3 == cache.stats().blocks_used
 
 
 def test_a_truncated_sequence_writes_again() -> None:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from respkv.kernels.attention import paged_decode_reference
@@ -121,3 +123,44 @@ def test_what_does_not_fit_is_refused() -> None:
     batch = make_batch((3,), dim=16, device=CPU)
     with pytest.raises(ValueError, match="do not share heads"):
         host_decode(batch.query[:, :3], batch.pages)
+    short = replace(batch.pages, context_lens=torch.full((1,), 4000, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"0 to the \d+ of the tables, not \[4000\]"):
+        host_decode(batch.query, short)
+    below = replace(batch.pages, context_lens=torch.full((1,), -1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"not \[-1\]"):
+        host_decode(batch.query, below)
+
+
+@pytest.mark.parametrize("block", [-1, 1000])
+def test_a_block_that_is_none_is_refused_where_it_would_be_read(block: int) -> None:
+    batch = make_batch((70, 60), dim=16, page=16, device=CPU)
+    tables = batch.pages.block_tables.clone()
+    tables[1, 0] = block
+    pages = replace(batch.pages, block_tables=tables)
+    with pytest.raises(ValueError, match=f"block {block} is not one of"):
+        host_decode(batch.query, pages)
+    with pytest.raises(ValueError, match=f"block {block} is not one of"):
+        host_decode(batch.query, pages, scoring=Scoring(window=45))
+    narrow = Scoring(window=44)  # its first token is the first one of the second block
+    got = host_decode(batch.query, pages, scoring=narrow)
+    assert error_of(got, exact(batch, narrow)) < 1e-5
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_sequences_that_are_gathered_read_their_own_tokens(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 5))
+    window = data.draw(st.none() | st.integers(1, 12))
+    lengths = sorted(data.draw(st.lists(st.integers(1, 20), min_size=2, max_size=5)), reverse=True)
+    blocks = iter(data.draw(st.permutations(range(100))))
+    spans = [Span([next(blocks) for _ in range(-(-n // size))], n, 1) for n in lengths]
+    [group] = plan(spans, block_tokens=size, token_bytes=1, dtype=torch.float32, window=window)
+    assert isinstance(group.slots, Tensor)
+    for row, span in enumerate(spans):
+        seen = range(max(0, span.context - (window or span.context)), span.context)
+        own = [span.blocks[at // size] * size + at % size for at in seen]
+        assert group.slots[row].tolist() == own + [own[0]] * (group.slots.shape[1] - len(own))
+        if group.mask is not None:
+            assert torch.isfinite(group.mask[row, 0, 0]).sum() == len(own)
+        else:
+            assert group.slots.shape[1] == len(own)
