@@ -27,7 +27,7 @@ endef
 .PHONY: help
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
-	    while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	    while IFS=$$'\t' read -r name text; do printf '  make %-22s %s\n' "$$name" "$$text"; done
 
 $(CORE): $(SOURCES)
 	@PYTHON='$(PYTHON)' .ci/venv core

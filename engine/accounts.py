@@ -11,18 +11,21 @@ has to be refused costs nobody anything. A namespace without a quota pays two ad
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from respkv.engine.clock import Clock
 from respkv.engine.coldest import Coldest, goes_along
 from respkv.engine.entry import Entry
 from respkv.engine.history import Reason
-from respkv.engine.spaces import Account, Limits, Plan, Space
+from respkv.engine.spaces import OTHERS_MAX, Account, Limits, Plan, Space
 from respkv.engine.watch import Watcher
 from respkv.errors import QuotaExceeded
 from respkv.page import namespace_of
 
 logger = logging.getLogger(__name__)
+
+DOUBT_S = 60.0  # for which what a namespace is sent is asked for its owner before it gets room
+DOUBTS_MAX = 4  # full accounts that are asked whether they could make room; each takes 10 us
 
 Saved = tuple[bytes, bytes | None, int, int]  # namespace, tenant, its limit, the tenants' default
 
@@ -113,11 +116,18 @@ class Accounts(Watcher):
     # -- quotas -------------------------------------------------------------------------------
 
     def make_room(
-        self, namespace: bytes, tenant: bytes, nbytes: int, keep: Collection[Entry] = ()
+        self,
+        namespace: bytes,
+        tenant: bytes,
+        nbytes: int,
+        keep: Collection[Entry] = (),
+        *,
+        is_trial: bool = False,
     ) -> None:
         """Let ``nbytes`` more of a tenant fit under its quotas, evicting for them.
 
         keep:   pages that must not go for it, as the one that the new page stands behind.
+        is_trial: nobody goes yet; it is only refused if it would be.
         Raises QuotaExceeded when they cannot fit; nothing has gone then.
         """
         if not self._num_limited:
@@ -127,16 +137,54 @@ class Accounts(Watcher):
             return
         own_over, whole_over = space.over(tenant, nbytes)
         if own_over > 0 or whole_over > 0:
-            plan = self._new_plan(keep)
+            plan, turn = self._new_plan(keep), space.turn
             error = self._plan_put(plan, space, tenant, nbytes)
-            self._carry_out(plan, space, error)
+            if is_trial and not error:
+                plan.end(is_final=False)
+                space.turn = turn
+            else:
+                self._carry_out(plan, space, error)
 
-    def check_put(self, key: bytes, tenant: bytes, nbytes: int, parent: Entry | None) -> None:
+    def check_put(
+        self,
+        key: bytes,
+        tenant: bytes,
+        nbytes: int,
+        parent: Entry | None,
+        *,
+        is_trial: bool = False,
+    ) -> None:
         """Let a page fit that is about to be published, beside the one it is put behind.
 
         The value that the key has now stays until the new one takes its place.
+        is_trial: nobody goes yet; it is only refused if it would be.
         """
-        self.make_room(namespace_of(key), tenant, nbytes, () if parent is None else (parent,))
+        keep = () if parent is None else (parent,)
+        self.make_room(namespace_of(key), tenant, nbytes, keep, is_trial=is_trial)
+
+    def is_in_doubt(self, namespace: bytes, nbytes: int) -> bool:
+        """Whether a put of so many bytes may be refused, of whose owner nothing is known yet.
+
+        It may where one was refused of late, and where the namespace is full, or one of its tenants,
+        and too much of that may not go. Of many tenants none is asked. Nothing changes.
+        """
+        space = self.spaces.get(namespace) if self._num_limited else None
+        if space is None or not space.limits.is_any:
+            return False
+        most, tenants_most = space.limits.max_bytes, space.limits.tenant_bytes
+        if self._clock.now < space.refused_until or 0 < most < nbytes or 0 < tenants_most < nbytes:
+            return True
+        if len(space.accounts) > OTHERS_MAX:
+            return False
+        every = list(space.accounts.values())
+        asked = [
+            ([each], each.nbytes + nbytes - each.max_bytes) for each in every if each.max_bytes
+        ]
+        asked = [(accounts, over) for accounts, over in asked if over > 0]
+        del asked[DOUBTS_MAX:]
+        if most:
+            asked.append((every, space.nbytes + nbytes - most))
+        return any(self._can_not_free(accounts, over) for accounts, over in asked)
 
     def set_limits(self, namespace: bytes, limits: Limits, *, is_forced: bool = False) -> None:
         """Put the limits of a namespace in force, evicting what is over them.
@@ -250,6 +298,12 @@ class Accounts(Watcher):
                 if entry.account is not None and entry.account.space is space:
                     self.requeue(entry)
 
+    def _can_not_free(self, accounts: Sequence[Account], nbytes: int) -> bool:
+        plan = self._new_plan()
+        freed = plan.doom(accounts, nbytes)
+        plan.end(is_final=False)
+        return freed < nbytes
+
     def _new_plan(self, keep: Collection[Entry] = ()) -> Plan:
         return Plan(self._clock.now, self.is_held, keep)
 
@@ -258,6 +312,7 @@ class Accounts(Watcher):
         going = plan.end(is_final=not error)
         if error:
             space.num_refused += 1
+            space.refused_until = self._clock.now + DOUBT_S
             self.num_refused += 1
             raise QuotaExceeded(error)
         for entry in going:

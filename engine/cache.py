@@ -133,9 +133,7 @@ class Cache(Residents):
         Raises QuotaExceeded when its owner may not keep so much; the landing is as it was then.
         """
         self.check_key(key, landing.nbytes)
-        if how.kind == "kvpage":
-            parent = self.entries.get(how.parent) if how.parent else None
-            self.accounts.check_put(key, how.tenant, landing.nbytes, parent)
+        self._check_put(key, landing.nbytes, how)
         self._close(landing)
         return self.publish(key, landing.slot, landing.nbytes, checksum, how)
 
@@ -147,12 +145,21 @@ class Cache(Residents):
         if len(value) <= SMALL_BYTES_MAX and how.kind == "string":
             return self.put_small(key, value, how)
         self.check_key(key, len(value))
-        landing = self.reserve(len(value))
+        slot = self.slabs.take(len(value))
+        if slot is None:  # nobody makes room for what its owner may not keep
+            self._check_put(key, len(value), how, is_trial=True)
+            slot = self._take(len(value))
+        landing = self.adopt(slot)
         landing.write(value)
         try:
             return self.commit(key, landing, how)
         finally:
             self.abandon(landing)
+
+    def _check_put(self, key: bytes, nbytes: int, how: Put, *, is_trial: bool = False) -> None:
+        if how.kind == "kvpage":
+            parent = self.entries.get(how.parent) if how.parent else None
+            self.accounts.check_put(key, how.tenant, nbytes, parent, is_trial=is_trial)
 
     def put_small(self, key: bytes, value: bytes, how: Put) -> Entry:
         """Store a value of at most SMALL_BYTES_MAX bytes on the heap."""

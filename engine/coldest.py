@@ -8,7 +8,8 @@ A hit writes ``touched`` and calls nobody, so a page's rank is read again when i
 of a heap: one that was used since goes back in. Pages with others behind them are parked until the
 last of those has gone; pinned and promised ones wait for their deadline. Others that may not go are
 few as a rule and are looked at again each time; where they are many they rest, the longer the more
-they are, so that looking never takes all the time there is.
+they are, so that looking never takes all the time there is. One plan passes over HELD_MAX of them and
+then says that nobody may go; the next goes on behind them.
 """
 
 import heapq
@@ -19,6 +20,7 @@ from respkv.page import Part
 
 SLACK = 1024  # void places in a heap that do not matter
 HELD_FEW = 64
+HELD_MAX = 4096  # some 20 ms
 HELD_REST_S = 0.1
 HELD_REST_EACH_S = 5e-5  # some ten times what a look takes
 
@@ -36,6 +38,7 @@ class Coldest:
         self._waiting: list[tuple[float, int, Entry]] = []
         self._parked: set[Entry] = set()
         self._passed: list[Entry] = []  # held ones met while a plan was made
+        self._wakes_left = HELD_MAX  # in this plan; more only when nobody else is left
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -73,11 +76,9 @@ class Coldest:
 
         doomed: pages that will go before it, and are behind nothing any more.
         """
-        while self._waiting and self._waiting[0][0] <= now:
-            _, ticket, entry = heapq.heappop(self._waiting)
-            if self._tickets.get(entry) == ticket:
-                self._push(entry)
-        while self._heap:
+        self._wake(now, self._wakes_left)
+        self._wakes_left = 0
+        while len(self._passed) < HELD_MAX and (self._heap or self._wake(now, HELD_FEW)):
             rank, entry = self._heap[0]
             if entry in doomed or not self._is_current(rank, entry) or goes_along(entry):
                 heapq.heappop(self._heap)
@@ -98,6 +99,7 @@ class Coldest:
 
     def end_plan(self, spared: Iterable[Entry], now: float) -> None:
         """Take back those that were passed over, and those ``spared`` that did not have to go."""
+        self._wakes_left = HELD_MAX
         held: list[Entry] = []
         for entry in self._passed:
             if entry in self._tickets:
@@ -109,12 +111,24 @@ class Coldest:
         if len(held) <= HELD_FEW:
             spared = (*held, *spared)
         else:
-            rest_s = max(HELD_REST_S, len(held) * HELD_REST_EACH_S)
+            # Where not all were met it is long enough for meeting the others before these again.
+            number = len(held) if len(held) < HELD_MAX else len(self._tickets)
+            rest_s = max(HELD_REST_S, number * HELD_REST_EACH_S)
             for entry in held:
                 self._rest(entry, now + rest_s)
         for entry in spared:
             if entry in self._tickets:
                 self._push(entry)
+
+    def _wake(self, now: float, count_max: int) -> bool:
+        """Look again at those that have rested, at so many at most; whether there were any."""
+        for count in range(count_max):
+            if not self._waiting or self._waiting[0][0] > now:
+                return count > 0
+            _, ticket, entry = heapq.heappop(self._waiting)
+            if self._tickets.get(entry) == ticket:
+                self._push(entry)
+        return count_max > 0
 
     def _push(self, entry: Entry) -> None:
         self._renew(entry)

@@ -186,7 +186,8 @@ class Namespaces:
         if known is not None and known.identity != schema.identity:
             raise SchemaMismatch(
                 f"namespace {_shown(schema.namespace)} has {_described(known)}, "
-                f"not {_described(schema)}; use another namespace or KV.SCHEMA DEL this one"
+                f"not {_described(schema)}{_if_of_other_weights(known, schema)}; "
+                "use another namespace or KV.SCHEMA DEL this one"
             )
         if known is not None and _targets(known) != _targets(schema):
             self.chosen.pop(schema.namespace, None)
@@ -251,8 +252,10 @@ def _targets(schema: Schema) -> tuple[float, float, bool]:
     return schema.error_max, schema.ratio_min, schema.is_tuned
 
 
-def _shown(namespace: bytes) -> str:
-    return repr(namespace.decode(errors="replace"))
+def _shown(text: bytes) -> str:
+    """Return bytes for a message: hashes, which fingerprints and seeds are, as hexadecimal digits."""
+    shown = text.decode(errors="replace")
+    return repr(shown) if shown.isprintable() and shown.encode() == text else text.hex()
 
 
 def _described(schema: Schema) -> str:
@@ -263,6 +266,13 @@ def _described(schema: Schema) -> str:
         f"dtype {shape.dtype}, fingerprint {_shown(schema.fingerprint)}, "
         f"hash {_shown(schema.hash_algorithm)}, seed {_shown(schema.seed)}{groups}"
     )
+
+
+def _if_of_other_weights(known: Schema, schema: Schema) -> str:
+    """Say so when weights are all that differs; who hashes them may take the hash as seed, too."""
+    alike = replace(known, fingerprint=schema.fingerprint, seed=schema.seed)
+    is_so = known.fingerprint != schema.fingerprint and _described(alike) == _described(schema)
+    return ": the same shape, of other weights" if is_so else ""
 
 
 def _shape_described(shape: Geometry) -> str:

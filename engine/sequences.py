@@ -190,6 +190,7 @@ class Sequences(Watcher):
                 f"only {len(front) * prompt.page_tokens} of the {first_token} tokens in front are "
                 f"here; put them first, FROM {len(front) * prompt.page_tokens}"
             )
+        prompt.ids(prompt.num_pages)  # at once: each that is asked for alone copies those before it
         pieces = [self._piece(prompt, index) for index in range(first, prompt.num_pages)]
         if prompt.tail_tokens:
             pieces.append(self._piece(prompt, prompt.num_pages))

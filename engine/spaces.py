@@ -70,6 +70,7 @@ class Space:
         "num_evicted",
         "num_pages",
         "num_refused",
+        "refused_until",
         "turn",
     )
 
@@ -81,6 +82,7 @@ class Space:
         self.num_pages = 0
         self.num_evicted = 0
         self.num_refused = 0
+        self.refused_until = 0.0  # monotonic: a put was refused of late, and others may be
         self.turn = 0
 
     def in_turn(self, accounts: Sequence[Account]) -> Iterator[Sequence[Account]]:

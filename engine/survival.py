@@ -95,7 +95,9 @@ class Curve:
             ratio /= sum(map(mul, prior, seen)) + RATIO_COUNT
             scaled = [rate if rate < 1.0 else 1.0 for rate in (each * ratio for each in prior)]
             rows = zip(self.continued, scaled, seen, strict=True)
-            return [(done + PSEUDO_COUNT * rate) / (all_ + PSEUDO_COUNT) for done, rate, all_ in rows]
+            return [
+                (done + PSEUDO_COUNT * rate) / (all_ + PSEUDO_COUNT) for done, rate, all_ in rows
+            ]
         rates: list[float] = []
         before = _PRIOR_SHARE
         for at in range(NUM_BINS):

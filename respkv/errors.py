@@ -5,6 +5,10 @@ do. Anything else that escapes is a bug and is left to crash its actor. ``code``
 of the RESP error that a server makes of it.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import ClassVar
 
 
@@ -24,6 +28,10 @@ class ProtocolError(CacheError):
 
 class ConfigError(CacheError):
     """A setting is wrong. The message names where it stands, its value and what is accepted."""
+
+
+class MissingExtra(CacheError, ModuleNotFoundError):
+    """A package that comes with an extra is not installed. The message says what to install."""
 
 
 class Busy(CacheError):
@@ -110,3 +118,27 @@ class ConnectionLost(CacheError):
 
 class TimedOut(CacheError):
     """No answer came in time; the connection was closed."""
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Raise MissingExtra unless all packages that ``what`` needs are installed. Imports none."""
+    missing = [package for package in packages if not _is_installed(package)]
+    if missing:
+        raise MissingExtra(
+            f"{what} needs {', '.join(missing)}, not installed: pip install 'respkv[{extra}]'",
+            name=missing[0],
+        )
+
+
+@contextmanager
+def required(what: str, extra: str, *packages: str) -> Iterator[None]:
+    """``require``, as a block around the imports that need it, which have to be at a module's top."""
+    require(what, extra, *packages)
+    yield
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ModuleNotFoundError, ValueError):  # refused by a finder; or put there without a spec
+        return package in sys.modules

@@ -53,9 +53,9 @@ PREFIX = struct.Struct("<8s8sQQQQQQII")
 _SEAL = struct.Struct("<Q")
 SEALED_FROM = 24
 HEAD_PREFIX_BYTES = PREFIX.size
-VALUE = struct.Struct("<BBQQ")  # 0, codec, offset, stored bytes
+VALUE = struct.Struct("<BBQQ")  # 0 or 3, codec, offset, stored bytes
 BURY = struct.Struct("<BHQ")  # 1, key bytes, generation
-IS_VALUE, IS_BURY, IS_CHANGE = range(3)
+IS_VALUE, IS_BURY, IS_CHANGE, IS_COPY = range(4)
 _ITEM_BYTES_MAX = VALUE.size + META.size + BEHIND_BYTES_MAX
 
 
@@ -73,12 +73,17 @@ class Change(NamedTuple):
 
 
 class ValueItem(NamedTuple):
-    """A value of a batch. offset: of its page header, from the start of the batch."""
+    """A value of a batch.
+
+    offset:  of its page header, from the start of the batch.
+    is_copy: reclaim has copied it here, so an earlier batch may have a newer value of its key.
+    """
 
     meta: Meta
     offset: int
     stored_bytes: int
     codec: int
+    is_copy: bool = False
 
 
 Note = Bury | Change
@@ -122,6 +127,7 @@ class _Image(NamedTuple):
     codec: int
     image: memoryview | None
     checksum: int | None
+    is_copy: bool
 
     @property
     def stored_bytes(self) -> int:
@@ -186,6 +192,7 @@ class Batch:
         codec: int = RAW,
         image: memoryview | None = None,
         checksum: int | None = None,
+        is_copy: bool = False,
     ) -> None:
         """Add a value.
 
@@ -193,11 +200,12 @@ class Batch:
         image:    header, payload and padding up to 4096 bytes in one 4096-aligned piece, only of a
                   raw value; its header says already what ``meta`` says.
         checksum: of the payload as stored, where it is known and not raw; else ``encode`` takes it.
+        is_copy:  see ``ValueItem``.
         """
         self._count(VALUE.size + meta_bytes(meta), meta)
         assert codec != RAW or payload.nbytes == meta.payload_bytes
         image = None if image is None else image[: self._padded(payload)]
-        value = _Image(meta, payload, codec, image, checksum)
+        value = _Image(meta, payload, codec, image, checksum, is_copy)
         if image is not None:
             assert codec == RAW
             assert image.nbytes == self._padded(payload), "an image is cut short"
@@ -282,7 +290,8 @@ class Batch:
     def _encode_items(self, offsets: list[int]) -> bytes:
         parts: list[bytes] = []
         for value, at in zip(self._images, offsets, strict=True):
-            parts.append(VALUE.pack(IS_VALUE, value.codec, at, value.stored_bytes))
+            kind = IS_COPY if value.is_copy else IS_VALUE
+            parts.append(VALUE.pack(kind, value.codec, at, value.stored_bytes))
             parts.append(pack_meta(value.meta))
         for note in self._notes:
             if isinstance(note, Bury):

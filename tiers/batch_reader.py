@@ -9,6 +9,7 @@ from respkv.tiers.batch import (
     HEAD_PREFIX_BYTES,
     IS_BURY,
     IS_CHANGE,
+    IS_COPY,
     IS_VALUE,
     MAGIC,
     PREFIX,
@@ -86,10 +87,10 @@ def _decode_items(head: bytes, num_items: int) -> tuple[Item, ...]:
 
 def _decode_item(head: bytes, at: int) -> tuple[Item, int]:
     kind = head[at]
-    if kind == IS_VALUE:
+    if kind in (IS_VALUE, IS_COPY):
         _, codec, offset, stored_bytes = VALUE.unpack_from(head, at)
         meta, end = unpack_meta(head, at + VALUE.size)
-        return ValueItem(meta, offset, stored_bytes, codec), end
+        return ValueItem(meta, offset, stored_bytes, codec, kind == IS_COPY), end
     if kind == IS_BURY:
         _, key_bytes, generation = BURY.unpack_from(head, at)
         at += BURY.size

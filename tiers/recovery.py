@@ -228,15 +228,15 @@ class _Recovery:
         async with anyio.create_task_group() as group:
             for file in self.survey.files:
                 row = rows.get(file.id)
+                if file.is_head_missing and replay.is_same_boot:
+                    # Else the machine may have gone down before it was written.
+                    replay.lost_notes_below = _EVERYTHING
+                    replay.damaged += 1
+                    self.messages.append(f"{segment_name(file.id)} has lost its head")
                 if file.head is not None:
                     start = _scan_from(row, file.head)
                     if start is not None:
                         group.start_soon(scan, file, file.head, start)
-                elif file.is_head_missing:
-                    # The machine went down before its first sync, or the disk has lost the head.
-                    if replay.is_same_boot:
-                        replay.lost_notes_below = _EVERYTHING
-                        replay.damaged += 1
                 elif not file.is_blank:
                     # It may have had notes: torn writes leave a blank head or one of two copies.
                     replay.lost_notes_below = _EVERYTHING
@@ -315,21 +315,20 @@ class _Recovery:
 
     def _drop_mutable(self) -> None:
         replay = self._replay
-        lost_below = replay.lost_notes_below
         if self.superblock is None or self.survey.broken_checkpoints == len(CHECKPOINT_NAMES):
-            lost_below = _EVERYTHING
+            replay.lost_notes_below = _EVERYTHING
             self.messages.append("what may have been overwritten since is dropped")
         kept_from = Level.WRITTEN if replay.is_same_boot else Level.DURABLE
         dropped = [
             key
             for key, (meta, record) in replay.live.items()
-            if (meta.level < kept_from or record.sequence < lost_below)
+            if (meta.level < kept_from or replay.may_be_superseded(meta, record))
             and not is_content_addressed(key, meta.kind)
         ]
         for key in dropped:
             del replay.live[key]
         self.counts.dropped_mutable += len(dropped)
-        if lost_below:
+        if replay.lost_notes_below:
             self.messages.append("notes of overwritten keys may be lost")
 
     # -- the result ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ class Replay:
         cut only what was synced must, and that nothing says: all that is not whole counts as torn.
     acked:    batches up to this sequence are known to have been acknowledged.
     lost_notes_below: notes of acknowledged batches below this sequence may be missing.
+    copies:   the generations of values that reclaim had copied, by key.
     """
 
     live: dict[bytes, Found]
@@ -38,6 +39,7 @@ class Replay:
     replayed: int = 0
     damaged: int = 0
     torn: int = 0
+    copies: dict[bytes, int] = field(default_factory=dict[bytes, int])
     notes: list[tuple[int, int, Note]] = field(default_factory=list["tuple[int, int, Note]"])
     _floor: dict[bytes, int] = field(default_factory=dict[bytes, int])  # void up to, by key
 
@@ -93,6 +95,15 @@ class Replay:
     def _see(self, generation: int) -> None:
         self.next_generation = max(self.next_generation, generation + 1)
 
+    def may_be_superseded(self, meta: Meta, record: Record) -> bool:
+        """Whether what is missing may have buried or replaced a value.
+
+        A value was put when its batch was written, a copy long before that: while the newer value
+        waits for its sync, the older one is kept, and copied behind it.
+        """
+        is_copy = self.copies.get(meta.key) == meta.generation
+        return record.sequence < self.lost_notes_below or (self.lost_notes_below > 0 and is_copy)
+
     def _add(self, item: ValueItem, batch: ScannedBatch, segment_id: int) -> None:
         meta = item.meta
         there = self.live.get(meta.key)
@@ -101,6 +112,8 @@ class Replay:
         if there is not None and there[0].generation > meta.generation:
             return
         self.replayed += 1
+        if item.is_copy:
+            self.copies[meta.key] = meta.generation
         self.live[meta.key] = meta, _record(item, batch, segment_id)
 
     def _bury(self, key: bytes, generation: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import anyio
 
 from respkv.errors import PageCorrupt
+from respkv.tiers.batch import NONCE_BYTES
 from respkv.tiers.batch_reader import peek
 from respkv.tiers.checkpoint import (
     BLOCK_BYTES,
@@ -38,8 +39,8 @@ DAMAGE = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN, errn
 class SegmentFile:
     """A segment's file.
 
-    head: None when it is damaged, was never written (``is_blank``), or is that of an earlier use or
-          blank though a batch stands behind it (``is_head_missing``).
+    head: None when it is damaged, or was never written (``is_blank``).
+    is_head_missing: it is blank or that of an earlier use, and the batch behind it of a later one.
     """
 
     id: int
@@ -108,14 +109,11 @@ class Survey:
                 raise PageCorrupt(f"it is segment {file.head.id}")
         except PageCorrupt as error:
             file.head = None
-            file.is_blank = not any(place)
-            if any(place[:SEGMENT_HEAD_BYTES]):
+            file.is_blank = not any(place[:SEGMENT_HEAD_BYTES])
+            if not file.is_blank:
                 self.messages.append(f"{name} is damaged: {error}")
                 return
-        if _is_of_later_use(place[SEGMENT_HEAD_BYTES:], file.head):
-            file.head = None
-            file.is_head_missing = True
-            self.messages.append(f"{name} has a batch whose segment's head is missing")
+        file.is_head_missing = _is_of_later_use(place[SEGMENT_HEAD_BYTES:], file.head)
 
     async def read_checkpoints(self) -> tuple[str | None, Checkpoint | None]:
         """Return the newest checkpoint that is whole, and its name."""
@@ -162,7 +160,11 @@ def _is_of_later_use(place: memoryview, head: SegmentHead | None) -> bool:
     if found is None:
         return False
     nonce, sequence = found
-    return head is None or (nonce != head.nonce and sequence >= head.sequence)
+    if head is None:
+        return True
+    # Nonces are drawn: those of two uses differ nearly everywhere, a damaged one does in a byte.
+    differing = sum(a != b for a, b in zip(nonce, head.nonce, strict=True))
+    return sequence >= head.sequence and 2 * differing > NONCE_BYTES
 
 
 def _blocks(part: memoryview) -> Iterator[memoryview]:

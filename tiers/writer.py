@@ -250,6 +250,7 @@ class Writer:
                         pending.payload,
                         codec=pending.codec,
                         image=pending.image,
+                        is_copy=pending.source is not None,
                     )
         return batch, members, rest
 

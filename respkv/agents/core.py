@@ -61,15 +61,18 @@ class Core:
         max_bytes: int,
         max_items: int,
     ) -> None:
-        if not _NAMESPACE.fullmatch(namespace):
+        if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
             raise ConfigError(
                 f"namespace = {namespace!r}: accepted are 1 to 64 letters, digits and . _ -"
             )
-        if ttl_s is not None and not 0 < ttl_s <= TTL_S_MAX:
-            raise ConfigError(f"ttl_s = {ttl_s}: accepted are more than 0 and up to {TTL_S_MAX:g}")
+        is_time = isinstance(ttl_s, int | float) and not isinstance(ttl_s, bool)
+        if ttl_s is not None and not (is_time and 0 < ttl_s <= TTL_S_MAX):
+            raise ConfigError(
+                f"ttl_s = {ttl_s!r}: accepted are more than 0 and up to {TTL_S_MAX:g}, or None"
+            )
         for name, value in (("max_bytes", max_bytes), ("max_items", max_items)):
-            if value < 1:
-                raise ConfigError(f"{name} = {value}: accepted are numbers from 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} = {value!r}: accepted are whole numbers from 1")
         self.key = document.key_of(namespace, agent, session)
         self._agent, self._session = agent, session
         self._px: list[Arg] = [] if ttl_s is None else ["PX", max(1, math.ceil(ttl_s * 1000))]
@@ -89,8 +92,8 @@ class Core:
     def items(self, name: str, last: int | None) -> Steps[Items]:
         """Return a list's items."""
         document.check_name("name", name)
-        if last is not None and last < 0:
-            raise ValueError(f"last = {last}: at least 0 items are asked for")
+        if last is not None and (not isinstance(last, int) or last < 0):
+            raise ValueError(f"last = {last!r}: at least 0 items are asked for")
         values, _ = yield from self._read()
         items = document.items_of(values, name)
         return items if last is None else items[len(items) - min(last, len(items)) :]
@@ -169,8 +172,8 @@ class Core:
             result = change(values)
             after = document.encode(values, self._agent, self._session)
             document.check_fits(len(after), self._max_bytes)
-            if after == before:
-                return result
+            if after == before or (before is None and not values):
+                return result  # nothing has changed; a session begins with its first value
             condition: list[Arg] = ["NX"] if before is None else ["IFEQ", before]
             reply = yield from self._ask(["SET", self.key, after, *condition, *self._px])
             if reply is not None:

@@ -5,8 +5,10 @@ append, a transfer from one list to another, a clear. Nothing of it can expire o
 from the rest, and one time to live is the session's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from enum import Enum
 from hashlib import blake2b
+from types import NoneType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -19,6 +21,7 @@ Items: TypeAlias = list[Any]
 MAGIC = b"KVMEM\x01"
 NAME_BYTES_MAX = 1024
 NAMES_MAX = 1024
+DEPTH_MAX = 100  # of lists and dicts in each other: whoever reads a value shall be able to
 
 
 class Document(msgspec.Struct, frozen=True, array_like=True):
@@ -28,6 +31,10 @@ class Document(msgspec.Struct, frozen=True, array_like=True):
     session: str
     values: Values
 
+
+_KINDS = "a value is made of None, bool, int (64 bits), float, str, bytes, list and dict"
+CONTAINERS = (list, dict, tuple, set, frozenset)
+SCALARS = (NoneType, bool, int, float, str, bytes, bytearray, memoryview)
 
 _decoder = msgspec.msgpack.Decoder(Document)
 _encoder = msgspec.msgpack.Encoder()
@@ -72,10 +79,53 @@ def encode(values: Values, agent: str, session: str) -> bytes:
 
 def put(values: Values, name: str, value: Any) -> None:
     """Set a name. Raises TypeError or ValueError for a value that cannot be kept."""
+    check_value(value)
     _packed(value)
+    _set(values, name, value)
+
+
+def _set(values: Values, name: str, value: Any) -> None:
     if name not in values and len(values) >= NAMES_MAX:
         raise ValueError(f"a session has at most {NAMES_MAX} names; delete some")
     values[name] = value
+
+
+def check_value(value: object) -> None:
+    """Raise TypeError or ValueError for a value that would not come back as it is.
+
+    The encoder would write others, too: a time as text, a dataclass as a dict.
+    """
+    found = _containers([value])
+    for _ in range(DEPTH_MAX):
+        if not found:
+            return
+        parts: list[object] = []
+        for each in found:
+            if isinstance(each, dict):
+                _check_keys(each)
+                parts += each.values()
+            else:
+                parts += each
+        found = _containers(parts)
+    if found:
+        raise ValueError(f"a value has at most {DEPTH_MAX} lists and dicts in each other")
+
+
+def _containers(values: Iterable[object]) -> list[Any]:
+    """Return what has values in it, each once. Raises TypeError for what is no value."""
+    found: dict[int, object] = {}
+    for each in values:
+        if isinstance(each, CONTAINERS):
+            found[id(each)] = each
+        elif not isinstance(each, SCALARS) or isinstance(each, Enum):
+            raise TypeError(f"{_KINDS}, not {type(each).__name__}")
+    return [*found.values()]
+
+
+def _check_keys(found: dict[object, object]) -> None:
+    for key in found:
+        if not isinstance(key, SCALARS) or isinstance(key, Enum):
+            raise TypeError(f"{_KINDS}; a key of a dict is none of the last two, not {key!r}")
 
 
 def append(values: Values, name: str, items: Items, max_items: int) -> Items:
@@ -83,9 +133,11 @@ def append(values: Values, name: str, items: Items, max_items: int) -> Items:
 
     Raises TypeError when what is there is no list, or an item cannot be kept.
     """
+    for item in items:
+        check_value(item)
     found = items_of(values, name)
     kept = [*found, *items][-max_items:]
-    put(values, name, kept)
+    _set(values, name, kept)
     return kept
 
 
@@ -127,9 +179,7 @@ def _packed(value: Any) -> bytes:
     try:
         return _encoder.encode(value)
     except (TypeError, OverflowError, RecursionError, UnicodeEncodeError) as error:
-        raise TypeError(
-            f"a value is made of None, bool, int (64 bits), float, str, bytes, list and dict: {error}"
-        ) from error
+        raise TypeError(f"{_KINDS}: {error}") from error
 
 
 def _hash(what: str, name: str) -> str:

@@ -5,13 +5,17 @@ step: take in what came, drop who cancelled, admit, plan, compute, choose tokens
 threads put requests into a bounded line and read tickets; they never wait for a step.
 """
 
+import atexit
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Self
 
 import torch
@@ -62,6 +66,7 @@ class ModelLoop:
     """Serves requests with one model, many at a time, from its construction until ``close``.
 
     runner: the model and its cache; the loop's thread owns it from now on, and closes it.
+    A program that ends without ``close`` closes it then, and what is under way ends as cancelled.
     """
 
     def __init__(self, runner: Runner, *, limits: Limits | None = None) -> None:
@@ -78,17 +83,24 @@ class ModelLoop:
         self._inbox: deque[Job] = deque()
         self._cancelled: deque[Ticket] = deque()
         self._errands: deque[tuple[Callable[[], int], Future[int]]] = deque()
-        self._submitted = self._rejected = self._waiting = 0
+        self._submitted = self._rejected = 0
         self._close_at: float | None = None
+        self._process = os.getpid()
         self._crash: BaseException | None = None
         self._is_over = False
         self._thread = threading.Thread(target=self._run, name="respkv-model", daemon=True)
+        # An interpreter that ends stops threads where they are, and torch aborts the process then.
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests are taken: it was neither closed, nor did the model crash."""
-        return not self._is_over and self._close_at is None
+        """Whether requests are taken: it was neither closed, nor did the model crash.
+
+        Nor is this a process that was forked from its own: no thread goes along there.
+        """
+        return not self._is_over and self._close_at is None and not self._is_forked
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Put a request into the waiting line, from any thread, without waiting.
@@ -98,22 +110,26 @@ class ModelLoop:
         sequence = self._checked(request)
         ticket = Ticket(self._cancel)
         job = Job(sequence, ticket, time.perf_counter())
+        self._check_process()
         with self._news:
             self._check_open()
-            if self._waiting >= self.limits.waiting_max:
+            if self._num_waiting() >= self.limits.waiting_max:
                 self._rejected += 1
-                raise Busy(f"{self._waiting} requests wait already; try again later")
+                raise Busy(f"{self._num_waiting()} requests wait already; try again later")
             self._submitted += 1
             sequence.id = self._submitted
-            self._waiting += 1
             self._inbox.append(job)
             self._news.notify()
         return ticket
 
     def stats(self) -> LoopStats:
-        """Return what was done so far, and what is under way; from any thread."""
+        """Return what was done so far, and what is under way; from any thread.
+
+        Raises LoopClosed in a process that was forked from the loop's.
+        """
+        self._check_process()
         with self._news:
-            submitted, rejected, waiting = self._submitted, self._rejected, self._waiting
+            submitted, rejected, waiting = self._submitted, self._rejected, self._num_waiting()
         running = [*self._scheduler.running, *self._scheduler.loading]
         return LoopStats(
             running=len(running),
@@ -131,6 +147,7 @@ class ModelLoop:
         It waits for the end of a step. Raises LoopClosed.
         """
         done: Future[int] = Future()
+        self._check_process()
         with self._news:
             self._check_open()
             self._errands.append((self.runner.clear, done))
@@ -140,11 +157,15 @@ class ModelLoop:
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, end those there are, and close the runner; idempotent.
 
-        drain_s: so long they may take to finish; then they end as cancelled.
+        drain_s: so long they may take to finish; then they end as cancelled. Of several calls the
+                 most impatient one counts.
+        Returns when the loop's thread has ended; in a process that was forked, at once.
         """
+        if self._is_forked:
+            return
+        close_at = time.perf_counter() + drain_s
         with self._news:
-            if self._close_at is None:
-                self._close_at = time.perf_counter() + drain_s
+            self._close_at = min(close_at, self._close_at or close_at)
             self._news.notify()
         self._thread.join()
 
@@ -174,6 +195,22 @@ class ModelLoop:
                 raise BadRequest(f"token {token} is not one of the model's {runner.vocab_size}")
         return sequence
 
+    @property
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._process
+
+    def _check_process(self) -> None:
+        """Raise where nobody would ever answer, and the lock may be held by a thread left behind."""
+        if self._is_forked:
+            raise LoopClosed(
+                f"the model loop runs in process {self._process}, which this one was forked from;"
+                " make a loop here"
+            )
+
+    def _num_waiting(self) -> int:
+        """Return how many requests are computed when there is a place; the lock is held."""
+        return len(self._inbox) + len(self._scheduler.waiting)
+
     def _check_open(self) -> None:
         if self._crash is not None:
             raise LoopClosed(f"the model crashed: {self._crash!r}") from self._crash
@@ -181,6 +218,8 @@ class ModelLoop:
             raise LoopClosed("the model loop is closed")
 
     def _cancel(self, ticket: Ticket) -> None:
+        if self._is_forked:
+            return
         with self._news:
             self._cancelled.append(ticket)
             self._news.notify()
@@ -198,6 +237,8 @@ class ModelLoop:
             self._is_over = True
             left = [*self._jobs.values(), *self._inbox]
             errands = list(self._errands)
+            for each in (self._inbox, self._jobs, self._by_ticket, self._scheduler):
+                each.clear()
         for job in left:
             if self._crash is None:
                 self._counts.cancelled += 1
@@ -208,6 +249,7 @@ class ModelLoop:
         for _, done in errands:
             done.set_exception(LoopClosed("the model loop is closed"))
         self.runner.close(is_good=self._crash is None)
+        atexit.unregister(self._at_exit)
 
     def _take_news(self) -> bool:
         """Take in what other threads want, waiting for it if there is nothing to do; False: end."""
@@ -216,13 +258,13 @@ class ModelLoop:
                 self._jobs or self._inbox or self._cancelled or self._errands or self._close_at
             ):
                 self._news.wait()
-            arrived, cancelled = list(self._inbox), list(self._cancelled)
-            self._inbox.clear()
+            while self._inbox:  # as one step, for those who count who waits
+                job = self._inbox.popleft()
+                self._jobs[job.sequence] = self._by_ticket[job.ticket] = job
+                self._scheduler.add(job.sequence)
+            cancelled = list(self._cancelled)
             self._cancelled.clear()
             close_at = self._close_at
-        for job in arrived:
-            self._jobs[job.sequence] = self._by_ticket[job.ticket] = job
-            self._scheduler.add(job.sequence)
         for ticket in cancelled:
             if ticket in self._by_ticket:  # else it has finished meanwhile
                 self._end(self._by_ticket[ticket], None, "cancelled")
@@ -264,8 +306,6 @@ class ModelLoop:
         if request.shares:
             counts.prefix_hits += job.saved > 0
             counts.prefix_misses += job.saved == 0
-        with self._news:
-            self._waiting -= 1
 
     def _choose(self, logits: Tensor, jobs: list[Job]) -> None:
         """Give each of the jobs its next token, and tell its reader."""
@@ -313,7 +353,10 @@ class ModelLoop:
     def _forget(self, job: Job) -> bool:
         """Take a job out of the tables; returns whether its sequence has memory."""
         del self._jobs[job.sequence], self._by_ticket[job.ticket]
-        if job.admitted is None:
-            with self._news:
-                self._waiting -= 1
         return self._scheduler.remove(job.sequence) and job.sequence.request.use_cache
+
+
+def _close(reference: "weakref.ref[ModelLoop]") -> None:
+    loop = reference()
+    if loop is not None:
+        loop.close()

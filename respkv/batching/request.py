@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
+from operator import index
 from typing import Final, Literal, TypeAlias
 
 from respkv.errors import CacheError
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 SEED_MAX: Final = (1 << 64) - 1
+NAME_BYTES_MAX: Final = 1024  # of a salt or a tenant, as the server takes it
+SESSION_BYTES_MAX: Final = 256
 
 
 class BadRequest(CacheError, ValueError):
@@ -40,7 +44,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if not isinstance(value, Real | None):
+                raise BadRequest(f"{name} {value!r} must be a number")
+        for name, number in (("top_k", self.top_k), ("seed", self.seed)):
+            if number is not None:
+                _check_integer(name, number)
+        if self.temperature is None or not 0 <= self.temperature < float("inf"):
             raise BadRequest(f"temperature {self.temperature} must be 0 (greedy) or above")
         if self.top_k is not None and self.top_k < 1:
             raise BadRequest(f"top_k {self.top_k} must be 1 or more, or None for all tokens")
@@ -63,9 +73,10 @@ class GenerationRequest:
     use_cache:        False recomputes everything for every token: what a model does without a KV
                       cache, to compare with. Nothing is then looked up or stored either.
     use_prefix_cache: False neither looks up, nor shares, nor stores anything.
-    salt, tenant:     prompts that differ in these never share KV.
-    session:          the conversation, which tells the cache what will be used again.
-    Raises BadRequest when there is no prompt or no token to generate.
+    salt, tenant:     prompts that differ in these never share KV; 1024 bytes at most, as UTF-8.
+    session:          the conversation, which tells the cache what will be used again; 1 to 256 bytes.
+    Raises BadRequest for no prompt, no token to generate, and anything that is of another type or
+    length: once it is submitted, nothing of a request can be what the model's thread stumbles over.
     """
 
     tokens: Sequence[int]
@@ -79,10 +90,22 @@ class GenerationRequest:
     session: str | bytes | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tokens, str | bytes) or not hasattr(self.tokens, "__len__"):
+            raise BadRequest(f"tokens must be a sequence of integers, not {self.tokens!r:.40}")
         if len(self.tokens) == 0:
             raise BadRequest("the prompt has no tokens; give at least one")
+        _check_integer("max_new_tokens", self.max_new_tokens)
         if self.max_new_tokens < 1:
             raise BadRequest(f"max_new_tokens {self.max_new_tokens} must be 1 or more")
+        if not isinstance(self.sampling, Sampling):
+            raise BadRequest(f"sampling must be a Sampling, not {self.sampling!r:.40}")
+        if not isinstance(self.stop_tokens, set | frozenset | tuple | list):
+            raise BadRequest(f"stop_tokens must be a set of integers, not {self.stop_tokens!r:.40}")
+        for token in self.stop_tokens:
+            _check_integer("a stop token", token)
+        _check_name("salt", self.salt, 0, NAME_BYTES_MAX)
+        _check_name("tenant", self.tenant, 0, NAME_BYTES_MAX)
+        _check_name("session", self.session, 1, SESSION_BYTES_MAX)
 
     @property
     def shares(self) -> bool:
@@ -135,3 +158,24 @@ class Generation:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     timings: Timings
+
+
+def _check_integer(name: str, value: object) -> None:
+    try:
+        index(value)  # type: ignore[arg-type]  # whether it is one is the question
+    except TypeError:
+        raise BadRequest(f"{name} {value!r:.40} must be an integer") from None
+
+
+def _check_name(name: str, value: object, least: int, most: int) -> None:
+    """Check a name that goes to the server as bytes."""
+    if value is None:
+        return
+    if not isinstance(value, str | bytes):
+        raise BadRequest(f"{name} {value!r:.40} must be text or bytes")
+    try:
+        size = len(value.encode() if isinstance(value, str) else value)
+    except UnicodeEncodeError:
+        raise BadRequest(f"{name} {value!r:.40} is no text that has an encoding") from None
+    if not least <= size <= most:
+        raise BadRequest(f"{name} has {least} to {most} bytes, not {size}")

@@ -52,14 +52,15 @@ class Room(Protocol):
         """Take a sequence in, with what is cached of it, or say why not now.
 
         There is room when its tokens and one more fit beside what the others hold. With no other
-        sequence begun there always is, up to ``tokens_max``, and it is neither SOON nor LOADING.
+        sequence begun there always is, up to ``tokens_max``, and it is not SOON.
         """
         ...
 
     def arrived(self, *, wait: bool) -> Several[tuple[Sequence, Admission]]:
         """Return the sequences whose cached tokens have come, each once.
 
-        wait: until there is one; only when one is LOADING.
+        wait: a moment for one, some milliseconds, as there is nothing to compute; others may come
+              meanwhile. Only when one is LOADING.
         """
         ...
 

@@ -54,22 +54,27 @@ class Scheduler:
         self.waiting.remove(sequence)
         return False
 
+    def clear(self) -> None:
+        """Forget all sequences; what they have in memory is for others to give back."""
+        for sequences in (self.waiting, self.running, self.loading):
+            sequences.clear()
+
     def admit(self, room: Room) -> Iterator[tuple[Sequence, Admission]]:
         """Let waiting sequences in, in their order, while there is room; tells what each brings.
 
         One for which the logits are known has nothing to compute: it must get its next token, by
-        ``chosen``, or be removed, before ``plan`` is called. With nothing else to do this waits for
-        what is loading.
+        ``chosen``, or be removed, before ``plan`` is called. With nothing else to do this waits a
+        moment for what is loading.
         """
         yield from self._arrived(room, wait=False)
         for sequence in list(self.waiting):
             if len(self.running) + len(self.loading) >= self._sequences_max:
-                return
+                break
             found: Admission | Loading | Refusal = Admission()
             if sequence.request.use_cache:
                 found = room.begin(sequence)
             if found is Refusal.NO_ROOM:
-                return
+                break
             if isinstance(found, Refusal):
                 continue
             self.waiting.remove(sequence)

@@ -1,6 +1,7 @@
 """One request on its way through the model: what is known of it, and how far it is computed."""
 
 from dataclasses import dataclass, field
+from operator import index
 
 from respkv.batching.request import GenerationRequest
 
@@ -24,7 +25,7 @@ class Sequence:
     preemptions: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens = [int(each) for each in self.request.tokens]
+        self.tokens = list(map(index, self.request.tokens))
         self.num_prompt = len(self.tokens)
 
     @property

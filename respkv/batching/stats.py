@@ -7,6 +7,8 @@ from dataclasses import dataclass
 class LoopStats:
     """Counts since the start, and ``running``, ``waiting`` and ``tokens_in_flight`` of now.
 
+    running:                     requests that have memory, those whose KV is being loaded included.
+    waiting:                     all others: new ones, and those that had to leave and will come back.
     prefix_hits, prefix_misses:  admitted requests that were spared a token of their prompt, or none.
     prefix_tokens_saved:         those tokens; ``local_tokens_saved`` lay in the model's own blocks.
     prompt_tokens_computed:      tokens of prompts that a step computed, again after a preemption too.

@@ -143,14 +143,16 @@ def command(
     )
     settings = GatewaySettings(token=_token(token_file), **options)
     # Not before all options are known to be right: with these come torch and transformers.
+    click.echo("respkv gateway: importing torch and transformers", err=True)
     from respkv.gateway.loading import load
     from respkv.gateway.serve import Process
 
     logging.basicConfig(
         level=loglevel.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # Its lines say nothing that ours do not, except for errors.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # Its lines say nothing that ours do not, except for errors; and whoever sends no HTTP could
+    # have it write as many warnings as he likes.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     Process(settings, lambda: load(checkpoint, settings)).run(
         lambda line: click.echo(f"respkv gateway: {line}", err=True)
     )
@@ -180,7 +182,12 @@ def _size(option: str, text: str) -> int:
 def _token(file: Path | None) -> str | None:
     """Return the token; never from the command line, which every process of the machine can read."""
     if file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
+        token = os.environ.get(TOKEN_VARIABLE)
+        if token == "":  # somebody meant to set one, and it did not arrive
+            raise ConfigError(
+                f"{TOKEN_VARIABLE} is empty: accepted are a token, or no such variable to let all in"
+            )
+        return token
     try:
         return file.read_text().strip()
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ import json
 
 import click
 
+from respkv.cli import Refused
 from respkv.cli.target import url_option
 from respkv.client import Client
 
@@ -22,6 +23,8 @@ def command(section: str | None, as_json: bool, url: str) -> None:
         reply = client.command("INFO", *([section] if section else []))
     assert isinstance(reply, bytes | memoryview)
     text = bytes(reply).decode()
+    if section and not text.strip():
+        raise Refused(f"INFO of this server has no section {section!r}; without one it shows all")
     if as_json:
         click.echo(json.dumps(sections(text), indent=2))
     else:

@@ -117,6 +117,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the idle connections, and the others when their calls end."""
+        if self._origin is not None:
+            await self._origin.close()
         self._core.pool.close()
 
     async def __aenter__(self) -> Self:

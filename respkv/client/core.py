@@ -68,6 +68,25 @@ class Core(Generic[S]):
             raise reply
         return command.decode(reply)
 
+    def call_apart(self, command: Command[T]) -> Operation[T]:
+        """Carry out one command over a connection of its own, for who holds a seat of the pool.
+
+        Waiting for a second seat, all who have one could wait for each other. Raises and Cancelled:
+        as ``call``.
+        """
+        if self.pool.closed:
+            raise ConnectionLost("the client is closed")
+        deadline = time.monotonic() + self.settings.timeout_s
+        conn = yield from open_connection(self.settings, 0, deadline)
+        try:
+            asked = request([command.args], command.targets)
+            (reply,) = yield from conn.exchange(asked, deadline)
+        finally:
+            conn.close()
+        if isinstance(reply, ServerError):
+            raise reply
+        return command.decode(reply)
+
     def call_all(
         self, commands: Sequence[Sequence[Arg]], *, raise_on_error: bool
     ) -> Operation[list[Reply]]:

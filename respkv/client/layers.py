@@ -137,7 +137,8 @@ class LayersHold:
 
         Raises ConfigError when the namespace has no schema, and what a call raises.
         """
-        shape = yield from find_shape(self._core, self._namespace, self._group)
+        is_seated = self._conn is not None
+        shape = yield from find_shape(self._core, self._namespace, self._group, is_seated=is_seated)
         return shape.dtype, shape.layer(self.num_tokens, self._heads)
 
     def close(self) -> None:

@@ -209,7 +209,7 @@ def _attach(core: Core[Any], conn: Connection, deadline: float) -> Operation[Are
         try:
             answer = yield from ask(conn, ["KV.ATTACH"], deadline)
         except ServerError as error:
-            if "unknown command" in error.message:
+            if "unknown command" in error.message or "--shm" in error.message:
                 raise
             raise ServerError(error.word, f"{error.message} ({ADVICE})") from error
         conn.arena = core.arenas.find(answer)

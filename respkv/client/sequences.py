@@ -333,13 +333,19 @@ def _match_again(namespace: Key, data: bytes, options: KeepOptions) -> Command[S
     return Command(args, _match)
 
 
-def find_shape(core: Core[Any], namespace: Key, group: Key | None = None) -> Operation[Shape]:
-    """Return the shape of a namespace's pages, asking once. Raises ConfigError: it has no schema."""
+def find_shape(
+    core: Core[Any], namespace: Key, group: Key | None = None, *, is_seated: bool = False
+) -> Operation[Shape]:
+    """Return the shape of a namespace's pages, asking once. Raises ConfigError: it has no schema.
+
+    is_seated: the caller holds a connection of the pool, and must not wait for another.
+    """
     name = namespace.encode() if isinstance(namespace, str) else namespace
     label = group.encode() if isinstance(group, str) else group
     known = core.shapes.get((name, label))
     if known is None:
-        schema = yield from core.call(schema_get(namespace))
+        ask = core.call_apart if is_seated else core.call
+        schema = yield from ask(schema_get(namespace))
         if schema is None:
             raise ConfigError(
                 f"namespace {namespace!r} has no schema, which says how long a page is: schema_set"

@@ -112,7 +112,10 @@ def open_stream(settings: Settings, deadline: float) -> Operation[Stream]:
         return (yield from _wrap(sock, settings, deadline))
     if isinstance(failure, TimeoutError):
         raise TimedOut(f"{settings.address} did not accept a connection in time")
-    raise ConnectionLost(f"cannot connect to {settings.address}: {failure}") from failure
+    advice = ""
+    if isinstance(failure, ConnectionRefusedError | FileNotFoundError):
+        advice = "; no server listens there: start one with `respkv serve`, or name another URL"
+    raise ConnectionLost(f"cannot connect to {settings.address}: {failure}{advice}") from failure
 
 
 def _connect(family: int, address: Any, deadline: float) -> Operation[socket.socket]:

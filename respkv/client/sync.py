@@ -131,6 +131,8 @@ class Client:
 
     def close(self) -> None:
         """Close the idle connections, and the others when their calls end."""
+        if self._origin is not None:
+            self._origin.close()
         self._core.pool.close()
 
     def __enter__(self) -> Self:

@@ -93,7 +93,9 @@ def settings(url: str, options: Options) -> Settings:
         raise ConfigError(f"url {_hidden(url)!r}: {error}") from None
     if parts.scheme not in (*_PLAIN, *_TLS, _UNIX):
         known = ", ".join((*_PLAIN, *_TLS, _UNIX))
-        raise ConfigError(f"url {_hidden(url)!r}: the scheme must be one of {known}")
+        raise ConfigError(
+            f"url {_hidden(url)!r}: the scheme must be one of {known}, as in {DEFAULT_URL}"
+        )
     given: Options = {
         "username": unquote(parts.username) if parts.username else None,
         "password": unquote(parts.password) if parts.password else None,

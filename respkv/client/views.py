@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from respkv.client.requests import Buffer, view_of
+from respkv.errors import require
 from respkv.page import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -51,9 +52,13 @@ def as_torch(view: Buffer, dtype: str, shape: Sequence[int]) -> torch.Tensor:
             leased page but the protection of its memory, which ends the process. Copy before
             writing, e.g. to the GPU.
     dtype:  as for ``as_numpy``.
-    Raises: ValueError as ``as_numpy`` does.
+    Raises: ValueError as ``as_numpy`` does; MissingExtra without torch.
     """
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError:
+        require("as_torch", "torch", "torch")
+        raise  # it is there, and something that it needs is not
 
     nbytes = _check(view, dtype, shape)
     element: torch.dtype = getattr(torch, dtype)

@@ -36,7 +36,8 @@ class AsyncEmbeddedCache(AsyncClient):
 
     async def __aenter__(self) -> Self:
         """Open the engine. Raises CacheError. Cancelled: nothing stays open."""
-        assert self._tasks is None, "an embedded cache is entered once"
+        if self._tasks is not None:
+            raise CacheError("this embedded cache was opened before; respkv.open makes another")
         disk, loop = self._engine.config.disk_path, anyio.get_cancelled_exc_class().__module__
         if disk and loop.partition(".")[0] != "asyncio":
             raise ConfigError(
@@ -73,6 +74,8 @@ class AsyncEmbeddedCache(AsyncClient):
         tiers, if there are any, within ``shutdown_timeout``.
         Cancelled: when that has been done.
         """
+        if self._tasks is None:  # it was never opened
+            return
         self._core.pool.close()
         await self._stop()
 

@@ -11,7 +11,7 @@ from respkv.client.url import Settings
 from respkv.config import Config
 from respkv.embedded.bells import Bell
 from respkv.embedded.stream import EngineStream
-from respkv.errors import CacheError, ConnectionLost
+from respkv.errors import CacheError, ConfigError, ConnectionLost
 from respkv.server.files import check_directories
 from respkv.server.publishing import begin_publishing
 from respkv.server.serve import having_engine, working
@@ -99,7 +99,11 @@ class Engine:
 
 
 def settings_for(dial: Callable[[], EngineStream], pool_max: int, timeout_s: float) -> Settings:
-    """Return how a client connects to an engine of its own process."""
+    """Return how a client connects to an engine of its own process. Raises ConfigError."""
+    if isinstance(pool_max, bool) or not isinstance(pool_max, int):
+        raise ConfigError(f"pool_max is {pool_max!r}; it must be a whole number from 1 on")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise ConfigError(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
     return Settings(
         pool_max=pool_max,
         timeout_s=timeout_s,

@@ -21,6 +21,8 @@ def read_settings(config: "str | Path | Config | None", settings: Mapping[str, o
             f"respkv.open: {name} = {named[name]!r}: an embedded engine has no sockets and logs as"
             " this process does; leave it out"
         )
+    if not isinstance(config, Config | str | os.PathLike | None):
+        raise ConfigError(f"config is a {type(config).__name__}; it is a path or a Config")
     if isinstance(config, Config):
         found = config.with_values(named)
     else:

@@ -26,10 +26,15 @@ class _Documented(FastAPI):
     """FastAPI whose OpenAPI document has the gateway's limits, also those of a model that came later."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the document; made anew each time, as the model may have come meanwhile."""
+        """Return the document; made once without a model and once with it, as it takes a while."""
         gateway = self.state.gateway
         assert isinstance(gateway, Gateway)
-        return document(self, gateway)
+        for model, made in self.state.documents:
+            if model is gateway.loaded:
+                return dict(made)
+        model, made = gateway.loaded, document(self, gateway)
+        self.state.documents.append((model, made))
+        return dict(made)
 
 
 def make_app(gateway: Gateway) -> ASGIApp:
@@ -44,6 +49,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.gateway = gateway
+    app.state.documents = []
     app.include_router(own_routes)
     app.include_router(openai_routes)
     app.add_exception_handler(Refused, _refused)

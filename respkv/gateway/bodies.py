@@ -7,15 +7,16 @@ And it would list every error: of a body of 4 MiB there may be a million, which 
 """
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from difflib import get_close_matches
 from email.message import Message
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
 
-from respkv.gateway.failures import Refused, shown
-from respkv.gateway.inputs import UNKNOWN_FIELD, Input
+from respkv.gateway.failures import VALUE_CHARS, Refused, shown
+from respkv.gateway.inputs import OF_A_FIELD, Input
 
 ERRORS_SHOWN = 3
 MESSAGE_CHARS = 160
@@ -31,7 +32,8 @@ def body_of(kind: type[Kind]) -> Callable[[Request], Awaitable[Kind]]:
         data = b"".join([part async for part in request.stream()])
         check_kind(request.headers.get("content-type", ""), is_empty=not data)
         if not data:
-            raise refusal([{"type": "missing", "loc": (), "msg": "Field required"}], request)
+            problem = {"type": "missing", "loc": (), "msg": "Field required"}
+            raise refusal([problem], request)
         try:
             given = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -40,7 +42,8 @@ def body_of(kind: type[Kind]) -> Callable[[Request], Awaitable[Kind]]:
         try:
             return kind.model_validate(given)
         except ValidationError as error:
-            raise refusal(error.errors(include_url=False), request) from None
+            problems = error.errors(include_url=False)
+            raise refusal(problems, request, kind.model_fields) from None
 
     return read
 
@@ -54,9 +57,12 @@ def check_kind(content_type: str, *, is_empty: bool) -> None:
         raise Refused(415, "not_json", "the body has to be JSON: content-type: application/json")
 
 
-def refusal(problems: Sequence[Any], request: Request) -> Refused:
-    """Return the error for what pydantic found, outermost first: 400 where OpenAI says so, else 422."""
-    told = [_described(each) for each in problems[:ERRORS_SHOWN]]
+def refusal(problems: Sequence[Any], request: Request, known: Collection[str] = ()) -> Refused:
+    """Return the error for what pydantic found: 400 where OpenAI says so, else 422.
+
+    known: names of fields, one of which may be meant by one that is not.
+    """
+    told = [_described(each, known) for each in problems[:ERRORS_SHOWN]]
     more = len(problems) - len(told)
     message = "; ".join(told) + (f"; and {more} more" if more else "")
     status = 400 if request.url.path.startswith("/v1/") else 422
@@ -67,7 +73,7 @@ def _param(problem: dict[str, Any]) -> str | None:
     """Return the field that a problem is about, such as messages.0.role; None for the whole body."""
     # Between the names there are those of a union's members, which only we know.
     names = [each for at, each in enumerate(problem["loc"]) if at == 0 or _is_name(each)]
-    if problem["type"] == UNKNOWN_FIELD:
+    if problem["type"] == OF_A_FIELD:
         names.append(problem["ctx"]["field"])
     return ".".join(shown(each, str) for each in names) or None
 
@@ -78,10 +84,16 @@ def _is_name(part: int | str) -> bool:
     return part.isidentifier() and part not in ("str", "int", "float", "bool", "list", "dict")
 
 
-def _described(problem: dict[str, Any]) -> str:
+def _described(problem: dict[str, Any], known: Collection[str]) -> str:
     """Return a problem in words, with the value if that is short; nothing else of the body."""
+    where, told = _param(problem) or "the body", problem["msg"][:MESSAGE_CHARS]
+    if problem["type"] == "extra_forbidden":
+        near = get_close_matches(where[:VALUE_CHARS], known, 1) if len(problem["loc"]) == 1 else []
+        meant = "".join(f"; is {each!r} meant?" for each in near)
+        return f"{where}: no such field, so it is not permitted{meant}"
     value = problem.get("input")
+    if problem["type"] == OF_A_FIELD:
+        value = problem["ctx"].get("value", {})
     is_short = isinstance(value, str | int | float | bool) or value is None
-    has_value = is_short and problem["type"] != "missing"
-    given = f", not {shown(value)}" if has_value else ""
-    return f"{_param(problem) or 'the body'}: {problem['msg'][:MESSAGE_CHARS]}{given}"
+    has_value = is_short and problem["type"] not in ("missing", "not_supported")
+    return f"{where}: {told}{f', not {shown(value)}' if has_value else ''}"

@@ -33,10 +33,15 @@ class Events(Protocol):
         ...
 
 
+# What some readers take for the end of a line (as str.splitlines does), and JSON does not escape.
+_LINE_ENDS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
+
+
 def event(data: object, name: str | None = None) -> bytes:
-    """Return one server-sent event; JSON has no line breaks, so it is one line of data."""
+    """Return one server-sent event, whose data is one line to every reader."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS)
+    return f"{head}data: {text}\n\n".encode()
 
 
 @dataclass(frozen=True, slots=True)

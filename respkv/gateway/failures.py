@@ -72,6 +72,15 @@ def unavailable(code: str, message: str, retry_after_s: int) -> Refused:
     return Refused(503, code, message, headers={"retry-after": str(retry_after_s)})
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON can escape lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def clean(text: str) -> str:
-    """Return a text that can be written as UTF-8: JSON can escape lone surrogates."""
+    """Return a text that can be written as UTF-8, with escapes for what cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

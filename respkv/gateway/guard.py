@@ -56,6 +56,8 @@ class Guard:
         number = secrets.token_hex(8)
         state = {"request_id": number, "started": start, "wall": time.time()}
         scope["state"] = {**scope.get("state", {}), **state}
+        if scope["method"] == "HEAD":  # the server leaves out the body
+            scope = {**scope, "method": "GET"}
         status = CLIENT_GONE
 
         async def send_noted(message: Message) -> None:

@@ -10,12 +10,15 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from respkv.gateway.failures import clean
+from respkv.gateway.failures import VALUE_CHARS, clean, is_text
 
 # What every reader of JSON takes exactly: beyond, many round.
 SEED_MAX = (1 << 53) - 1
 NEW_TOKENS_DEFAULT = 64
-UNKNOWN_FIELD = "unknown_field"
+# More fields than any object here has.
+FIELDS_MAX = 64
+# An error that names its field itself, as it is found before fields are looked at.
+OF_A_FIELD = "of_a_field"
 
 
 def _whole(value: object) -> object:
@@ -51,14 +54,20 @@ class Input(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_known(cls, given: object) -> object:
-        """Tell one field that is unknown; pydantic would tell all of them, of which there may be a million."""
+    def _is_readable(cls, given: object) -> object:
+        """Refuse what pydantic would let pass, or tell at too great a length."""
         if not isinstance(given, dict):
             raise PydanticCustomError("object_type", "Input should be an object")
-        for name in given:
-            if name not in cls.model_fields:
-                told = "Extra inputs are not permitted"
-                raise PydanticCustomError(UNKNOWN_FIELD, told, {"field": clean(name)})
+        is_long = len(given) > FIELDS_MAX  # then one unknown field is told, not a million
+        for name, value in given.items():
+            if is_long and name not in cls.model_fields:
+                told = "no such field, so it is not permitted"
+                raise PydanticCustomError(OF_A_FIELD, told, {"field": clean(name)})
+            if isinstance(value, str) and not is_text(value):
+                told = "Input should be text, and half of a surrogate pair is no character"
+                raise PydanticCustomError(
+                    OF_A_FIELD, told, {"field": clean(name), "value": clean(value[:VALUE_CHARS])}
+                )
         return given
 
 

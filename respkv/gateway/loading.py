@@ -15,6 +15,7 @@ from respkv.batching.runner import Runner
 from respkv.client import Client
 from respkv.errors import ConfigError
 from respkv.gateway.checkpoint import Checkpoint
+from respkv.gateway.failures import Refused
 from respkv.gateway.model import Local, Model
 from respkv.gateway.settings import GatewaySettings
 from respkv.gateway.tokenizer import TextCoder, load_tokenizer
@@ -61,13 +62,14 @@ def _with_pages(
             store, model=model, namespace=checkpoint.namespace, page_tokens=checkpoint.page_tokens
         )
         undo.callback(pages.close)
-        pages.check()
         runner = PagedRunner(
             model,
             pages=pages,
             memory_bytes=checkpoint.kv_memory,
             never_slower=not checkpoint.always_load,
         )
+        # Not before it is known that the model is served like this: it leaves a namespace behind.
+        pages.check()
         made = _model(checkpoint, settings, coder, model, runner)
         made.store, made.pages = store, StorePages(store, pages)
         made.local = lambda: _local(runner)
@@ -83,6 +85,10 @@ def _model(
     runner: Runner,
 ) -> Model:
     """Start the loop, around a runner that has no store yet."""
+    try:
+        coder.encode_chat([{"role": "user", "content": "Hello"}])
+    except Refused as failure:
+        logger.warning("no conversation can be served: %s", failure.message)
     return Model(
         name=checkpoint.name or checkpoint.folder.resolve().name,
         coder=coder,

@@ -5,7 +5,6 @@ gateway has not got take only the value that asks for nothing, so that a client 
 given something else than it asked for; those that change nothing in the answer are taken and ignored.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -15,24 +14,39 @@ from respkv.gateway.inputs import WHOLE, Input, Seed, Stop, Temperature, TopK, T
 from respkv.gateway.settings import CHOICES_MAX
 
 MESSAGES_MAX = 4096
+METADATA_MAX = 16
+
+
+def _not_supported(remedy: str) -> PydanticCustomError:
+    return PydanticCustomError(
+        "not_supported", "this is not supported: {remedy}", {"remedy": remedy}
+    )
 
 
 def _no(value: bool) -> bool:
     if value:
-        raise ValueError("this is not supported: leave it out, or say false")
+        raise _not_supported("leave it out, or say false")
     return value
 
 
-def _at_most(most: int) -> Callable[[object], object]:
-    """Return a check of how many items an object has, before each of them is looked at."""
+def _absent(value: object) -> None:
+    if value is not None:
+        raise _not_supported("leave it out")
 
-    def check(value: object) -> object:
-        if isinstance(value, dict) and len(value) > most:
-            told = f"Dictionary should have at most {most} items, not {len(value)}"
-            raise PydanticCustomError("too_long", "{told}", {"told": told})
-        return value
 
-    return check
+def _empty(value: object) -> object:
+    if value:
+        raise _not_supported("leave it out")
+    return value
+
+
+def _few(value: object) -> object:
+    """Refuse many items before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > METADATA_MAX:
+        told = "Dictionary should have at most {most} items, not {count}"
+        counts = {"most": METADATA_MAX, "count": len(value)}
+        raise PydanticCustomError("too_many_items", told, counts)
+    return value
 
 
 # A list with a million wrong items is told by its first: hence fail_fast.
@@ -50,13 +64,14 @@ No = Annotated[bool, AfterValidator(_no), WithJsonSchema({"const": False, "type"
 Zero = Annotated[int, Field(ge=0, le=0), WHOLE]
 One = Annotated[int, Field(ge=1, le=1), WHOLE]
 NoPenalty = Annotated[float, Field(ge=0, le=0)]
-Nothing = Annotated[dict[str, int], Field(max_length=0), BeforeValidator(_at_most(0))]
-NoItems = Annotated[list[None], Field(max_length=0)]
+Nothing = Annotated[dict[str, int], Field(max_length=0), BeforeValidator(_empty)]
+NoItems = Annotated[list[None], Field(max_length=0), BeforeValidator(_empty)]
+Absent = Annotated[None, BeforeValidator(_absent)]
 # As many and as long as OpenAI takes.
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-    Field(max_length=16),
-    BeforeValidator(_at_most(16)),
+    Field(max_length=METADATA_MAX),
+    BeforeValidator(_few),
 ]
 # Advice to other servers on how to be quick, whatever it says.
 Advice = dict[str, Any]
@@ -100,7 +115,7 @@ class CompletionRequest(OpenAIRequest):
     )
     best_of: One | None = None
     echo: No | None = None
-    logprobs: None = None
+    logprobs: Absent = None
     suffix: Literal[""] | None = None
 
 
@@ -121,10 +136,10 @@ class ChatMessage(Input):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    refusal: None = None
+    refusal: Absent = None
     annotations: NoItems | None = None
-    audio: None = None
-    function_call: None = None
+    audio: Absent = None
+    function_call: Absent = None
     tool_calls: NoItems | None = None
 
 
@@ -155,9 +170,9 @@ class ChatCompletionRequest(OpenAIRequest):
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    audio: None = None
-    web_search_options: None = None
-    moderation: None = None
+    audio: Absent = None
+    web_search_options: Absent = None
+    moderation: Absent = None
     verbosity: Literal["medium"] | None = None
     metadata: Metadata | None = None
     store: bool | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import anyio
 import anyio.to_thread
 
-from respkv.batching.request import GenerationRequest, Sampling
+from respkv.batching.request import BadRequest, GenerationRequest, Sampling
 from respkv.gateway.failures import Refused, shown
 from respkv.gateway.generation import Job
 from respkv.gateway.inputs import NEW_TOKENS_DEFAULT, GenerateRequest
@@ -27,7 +27,11 @@ TEMPERATURE_LEAST = 0.01
 COMPLETION_TOKENS_DEFAULT = 16
 _SEEDS = 1 << 64
 
-Encode = Callable[[], list[list[int]]]
+# What a turn of a conversation costs beside its text.
+TURN_CHARS = 16
+
+# Tokens of all prompts; it may refuse one that has far more than so many.
+Encode = Callable[[int], list[list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,11 @@ class Prompts:
         )
         prompt = request.prompt
         return await self._job(
-            lambda: [model.coder.encode(prompt)], len(prompt), wish, model, started
+            lambda most: [model.coder.encode(prompt, most=most)],
+            len(prompt),
+            wish,
+            model,
+            started,
         )
 
     async def of_completion(self, request: CompletionRequest, model: Model, started: float) -> Job:
@@ -83,8 +91,11 @@ class Prompts:
         prompts = _prompts(request)
         self._check_choices(len(prompts), wish.num_answers)
 
-        def encode() -> list[list[int]]:
-            return [model.coder.encode(each) if isinstance(each, str) else each for each in prompts]
+        def encode(most: int) -> list[list[int]]:
+            return [
+                model.coder.encode(each, most=most) if isinstance(each, str) else each
+                for each in prompts
+            ]
 
         num_chars = sum(len(each) for each in prompts)
         return await self._job(encode, num_chars, wish, model, started)
@@ -98,11 +109,11 @@ class Prompts:
         wish = self._openai_wish(request, asked, self._settings.max_new_tokens, more)
         self._check_choices(1, wish.num_answers)
 
-        def encode() -> list[list[int]]:
-            return [model.coder.encode_chat(messages)]
+        def encode(most: int) -> list[list[int]]:
+            return [model.coder.encode_chat(messages, most=most)]
 
         # Without a number the answer is as long as the room behind the prompt.
-        num_chars = sum(len(each["content"]) for each in messages)
+        num_chars = sum(len(each["content"]) + TURN_CHARS for each in messages)
         return await self._job(
             encode,
             num_chars,
@@ -166,12 +177,17 @@ class Prompts:
         Cancelled: the thread may go on for a moment, for nobody.
         """
         begin = time.perf_counter()
-        if num_chars <= SHORT_CHARS:
-            prompts = encode()
-        else:
-            prompts = await anyio.to_thread.run_sync(
-                encode, abandon_on_cancel=True, limiter=self._tokenizing
-            )
+        most = self._prompt_max(model)
+        try:
+            if num_chars <= SHORT_CHARS:
+                prompts = encode(most)
+            else:
+                prompts = await anyio.to_thread.run_sync(
+                    encode, most, abandon_on_cancel=True, limiter=self._tokenizing
+                )
+        except Refused as failure:
+            failure.param = param
+            raise
         tokenize_s = time.perf_counter() - begin
         requests = []
         for tokens in prompts:
@@ -185,12 +201,12 @@ class Prompts:
                     f" not for {new_tokens}: the model takes {model.tokens_max} in all",
                     param=param,
                 )
-            most = self._settings.max_recompute_tokens
-            if not wish.use_cache and len(tokens) + new_tokens > most:
+            together = self._settings.max_recompute_tokens
+            if not wish.use_cache and len(tokens) + new_tokens > together:
                 raise Refused(
                     400,
                     "too_many_recompute_tokens",
-                    f"a prompt of {len(tokens)} tokens and {new_tokens} new ones are more than the {most}"
+                    f"a prompt of {len(tokens)} tokens and {new_tokens} new ones are more than the {together}"
                     " that a request with use_cache = false may have",
                     param="use_cache",
                 )
@@ -198,9 +214,12 @@ class Prompts:
                 requests.append(_request(tokens, new_tokens, wish, model, index))
         return Job(requests, wish.stops, started, tokenize_s, wish.num_answers)
 
+    def _prompt_max(self, model: Model) -> int:
+        return min(self._settings.max_prompt_tokens, model.tokens_max - 1)
+
     def _room(self, tokens: Sequence[int], model: Model, param: str) -> int:
         """Check a prompt; return how many tokens may follow, at least one."""
-        most = min(self._settings.max_prompt_tokens, model.tokens_max - 1)
+        most = self._prompt_max(model)
         if not tokens:
             raise Refused(400, "empty_prompt", "the prompt has no tokens", param=param)
         if len(tokens) > most:
@@ -228,16 +247,19 @@ def _request(
         # Answers to one request differ, and each is the same the next time.
         seed = (sampling.seed + index) % _SEEDS
         sampling = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed)
-    return GenerationRequest(
-        tokens=tokens,
-        max_new_tokens=new_tokens,
-        sampling=sampling,
-        stop_tokens=model.stop_tokens,
-        use_cache=wish.use_cache,
-        use_prefix_cache=wish.use_prefix_cache,
-        salt=wish.salt,
-        session=wish.session,
-    )
+    try:
+        return GenerationRequest(
+            tokens=tokens,
+            max_new_tokens=new_tokens,
+            sampling=sampling,
+            stop_tokens=model.stop_tokens,
+            use_cache=wish.use_cache,
+            use_prefix_cache=wish.use_prefix_cache,
+            salt=wish.salt,
+            session=wish.session,
+        )
+    except BadRequest as error:  # a name with no encoding, or with too long a one
+        raise Refused(400, "invalid_request", str(error)) from error
 
 
 def _sampling(

@@ -20,7 +20,7 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from respkv.gateway.failures import unavailable
+from respkv.gateway.failures import Refused, unavailable
 from respkv.gateway.settings import GatewaySettings
 
 
@@ -79,6 +79,22 @@ class Connection(H11Protocol):
             self._head.end()
         else:
             self._head.begin(self.loop, self.settings.head_timeout_s, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, unless an answer is under way or out; then there is no more to say."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        failure = Refused(400, "invalid_http", "this is not HTTP as the gateway understands it")
+        answer = failure.response()
+        headers = [*answer.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """Wait for the client to take what there is for it, but not for ever."""

@@ -54,6 +54,8 @@ class _Server(uvicorn.Server):
         """Begin to stop; the second time, stop at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.force_exit:  # what is cut off is no error of its own
+            logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
         self._on_stop()
 
 
@@ -95,6 +97,8 @@ class Process:
             shown = f"[{host}]" if ":" in host else host
             self._announce = announce
             announce(f"listening on http://{shown}:{port}")
+            if self._settings.token is None and not self._settings.is_local:
+                announce("no token is set: everybody is let in who reaches this address")
             self._loading.start()
             self._server.run(sockets=[listener])
         self._begin_to_stop()

@@ -37,8 +37,7 @@ class BlockManager:
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         self.prefix_sharing = prefix_sharing
         self.stats = BlockStats()
-        self._free = FreeBlocks(num_blocks)
-        self._uses = [0] * num_blocks
+        self._free, self._uses = FreeBlocks(num_blocks), [0] * num_blocks
         self._nodes: list[Node | None] = [None] * num_blocks
         # In the tree, of no sequence; used longest ago first. A dict's front is slow to find.
         self._idle: OrderedDict[int, None] = OrderedDict()

@@ -162,7 +162,9 @@ def _check_tables(pages: PagedKV, window: int | None) -> None:
     tables, lengths = pages.block_tables, pages.context_lens
     room = tables.shape[1] * block_tokens
     if ((lengths < 0) | (lengths > room)).any():
-        raise ValueError(f"context_lens must be 0 to the {room} of the tables, not {lengths.tolist()}")
+        raise ValueError(
+            f"context_lens must be 0 to the {room} of the tables, not {lengths.tolist()}"
+        )
     first = torch.arange(tables.shape[1]) * block_tokens  # token of each block
     is_read = first < lengths[:, None]
     if window is not None:

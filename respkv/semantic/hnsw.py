@@ -19,6 +19,9 @@ EXPANSION_ADD = 128
 EXPANSION_SEARCH = 96
 # A graph whose nodes were mostly replaced is made anew: what was removed still is in the way.
 REMOVED_MIN = 1024
+# Up to so many entries all are looked at, which takes no longer: in a small graph of which much was
+# removed, some of what is left cannot be reached any more.
+EXACT_MAX = 1024
 
 _KINDS = {"cosine": "cos", "ip": "ip", "l2": "l2sq"}
 
@@ -67,7 +70,7 @@ class HnswIndex:
         if wanted < 1:
             return []
         one = scaled(query, self._metric)
-        found = self._graph.search(one, wanted, threads=1)
+        found = self._graph.search(one, wanted, threads=1, exact=len(self._labels) <= EXACT_MAX)
         labels = [
             label for label in numpy.atleast_1d(found.keys).tolist() if label in self._entries
         ]

@@ -44,7 +44,7 @@ class Index(Protocol):
 
 
 def open_index(kind: Kind, dim: int, metric: Metric) -> Index:
-    """Return an empty index. Raises ModuleNotFoundError for hnsw without usearch."""
+    """Return an empty index."""
     if kind == "hnsw":
         from respkv.semantic.hnsw import HnswIndex
 

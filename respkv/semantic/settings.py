@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy
 
-from respkv.errors import ConfigError
+from respkv.errors import ConfigError, require
 from respkv.semantic.embeddings import METRICS, Metric
 from respkv.semantic.index import KINDS, Kind
 from respkv.semantic.records import Names
@@ -86,11 +86,16 @@ class Settings:
 
 
 def make_settings(namespace: str, dim: int, options: Options) -> Settings:
-    """Return settings with defaults filled in. Raises ConfigError naming the wrong one."""
+    """Return settings with defaults filled in.
+
+    Raises ConfigError naming the wrong one, MissingExtra for hnsw without usearch.
+    """
     metric = options.get("metric", "cosine")
     kind = options.get("index", "exact")
     _check_one_of("metric", metric, METRICS)
     _check_one_of("index", kind, KINDS)
+    if kind == "hnsw":
+        require("index = 'hnsw'", "semantic", "usearch")
     durability = options.get("durability")
     _check_one_of("durability", durability, (None, "written", "durable"))
     if unknown := options.keys() - Options.__optional_keys__:

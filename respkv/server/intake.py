@@ -7,11 +7,12 @@ intake waits for one, which stops the reading of the socket.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from respkv.engine.landing import Landing
 from respkv.engine.supervisor import contain
 from respkv.errors import OutOfMemory, ProtocolError
+from respkv.page import namespace_of
 from respkv.server.body import LAND_MIN, ArenaSink, DropSink, HeapSink, Sink
 from respkv.wire.commands import look_up
 from respkv.wire.parser import Args, Body, Limits, RequestParser
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 
 READ_BYTES = 64 * 1024  # of the shared buffer
+_QUOTED = (b"KV.PUT", b"KV.SEQ.PUT")  # whose values count for a quota
+_DIGITS_MAX = 9
 SHORT_READ = LAND_MIN + 1024  # a head and just enough of a value to take a slot for it
 
 
@@ -49,6 +52,7 @@ class Intake:
         self._window = memoryview(b"")
         self._is_lost = False
         self._expects_value = False
+        self._is_in_doubt: bool | None = None  # this command, for a quota; None: nobody asked yet
         self._staged = 0  # of the value that lands now, the bytes that were copied into its slot
 
     def use_limits(self, limits: Limits) -> None:
@@ -96,7 +100,7 @@ class Intake:
     def received(self, nbytes: int) -> Sequence[Args]:
         """Take what was written to the start of the last window; return the whole commands."""
         if self._sink is None:
-            commands = self._parser.feed(self._server.read_buffer, nbytes)
+            commands = self._whole(self._parser.feed(self._server.read_buffer, nbytes))
             if self._expects_value and commands and not self.has_landed:
                 self._expects_value = self._parser.body is not None
             return commands
@@ -112,7 +116,7 @@ class Intake:
         """
         body = self._parser.body
         if body is None:
-            return self._parser.go_on()
+            return self._whole(self._parser.go_on())
         is_value = _is_value(body)
         if not is_value and body.nbytes > self._parser.limits.held_max:
             # It could only be collected on the heap, and dropping it would leave a hole in a command.
@@ -147,7 +151,13 @@ class Intake:
         if isinstance(sink, ArenaSink):
             self._cache.stats.bytes_landed += sink.landing.nbytes - self._staged
             self.has_landed = self._expects_value = True
-        return self._parser.end_body(sink.value())
+        return self._whole(self._parser.end_body(sink.value()))
+
+    def _whole(self, commands: Sequence[Args]) -> Sequence[Args]:
+        """Pass on commands that became whole; what comes next belongs to another one."""
+        if commands:
+            self._is_in_doubt = None
+        return commands
 
     def _land_if_due(self) -> None:
         sink, body = self._sink, self._parser.body
@@ -155,6 +165,8 @@ class Intake:
         if not isinstance(sink, HeapSink) or not _is_value(body):
             return
         if sink.arrived < min(LAND_MIN, body.nbytes):
+            return
+        if self._is_held_back(body):
             return
         try:
             landing = self._server.find_room(body.nbytes)
@@ -167,6 +179,26 @@ class Intake:
         self.is_waiting = True
         waiting = partial(self._wait_for_room, sink, body)
         self._server.spawn(contain, waiting, self._abort)
+
+    def _is_held_back(self, body: Body) -> bool:
+        """Whether a value stays on the heap as long as others would have to make room for it.
+
+        So it is when it may be refused for a quota: only the end of a command says whose it is.
+        """
+        cache, name, number = self._cache, body.head[0].upper(), 1
+        if self._is_in_doubt is False or name not in _QUOTED:
+            return False
+        if (slot := cache.slabs.take(body.nbytes)) is not None:
+            cache.slabs.give_back(slot)
+            return False
+        if self._is_in_doubt is None:
+            namespace = namespace_of(body.head[1])
+            if name == b"KV.SEQ.PUT":
+                namespace, number = body.head[1], _number(body.head[3])
+            total = body.nbytes * number
+            has_space = self._parser.held_bytes + total <= self._parser.limits.held_max
+            self._is_in_doubt = has_space and cache.accounts.is_in_doubt(namespace, total)
+        return self._is_in_doubt
 
     def _land(self, sink: HeapSink, landing: Landing) -> None:
         for part in sink.parts():
@@ -209,6 +241,11 @@ class Intake:
 
 def _nothing() -> None:
     pass
+
+
+def _number(word: Any) -> int:
+    """Return how many payloads a prompt says it has; a word that is no number is refused later."""
+    return int(word) if len(word) <= _DIGITS_MAX and word.isdigit() else 1
 
 
 def _is_value(body: Body) -> bool:

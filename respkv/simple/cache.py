@@ -7,10 +7,11 @@ an engine of its own in this process, or to a server by its URL: to either by a 
 """
 
 import math
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
+from itertools import takewhile
 from threading import Lock
 from typing import Any, Self, TypeAlias
 
@@ -21,6 +22,7 @@ from respkv.client.requests import Arg
 from respkv.client.sync import Client
 from respkv.embedded import EmbeddedCache, open_sync
 from respkv.errors import ConfigError, LeaseGone, ServerError
+from respkv.simple.names import check_namespace, key_of, name_of, prefix_of
 from respkv.simple.record import Pair, pack, unpack
 
 Device: TypeAlias = str | torch.device
@@ -32,6 +34,9 @@ GIB = 1 << 30
 SLACK_BYTES = 16 << 20
 SCAN_COUNT = 10_000
 LOOK_AHEAD = 8  # layers that are asked for at a time when nobody knows how many there are
+READS_MAX = 3  # of a prefix that is replaced while it is read
+USED_MAX = 100_000  # prefixes of which it is known when they were used
+TTL_S_MAX = 10 * 365 * 86_400.0
 
 
 class SimpleKVCache:
@@ -60,15 +65,17 @@ class SimpleKVCache:
         namespace: str = "simple",
         **settings: object,
     ) -> None:
-        if max_size_gb is not None and not 0 < max_size_gb < math.inf:
-            raise ConfigError(f"max_size_gb is {max_size_gb!r}; it must be more than 0")
-        if not namespace:
-            raise ConfigError("namespace is empty; it must have a name")
+        if max_size_gb is not None and not (_is_number(max_size_gb) and 0 < max_size_gb < math.inf):
+            raise ConfigError(f"max_size_gb is {max_size_gb!r}; it must be a number more than 0")
+        check_namespace(namespace)
         if (url is not None or cache is not None) and settings:
             name = min(settings)
             raise ConfigError(f"{name} = {settings[name]!r}: the server has its own settings")
         if url is not None and cache is not None:
             raise ConfigError(f"url {url!r} and cache: give one of them")
+        if not isinstance(cache, Client | None) or not isinstance(url, str | None):
+            given = f"url is a {type(url).__name__}" if cache is None else f"cache is {cache!r}"
+            raise ConfigError(f"{given}; a URL is a str, and a cache a Client or what is opened")
         self._ttl_ms = _ms(ttl_s)
         self.device = torch.device(device)
         self.namespace = namespace
@@ -80,7 +87,6 @@ class SimpleKVCache:
         self._lock = Lock()
         self._used: OrderedDict[bytes, None] = OrderedDict()  # prefixes, the last used at the end
         self._hits = self._misses = self._rejected = 0
-        self._is_limited = self._max_bytes == 0
         self._evicted = self._expired = 0  # before this was opened
         self._evicted, self._expired = self._server_counts()
 
@@ -122,20 +128,23 @@ class SimpleKVCache:
         if not layers:
             raise ValueError("layers is empty; at least one pair of keys and values is needed")
         count = len(layers)
-        pairs = {n: Pair(keys, values, count) for n, (keys, values) in enumerate(layers)}
+        store = os.urandom(8).hex()
+        pairs = {n: Pair(keys, values, count, store) for n, (keys, values) in enumerate(layers)}
         return self._store(prefix, pairs, ttl_s)
 
     def _store(self, prefix: str, pairs: dict[int, Pair], ttl_s: float | None) -> bool:
-        name = _name(prefix)
+        name = name_of(prefix)
         ttl_ms = self._ttl_ms if ttl_s is None else _ms(ttl_s)
         expiry: list[Arg] = [] if ttl_ms is None else ["PX", ttl_ms]
-        keys = [self._key(name, layer) for layer in pairs]
+        keys = [key_of(self.namespace, name, layer) for layer in pairs]
         packed = [pack(pair) for pair in pairs.values()]
         if self._max_bytes and sum(each.nbytes for each in packed) > self._max_bytes:
-            return self._refused(len(pairs))  # or others would go, and in vain
-        self._limit()
-        # A page that is there is not sent again, because its key says what it is; here it does not.
+            self._cache.delete(*keys)  # what it shall be no longer
+            return self._refused(len(pairs))  # before others go in vain
+        # First, so that what is replaced neither stays when the new has no room, nor takes room.
         batch = self._cache.pipeline().command("DEL", *keys)
+        if self._max_bytes:  # each time: a server that was started anew has forgotten it
+            batch.command("KV.QUOTA", self.namespace, "MAXBYTES", self._max_bytes)
         for key, payload in zip(keys, packed, strict=True):
             batch.command("KV.PUT", key, payload, *expiry)
         failures = [reply for reply in batch.execute(raise_on_error=False) if _is_error(reply)]
@@ -154,12 +163,6 @@ class SimpleKVCache:
             self._rejected += count
         return False
 
-    def _limit(self) -> None:
-        """Say how much there may be, once."""
-        if not self._is_limited:
-            self._cache.quota(self.namespace, max_bytes=self._max_bytes)
-            self._is_limited = True
-
     # -- reading ------------------------------------------------------------------------------
 
     def get_cached_kv(
@@ -169,41 +172,43 @@ class SimpleKVCache:
 
         device:  where they are wanted; None: as the cache says. They are the caller's own.
         """
-        name = _name(prefix)
-        (found,) = self._read([self._key(name, _checked(layer))], device)
+        name = name_of(prefix)
+        (found,) = self._read([key_of(self.namespace, name, _checked(layer))], device)
         self._count(name, is_hit=found is not None)
         return None if found is None else (found.keys, found.values)
 
     def get_all_layers(self, prefix: str, device: Device | None = None) -> list[Tensors] | None:
         """Return the keys and values of every layer, or None.
 
-        Of layers that were stored together come all, or None when one of them has gone. Were they
-        stored one by one, nobody knows how many there are to be: those come that follow each other
-        from layer 0 on.
+        Of layers that were stored together come all, or None when one of them has gone; one that was
+        replaced since comes as it is now. Were they stored one by one, nobody knows how many there
+        are to be: those come that follow each other from layer 0 on.
         """
-        name = _name(prefix)
-        found = self._read_all(name, device)
+        name = name_of(prefix)
+        found: list[Pair] | None = None
+        for _ in range(READS_MAX):
+            found = self._read_all(name, device)
+            if found is None or len({pair.store for pair in found if pair.num_layers}) < 2:
+                break
+            found = None  # of two who stored it, one meanwhile
         self._count(name, is_hit=found is not None)
         return None if found is None else [(pair.keys, pair.values) for pair in found]
 
     def _read_all(self, name: bytes, device: Device | None) -> list[Pair] | None:
-        (first,) = self._read([self._key(name, 0)], device)
+        (first,) = self._read([key_of(self.namespace, name, 0)], device)
         if first is None:
             return None
-        pairs = [first]
-        while True:
-            start, count = len(pairs), LOOK_AHEAD
-            if first.num_layers:
-                count = first.num_layers - start
-            keys = [self._key(name, layer) for layer in range(start, start + count)]
-            more = self._read(keys, device) if keys else []
-            if first.num_layers:
-                together = [pair for pair in more if pair and pair.num_layers == first.num_layers]
-                return [*pairs, *together] if len(together) == count else None
-            for pair in more:
-                if pair is None:
-                    return pairs
-                pairs.append(pair)
+        pairs, total = [first], first.num_layers  # 0: as many as there are
+        while not total or len(pairs) < total:
+            layers = range(len(pairs), total or len(pairs) + LOOK_AHEAD)
+            keys = [key_of(self.namespace, name, layer) for layer in layers]
+            more = self._read(keys, device)
+            there = [pair for pair in takewhile(lambda pair: pair is not None, more) if pair]
+            pairs += there
+            total = total or max(pair.num_layers for pair in pairs)
+            if len(there) < len(more):
+                break
+        return None if len(pairs) < total else pairs[: total or None]
 
     def _read(self, keys: list[bytes], device: Device | None) -> list[Pair | None]:
         where = self.device if device is None else torch.device(device)
@@ -225,16 +230,16 @@ class SimpleKVCache:
         Returns: how many pairs have gone.
         """
         if isinstance(what, str):
-            return self._evict([_name(what)])
+            return self._evict([name_of(what)])
         if isinstance(what, bool) or not isinstance(what, int) or what < 0:
             raise ValueError(f"evict({what!r}): a prefix is needed, or how many, from 0 on")
         return self._evict(self._coldest(what))
 
     def _coldest(self, count: int) -> list[bytes]:
-        there = dict.fromkeys(_prefix_of(key) for key in self._scan())
+        there = dict.fromkeys(prefix_of(self.namespace, key) for key in self._scan())
         with self._lock:
-            known = [name for name in self._used if name in there]
-        strangers = [name for name in there if name not in set(known)]
+            known = dict.fromkeys(name for name in self._used if name in there)
+        strangers = [name for name in there if name not in known]
         return [*strangers, *known][:count]
 
     def _evict(self, names: Sequence[bytes]) -> int:
@@ -242,7 +247,7 @@ class SimpleKVCache:
         with self._lock:
             for name in names:
                 self._used.pop(name, None)
-        return self._delete([key for key in self._scan() if _prefix_of(key) in gone])
+        return self._delete([key for key in self._scan() if prefix_of(self.namespace, key) in gone])
 
     def clear(self) -> int:
         """Evict everything of the namespace. Returns how many pairs have gone."""
@@ -265,7 +270,10 @@ class SimpleKVCache:
                 case reply:
                     raise TypeError(f"SCAN was answered with {type(reply).__name__}")
             for key in keys:
-                if isinstance(key, bytes) and key not in seen and _prefix_of(key):
+                # The pattern finds keys of a namespace "a:b", too, where this one is "a".
+                if not isinstance(key, bytes) or key in seen:
+                    continue
+                if prefix_of(self.namespace, key):
                     seen.add(key)
                     yield key
             if after == b"0":
@@ -324,9 +332,6 @@ class SimpleKVCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _key(self, name: bytes, layer: int) -> bytes:
-        return b"%b:%b-%d" % (self.namespace.encode(), name, layer)
-
     def _count(self, name: bytes, *, is_hit: bool) -> None:
         with self._lock:
             if is_hit:
@@ -338,19 +343,8 @@ class SimpleKVCache:
     def _touch(self, name: bytes) -> None:
         self._used[name] = None
         self._used.move_to_end(name)
-
-
-def _name(prefix: str) -> bytes:
-    """Return a name for a prefix, which may be a whole prompt, that is short enough for a key."""
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix is a {type(prefix).__name__}; a str is needed")
-    return blake2b(prefix.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest().encode()
-
-
-def _prefix_of(key: bytes) -> bytes:
-    """Return the name of a key's prefix; empty when the key is none of ours."""
-    name, dash, layer = key.rpartition(b":")[2].partition(b"-")
-    return name if dash and layer.isdigit() and len(name) == 40 else b""
+        if len(self._used) > USED_MAX:  # that one counts as a stranger then
+            self._used.popitem(last=False)
 
 
 def _checked(layer: int) -> int:
@@ -362,9 +356,15 @@ def _checked(layer: int) -> int:
 def _ms(ttl_s: float | None) -> int | None:
     if ttl_s is None:
         return None
-    if not 0 < ttl_s < math.inf:
-        raise ConfigError(f"ttl_s is {ttl_s!r}; it must be more than 0, or None for ever")
+    if not _is_number(ttl_s) or not 0 < ttl_s <= TTL_S_MAX:
+        raise ConfigError(
+            f"ttl_s is {ttl_s!r}; it must be more than 0, up to {TTL_S_MAX:g}, or None for ever"
+        )
     return max(1, round(ttl_s * 1000))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_error(reply: Reply) -> bool:

@@ -31,11 +31,13 @@ class Pair:
     """What a value holds.
 
     num_layers: of the prefix, when all were stored together; else 0.
+    store:      which storing they were, so that layers of two are told apart; else empty.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     num_layers: int = 0
+    store: str = ""
 
 
 def pack(pair: Pair) -> Gathered:
@@ -49,7 +51,7 @@ def pack(pair: Pair) -> Gathered:
         host = _on_host(name, tensor)
         words.append([str(host.dtype).removeprefix("torch."), list(host.shape)])
         views += (_bytes_of(host), memoryview(bytes(-host.nbytes % ALIGN_BYTES)))
-    head = json.dumps({"pair": words, "layers": pair.num_layers}).encode()
+    head = json.dumps({"pair": words, "layers": pair.num_layers, "store": pair.store}).encode()
     front = len(MAGIC) + _LENGTH_BYTES
     head += b" " * (-(front + len(head)) % ALIGN_BYTES)
     return Gathered(
@@ -72,7 +74,7 @@ def unpack(data: memoryview, device: torch.device) -> Pair:
             tensors.append(_copy(data[start : start + nbytes], dtype, shape, device))
             start += nbytes + -nbytes % ALIGN_BYTES
         keys, values = tensors
-        return Pair(keys, values, int(head["layers"]))
+        return Pair(keys, values, int(head["layers"]), str(head.get("store", "")))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PageCorrupt(f"a pair of tensors cannot be read: {error}") from error
 
@@ -90,9 +92,12 @@ def _copy(
 def _on_host(name: str, tensor: object) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is needed")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError(f"{name} is {tensor.layout} on {tensor.device}; make it a dense tensor")
-    return tensor.detach().cpu().contiguous()
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+    if not is_dense or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name} is {kind} on {tensor.device}; make it a dense tensor")
+    # A conjugated or negated view says so in a flag, which bytes have not.
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -6,9 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import msgspec
 import pytest
 
 from respkv.agents import WorkingMemory
@@ -127,6 +131,13 @@ def test_sessions_are_apart_whatever_is_in_their_names(
         pytest.param(object(), "a value is made of None, bool", id="object"),
         (1 << 70, "a value is made of None, bool"),
         ("\ud800", "a value is made of None, bool"),
+        pytest.param(datetime(2026, 1, 1), "list and dict, not datetime", id="time"),
+        pytest.param(UUID(int=5), "list and dict, not UUID", id="uuid"),
+        pytest.param([{"a": Decimal("1.5")}], "list and dict, not Decimal", id="decimal"),
+        pytest.param(msgspec.Raw(b"\xc1"), "list and dict, not Raw", id="raw"),
+        pytest.param(
+            {(1, 2): 3}, r"a key of a dict is none of the last two, not \(1, 2\)", id="key"
+        ),
     ],
     ids=str,
 )
@@ -155,6 +166,10 @@ def test_what_cannot_be_kept_is_an_error(
         ({"ttl_s": 0}, ConfigError, "ttl_s = 0: accepted are more than 0"),
         ({"ttl_s": float("nan")}, ConfigError, "ttl_s = nan"),
         ({"max_items": 0}, ConfigError, "max_items = 0"),
+        ({"max_items": 2.5}, ConfigError, "max_items = 2.5: accepted are whole numbers"),
+        ({"max_bytes": "1mb"}, ConfigError, "max_bytes = '1mb': accepted are whole numbers"),
+        ({"ttl_s": "1h"}, ConfigError, "ttl_s = '1h': accepted are"),
+        ({"namespace": 3}, ConfigError, "namespace = 3"),
         ({"namespace": "a:b"}, ConfigError, "namespace = 'a:b'"),
         ({"cache": 5}, TypeError, "cache is a Client"),
     ],
@@ -166,6 +181,29 @@ def test_a_wrong_setting_is_named(
     settings: Any = {"cache": "respkv://127.0.0.1:1", "agent": "a", "session": "s"} | options
     with pytest.raises(error, match=said):
         WorkingMemory(**settings)
+
+
+def test_what_is_nested_without_end_is_an_error(open_memory: OpenMemory) -> None:
+    memory, twice, deep = open_memory(), [0], [0]
+    twice += [twice, twice]  # type: ignore[list-item]
+    for _ in range(200):
+        deep = [deep]  # type: ignore[list-item]
+    for value in (twice, deep):
+        with pytest.raises(ValueError, match="at most 100 lists and dicts in each other"):
+            memory.set("a", value)
+    assert memory.names() == []
+
+
+def test_a_session_that_is_not_there_is_not_made_by_deleting_from_it(
+    open_memory: OpenMemory,
+) -> None:
+    memory = open_memory()
+    assert not memory.delete("nothing")
+    assert not memory.touch()
+    assert not memory.clear()
+    memory.set("a", 1)
+    assert memory.delete("a")
+    assert memory.touch()
 
 
 def test_threads_lose_nothing(open_memory: OpenMemory) -> None:

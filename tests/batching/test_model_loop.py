@@ -1,5 +1,6 @@
 """The model loop: any number of requests in, their own tokens out, whatever happens to others."""
 
+import os
 import random
 import threading
 import time
@@ -167,6 +168,8 @@ def test_one_request_too_many_is_refused_until_another_has_gone(
         ([0], 31, "max_new_tokens of 31 tokens is more than the 30 allowed"),
         ([0] * 18, 23, "a prompt and its answer of 41 tokens is more than the 40 allowed"),
         (["a"], 1, "tokens must be integers"),
+        (["1"], 1, "tokens must be integers"),
+        ([1.5], 1, "tokens must be integers"),
         ([None], 1, "tokens must be integers"),
     ],
 )
@@ -271,9 +274,66 @@ def test_closing_ends_what_is_under_way(loop: ModelLoop, runner: GatedRunner) ->
     closing.join()
     assert not loop.is_alive
     assert runner.is_closed
+    stats = loop.stats()
+    assert (stats.running, stats.waiting, stats.tokens_in_flight, stats.cancelled) == (0, 0, 0, 3)
     with pytest.raises(LoopClosed, match="the model loop is closed"):
         loop.submit(GenerationRequest([1]))
     loop.close()
+
+
+def test_whoever_has_less_patience_decides_when_a_closing_loop_ends(
+    loop: ModelLoop, runner: GatedRunner
+) -> None:
+    [ticket] = start(loop, runner, GenerationRequest([1], 390))
+    patient = threading.Thread(target=loop.close, args=(600,))
+    patient.start()
+    while loop.is_alive:
+        time.sleep(0.001)
+    hasty = threading.Thread(target=loop.close)
+    hasty.start()
+    while not ticket.is_finished:
+        runner.let(1)
+        time.sleep(0.001)
+    assert ticket.result(0).finish_reason == "cancelled"
+    patient.join()
+    hasty.join()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_was_forked_is_told_that_the_model_is_elsewhere(
+    loop: ModelLoop, runner: GatedRunner
+) -> None:
+    [ticket] = start(loop, runner, GenerationRequest([1], 3))
+    with loop._news:  # as a thread may have it, which is not there in the child
+        child = os.fork()
+    if not child:
+        try:
+            for call in (lambda: loop.submit(GenerationRequest([1])), loop.clear, loop.stats):
+                with pytest.raises(LoopClosed, match=r"runs in process \d+, .* make a loop here"):
+                    call()
+            ticket.cancel()
+            loop.close()
+            os._exit(0 if not loop.is_alive else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    runner.let()
+    assert ticket.result(10).tokens == tuple(expected([1], 3))
+
+
+def test_those_who_had_to_leave_are_counted_among_those_who_wait() -> None:
+    runner = GatedRunner(num_blocks=3)
+    with ModelLoop(runner, limits=Limits(waiting_max=1)) as loop:
+        first, second = start(loop, runner, GenerationRequest([1], 8), GenerationRequest([2], 8))
+        while not loop.stats().preemptions:
+            runner.let(1)
+            runner.asked.acquire()
+        assert (loop.stats().running, loop.stats().waiting) == (1, 1)
+        with pytest.raises(Busy, match="1 requests wait already"):
+            loop.submit(GenerationRequest([3], 2))
+        runner.let()
+        assert first.result(10).tokens == tuple(expected([1], 8))
+        assert second.result(10).tokens == tuple(expected([2], 8))
 
 
 def test_closing_can_let_requests_finish(loop: ModelLoop, runner: GatedRunner) -> None:

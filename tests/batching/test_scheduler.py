@@ -261,6 +261,26 @@ def test_others_do_not_wait_for_what_is_being_loaded() -> None:
     check(loading)
 
 
+@pytest.mark.parametrize(("sequences", "num_blocks"), [(2, 100), (9, 8)])
+def test_with_nothing_to_compute_what_is_loading_is_waited_for(
+    sequences: int, num_blocks: int
+) -> None:
+    """Otherwise the loop would ask again and again, as fast as it can, and nothing else."""
+    served = Served(
+        ToyRunner(num_blocks=num_blocks, is_slow=True), sequences=sequences, step_tokens=64
+    )
+    for each in (1, 2):
+        served.scheduler.add(new(16, new_tokens=1, id=each))
+        served.drain()
+    others = [new(3, new_tokens=1, id=3), new(17, id=1), new(17, id=2), new(9, id=4)]
+    for each in others:
+        served.scheduler.add(each)
+    while served.is_busy:
+        assert served.step() > 0
+    for each in others:
+        check(each)
+
+
 def test_who_can_take_what_another_computes_lets_others_go_first() -> None:
     served = Served(ToyRunner(is_slow=True), sequences=4, step_tokens=8)
     alike, third = [new(16, id=1), new(16, id=1)], new(3, id=3)

@@ -59,6 +59,22 @@ def test_a_wrong_option_is_named(tmp_path: Path, option: str, value: str) -> Non
         command.main(["--model", str(tmp_path), option, value], standalone_mode=False)
 
 
+def test_an_empty_token_is_no_token_that_was_forgotten(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("RESPKV_GATEWAY_TOKEN", "")
+    with pytest.raises(ConfigError, match="RESPKV_GATEWAY_TOKEN is empty: accepted are"):
+        command.main(["--model", str(tmp_path)], standalone_mode=False)
+
+
+def test_options_that_may_be_repeated_reach_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    words = ["--model", str(tmp_path), "--allow-origin", "https://a.example"]
+    with pytest.raises(ConfigError, match="allow_origin = 'no-origin'"):
+        command.main([*words, "--allow-origin", "no-origin"], standalone_mode=False)
+
+
 def test_a_folder_without_a_model_is_one_line_and_exit_code_2(cli: Cli, tmp_path: Path) -> None:
     done = cli("gateway", "--model", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")

@@ -22,6 +22,13 @@ def test_one_section_can_be_asked_for(cli: Cli, redis_url: str) -> None:
     assert done.stdout.count("#") == 1
 
 
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_a_section_that_is_none_is_said_to_be_so(how: list[str], cli: Cli, redis_url: str) -> None:
+    done = cli("info", "memroy", *how, url=redis_url)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("respkv: INFO of this server has no section 'memroy'; ")
+
+
 def test_json_holds_a_section_each_and_numbers_as_such(cli: Cli, redis_url: str) -> None:
     found = json.loads(cli("info", "--json", url=redis_url).stdout)
     assert found["server"]["redis_mode"] == "standalone"

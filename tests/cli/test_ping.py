@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from respkv.client import Client
 from tests.cli.conftest import Cli
@@ -25,7 +26,14 @@ def test_a_server_that_is_away_is_one_line_and_exit_code_1(cli: Cli, nowhere: st
     done = cli("ping", url=nowhere)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("respkv: cannot connect to 127.0.0.1:")
+    assert "start one with `respkv serve`" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_socket_that_is_not_there_is_answered_with_what_to_do(cli: Cli, tmp_path: Path) -> None:
+    done = cli("ping", "--url", f"unix://{tmp_path}/none")
+    assert done.stderr.startswith(f"respkv: cannot connect to unix://{tmp_path}/none: ")
+    assert "start one with `respkv serve`" in done.stderr
 
 
 def test_a_url_that_is_none_is_one_line_and_exit_code_2(cli: Cli) -> None:
@@ -33,6 +41,7 @@ def test_a_url_that_is_none_is_one_line_and_exit_code_2(cli: Cli) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "hunter2" not in done.stderr
+    assert "as in respkv://127.0.0.1:7379" in done.stderr
 
 
 def test_a_server_that_wants_a_password_is_not_well(cli: Cli, redis_url: str) -> None:

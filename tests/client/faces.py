@@ -34,6 +34,9 @@ class Blocking:
             return found
         return partial(self._call, cast(Callable[..., Awaitable[Any]], found))
 
+    def within(self, seconds: float) -> "Blocking":
+        return Blocking(self.portal, self.target.within(seconds))
+
     def pipeline(self) -> "Blocking":
         return Blocking(self.portal, self.target.pipeline())
 

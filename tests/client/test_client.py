@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from respkv.client.requests import NOT_OFFERED
-from respkv.errors import ConnectionLost, ServerError, TimedOut
+from respkv.errors import ConfigError, ConnectionLost, ServerError, TimedOut
 from tests.redis_server import RedisServer
 
 Connect = Callable[..., Any]
@@ -259,3 +259,23 @@ def test_a_closed_client_answers_no_more(connect: Connect, redis: RedisServer) -
     with pytest.raises(ConnectionLost, match="closed"):
         client.ping()
     assert "name=closing" not in redis.cli("CLIENT", "LIST")
+
+
+def test_a_client_within_a_time_has_the_same_connections_and_waits_no_longer(
+    connect: Connect, redis: RedisServer
+) -> None:
+    client = connect(redis.url, timeout_s=60)
+    hasty = client.within(0.1)
+    for each in (client, hasty, client, hasty):
+        each.ping()
+    assert len(client._core.pool._open) == 1
+    with pytest.raises(TimedOut):
+        hasty.command("DEBUG", "SLEEP", 0.5)
+    assert client.command("ECHO", "patient") == b"patient"
+    assert connect(redis.url, timeout_s=5).within(60)._core.settings.timeout_s == 5
+    for seconds in (0, -1, float("nan")):
+        with pytest.raises(ConfigError, match="timeout_s"):
+            client.within(seconds)
+    client.close()
+    with pytest.raises(ConnectionLost):
+        hasty.ping()

@@ -1,5 +1,6 @@
 """Leases and reservations of both faces, against a respkv server with shared memory."""
 
+import struct
 import subprocess
 import sys
 import threading
@@ -205,7 +206,7 @@ def test_without_shared_memory_the_error_says_what_to_start(
     client = connect(start_server().url)
     client.put("page", payload(1))
     for entered in (client.lease(["page"]), client.reserve("other", NBYTES)):
-        with pytest.raises(ServerError, match="--shm ro or rw"):
+        with pytest.raises(ServerError, match=r"off; start the server .* --shm rw$"):
             with entered:
                 raise AssertionError("it must not be entered")
     assert client.get("page") == payload(1)
@@ -314,13 +315,24 @@ client.close()
     ("answers", "raised", "named"),
     [
         ({b"KV.LEASE": b"*1\r\n:1\r\n"}, ProtocolError, "1 keys, 0 places"),
+        ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n:-60\r\n:5\r\n"}, ProtocolError, "not within"),
+        ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n:8\r\n:-5\r\n"}, ProtocolError, "not within"),
         ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n:60\r\n:5\r\n"}, ProtocolError, "not within"),
         ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n+a\r\n:5\r\n"}, ProtocolError, "not a place"),
         ({b"KV.LEASE": b"+OK\r\n"}, ProtocolError, "answered with bytes"),
         ({b"KV.LEASE": b"-OOM no room\r\n"}, ServerError, "no room"),
         ({b"KV.LEASE": b"*2\r\n:1\r\n*2\r\n:0\r\n:5\r\n", b"KV.RELEASE": None}, LeaseGone, "broke"),
     ],
-    ids=["too few", "outside", "no place", "no array", "refused", "broken"],
+    ids=[
+        "too few",
+        "before",
+        "less than none",
+        "outside",
+        "no place",
+        "no array",
+        "refused",
+        "broken",
+    ],
 )
 def test_a_lease_that_is_answered_wrongly_is_not_held(
     connect: Connect,
@@ -337,6 +349,65 @@ def test_a_lease_that_is_answered_wrongly_is_not_held(
         client.close()
 
 
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        (b"*2\r\n:1\r\n*2\r\n:0\r\n:5\r\n", "something else"),
+        (b"*3\r\n:1\r\n$0\r\n\r\n$0\r\n\r\n", "something else"),
+        (b"*2\r\n:1\r\n$15\r\n" + bytes(15) + b"\r\n", "something else"),
+        (b"*2\r\n:1\r\n$32\r\n" + bytes(32) + b"\r\n", "1 keys, 2 places"),
+        (b"*2\r\n:1\r\n$16\r\n" + struct.pack("<qq", 60, 5) + b"\r\n", "not within"),
+        (b"*2\r\n:1\r\n$16\r\n" + struct.pack("<qq", -1, 5) + b"\r\n", "not within"),
+    ],
+    ids=["plain", "two", "uneven", "too many", "outside", "before"],
+)
+def test_a_packed_lease_that_is_answered_wrongly_is_not_held(
+    connect: Connect, tmp_path: Path, answer: bytes, named: str
+) -> None:
+    answers = {b"KV.LEASE": answer}
+    with Peer(tmp_path / "s", _arena_peer(tmp_path, answers, packs=True)) as peer:
+        client = connect(peer.url)
+        with pytest.raises(ProtocolError, match=named), client.lease(["key"]):
+            pass
+        client.ping()
+        client.close()
+
+
+def test_a_lease_says_where_pages_are_in_the_servers_memory(client: Any, namespace: str) -> None:
+    keys = chain(namespace, 3)
+    for number in (0, 2):
+        client.put(keys[number], payload(number))
+    with client.lease(keys) as lease:
+        assert lease.memory.readonly
+        assert lease.places[1] is None
+        for number in (0, 2):
+            offset, nbytes = lease.places[number]
+            assert lease.memory[offset : offset + nbytes] == payload(number)
+        assert lease.memory is lease.memory
+        whole = lease.memory
+        assert [page is None for page in lease.pages] == [False, True, False]
+    assert lease.places == []
+    with pytest.raises(ValueError, match="released"):
+        whole[0]
+
+
+def test_a_server_that_does_not_pack_is_asked_plainly(connect: Connect, tmp_path: Path) -> None:
+    asked = list[list[bytes]]()
+    answers = {b"KV.LEASE": b"*3\r\n:1\r\n*2\r\n:8\r\n:5\r\n$-1\r\n", b"KV.RELEASE": b":1\r\n"}
+    known = _arena_peer(tmp_path, answers)
+
+    def answer(args: list[bytes]) -> bytes | None:
+        asked.append(args)
+        return known(args)
+
+    with Peer(tmp_path / "s", answer) as peer:
+        client = connect(peer.url)
+        with client.lease(["key", "other"]) as lease:
+            assert lease.places == [(8, 5), None]
+        client.close()
+    assert asked[1] == [b"KV.LEASE", b"2", b"key", b"other"]
+
+
 def test_a_commit_that_the_server_calls_lapsed_is_lease_gone(
     connect: Connect, tmp_path: Path
 ) -> None:
@@ -351,9 +422,13 @@ def test_a_commit_that_the_server_calls_lapsed_is_lease_gone(
     assert peer.seen == [b"KV.ATTACH", b"KV.RESERVE", b"KV.COMMIT"], "nothing left to abort"
 
 
-def _arena_peer(folder: Path, answers: Mapping[bytes, bytes | None]) -> Answer:
+def _arena_peer(
+    folder: Path, answers: Mapping[bytes, bytes | None], *, packs: bool = False
+) -> Answer:
     path = folder / "arena"
     path.write_bytes(bytes(64))
     attach = b"*4\r\n$%d\r\n%b\r\n:64\r\n:1\r\n+rw\r\n" % (len(bytes(path)), bytes(path))
+    if packs:
+        attach = b"*6" + attach[2:] + b"$-1\r\n$6\r\npacked\r\n"
     known = {b"PING": b"+PONG\r\n", b"KV.ATTACH": attach, **answers}
     return lambda args: known[args[0]]

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -10,9 +11,10 @@ import pytest
 from respkv.client import AsyncClient, Client
 from respkv.client.kv import COMMAND_BYTES, Pages, Shape
 from respkv.client.requests import Gathered, request
-from respkv.client.sequences import token_bytes
+from respkv.client.sequences import SequenceMatch, token_bytes
 from respkv.errors import ConfigError, ConnectionLost, SequenceGap, ServerError
 from tests.client.faces import Blocking
+from tests.client.peer import Peer
 from tests.server.prompts import DIM, HEADS, LAYERS, TOKENS, declare, text
 from tests.server_process import ServerProcess
 
@@ -34,6 +36,55 @@ def test_a_prompt_is_put_and_comes_back_layer_by_layer(client: Any, namespace: s
     got = [bytes(layer) for layer in layers]
     assert got == [layer.tobytes() for layer in prompt.kv]
     assert list(layers) == []
+
+
+@pytest.mark.parametrize("nbytes", [6, 300_000])
+def test_a_match_brings_the_logits_if_asked(client: Any, namespace: str, nbytes: int) -> None:
+    declare(client, namespace)
+    prompt, logits = text(2 * TOKENS + 5, 11), bytes([7]) * nbytes
+    client.seq.put(namespace, prompt.tokens, prompt.kv, logits=logits)
+    found = client.seq.match(namespace, prompt.tokens, logits=True)
+    assert (found.tokens, found.has_logits, bytes(found.logits)) == (37, True, logits)
+    assert client.seq.match(namespace, prompt.tokens) == found._replace(logits=None)
+    less = client.seq.match(namespace, prompt.tokens[:20], logits=True)
+    assert (less.tokens, less.has_logits, less.logits) == (20, False, None)
+
+
+def test_a_server_that_knows_no_logits_of_a_match_answers_without(
+    connect: Connect, tmp_path: Path
+) -> None:
+    asked = list[list[bytes]]()
+
+    def answer(args: list[bytes]) -> bytes:
+        asked.append(args[3:])
+        if b"LOGITS" in args[3:]:
+            return b"-ERR syntax error, unexpected option 'LOGITS'\r\n"
+        if b"other" in args:
+            return b"-ERR syntax error, unexpected option 'SALT'\r\n"
+        return b"*5\r\n:2\r\n:0\r\n$1\r\nc\r\n:9\r\n:1\r\n"
+
+    with Peer(tmp_path / "s", answer) as peer:
+        client = connect(peer.url)
+        for _ in range(2):
+            found = client.seq.match("ns", [1, 2], salt="s", logits=True)
+            assert found == SequenceMatch(2, 0, "c", 9, True, None)
+        with pytest.raises(ServerError, match="SALT"):
+            client.seq.match("ns", [1, 2], salt="other", logits=True)
+        client.close()
+    salted = [b"SALT", b"s"]
+    assert asked == [[*salted, b"LOGITS"], salted, salted, [b"SALT", b"other"]]
+
+
+def test_what_else_a_server_refuses_is_not_taken_for_its_age(
+    connect: Connect, tmp_path: Path
+) -> None:
+    with Peer(tmp_path / "s", lambda args: b"-KVSCHEMA no schema\r\n") as peer:
+        client = connect(peer.url)
+        for _ in range(2):
+            with pytest.raises(ServerError, match="no schema"):
+                client.seq.match("ns", [1, 2], logits=True)
+        client.close()
+    assert len(peer.seen) == 2
 
 
 def test_what_is_there_is_not_sent_again(client: Any, namespace: str) -> None:

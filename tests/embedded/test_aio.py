@@ -42,6 +42,19 @@ async def test_a_call_before_it_is_open_says_so() -> None:
         await small().ping()
 
 
+async def test_it_is_opened_once_and_closing_it_before_does_nothing() -> None:
+    cache = small()
+    await cache.close()
+    async with cache:
+        await cache.ping()
+        with pytest.raises(CacheError, match=r"was opened before; respkv\.open makes another"):
+            await cache.__aenter__()
+        await cache.ping()
+    with pytest.raises(CacheError, match="was opened before"):
+        async with cache:
+            raise AssertionError("it was opened")
+
+
 async def test_a_wrong_setting_is_told_before_anything_is_opened() -> None:
     with pytest.raises(ConfigError, match="did you mean maxmemory"):
         respkv.open(maxmemry="1gb")

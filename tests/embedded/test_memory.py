@@ -1,6 +1,8 @@
 """Leases in the process that has the memory: of the arena, and of the gpu tier on the device cpu."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -97,3 +99,17 @@ def test_tensors_go_in_and_come_out(cache: EmbeddedCache) -> None:
     assert torch.equal(torch.stack(list(some)), kv[1:, :, 16:, 1:])
     none = list(cache.seq.get("t", [7, 7]).tensors())
     assert [tensor.shape for tensor in none] == [(2, 0, 2, 8)] * 3
+
+
+def test_tensors_need_one_connection_though_the_schema_is_not_known(tmp_path: Path) -> None:
+    files: dict[str, Any] = {"nvme_path": tmp_path, "nvme_bytes": "16mb"}
+    kv, ids = torch.randn(2, 2, 20, 2, 16), range(20)
+    with respkv.open_sync(maxmemory="16mb", prefault=False, **files) as first:
+        first.schema_set("m", layers=2, heads=2, dim=16, tokens=4, dtype="float32")
+        first.seq.put("m", ids, kv)
+    with respkv.open_sync(
+        maxmemory="16mb", prefault=False, pool_max=1, timeout_s=20, **files
+    ) as again:
+        found = list(again.seq.get("m", ids).tensors())
+        assert torch.equal(torch.stack(found), kv)
+        again.ping()

@@ -1,9 +1,12 @@
 """What an embedded engine is opened with."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import respkv
 from respkv.config import OF_SOCKETS, Config
 from respkv.embedded.settings import read_settings
 from respkv.errors import ConfigError
@@ -49,6 +52,31 @@ def test_settings_of_sockets_are_refused(name: str) -> None:
 def test_a_wrong_setting_is_named(settings: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         read_settings(None, settings)
+
+
+def test_what_is_no_configuration_is_told() -> None:
+    with pytest.raises(ConfigError, match="config is a int; it is a path or a Config"):
+        read_settings(5, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"pool_max": "8"}, "pool_max is '8'; it must be a whole number"),
+        ({"pool_max": 0}, "pool_max is 0; it must be at least 1"),
+        ({"timeout_s": "1s"}, "timeout_s is '1s'; it must be a number of seconds"),
+        ({"timeout_s": -1}, "timeout_s is -1; it must be more than 0"),
+    ],
+)
+def test_how_calls_are_served_is_checked_before_anything_is_opened(
+    options: dict[str, Any], told: str
+) -> None:
+    threads = threading.active_count()
+    with pytest.raises(ConfigError, match=told):
+        respkv.open_sync(maxmemory="16mb", **options)
+    with pytest.raises(ConfigError, match=told):
+        respkv.open(maxmemory="16mb", **options)
+    assert threading.active_count() == threads
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

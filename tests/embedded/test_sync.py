@@ -496,3 +496,18 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
     """Run a program in a process of its own."""
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_engine_lives_as_long_as_what_is_made_of_it_for_a_time() -> None:
+    before = set(threading.enumerate())
+    hasty = small().within(30)
+    (engine,) = [
+        thread for thread in set(threading.enumerate()) - before if thread.name == "respkv-engine"
+    ]
+    gc.collect()
+    hasty.set("key", "value")
+    assert hasty.command("GET", "key") == b"value"
+    hasty.close()
+    with pytest.raises(ConnectionLost):
+        hasty.ping()
+    assert not engine.is_alive()

@@ -15,6 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from respkv.engine.accounts import DOUBT_S
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.history import Reason
@@ -601,3 +602,55 @@ def test_a_manual_clock_is_what_pins_follow() -> None:
     assert (cache.pins.nbytes, cache.pins.nbytes_but(entry)) == (1000, 0)
     clock.advance(6)
     assert (cache.pins.nbytes, len(cache.pins)) == (0, 0)
+
+
+def test_a_refused_put_takes_no_room_in_memory_from_others() -> None:
+    cache, clock = make_cache(256 * KIB)
+    limit(cache, t=100 * KIB)
+    cache.put(b"ns:pinned", b"x" * 50 * KIB, page(b"t", pin=clock.now + 60))
+    number = 0
+    while (slot := cache.slabs.take(50 * KIB)) is not None:
+        cache.slabs.give_back(slot)
+        cache.put(b"other:%d" % number, b"x" * 50 * KIB, page())
+        number += 1
+    before = keys_of(cache)
+    for nbytes in (60 * KIB, 120 * KIB):  # too much beside what is pinned; too much at all
+        with pytest.raises(QuotaExceeded):
+            cache.put(b"ns:more", b"x" * nbytes, page(b"t"))
+    assert keys_of(cache) == before
+    cache.put(b"ns:more", b"x" * 50 * KIB, page(b"t"))
+    assert len(before - keys_of(cache)) == 1
+    cache.check()
+
+
+def test_what_may_be_refused_is_in_doubt_before_its_owner_is_known() -> None:
+    cache, clock = make_cache()
+    accounts = cache.accounts
+    assert not accounts.is_in_doubt(b"ns", 1 << 40)
+    limit(cache, 6000, t=2000, u=2000)
+    assert accounts.is_in_doubt(b"ns", 7000)  # more than anybody may keep
+    cache.put(b"ns:a", b"x" * 2000, page(b"t"))
+    cache.put(b"ns:b", b"x" * 2000, page(b"u"))
+    cache.put(b"ns:c", b"x" * 1500, page())
+    assert not accounts.is_in_doubt(b"ns", 1000)  # each could make room
+    cache.promise(cache.entries[b"ns:b"], clock.now + 5)
+    assert accounts.is_in_doubt(b"ns", 1000)  # it may be u's
+    clock.advance(6)
+    assert not accounts.is_in_doubt(b"ns", 1000)
+    with pytest.raises(QuotaExceeded):
+        cache.put(b"ns:d", b"x" * 2001, page(b"t"))
+    assert accounts.is_in_doubt(b"ns", 10)  # others may be refused as well
+    clock.advance(DOUBT_S)
+    assert not accounts.is_in_doubt(b"ns", 10)
+    assert keys_of(cache) == {b"ns:a", b"ns:b", b"ns:c"}
+    cache.check()
+
+
+def test_of_many_tenants_none_is_asked_whether_a_put_fits() -> None:
+    cache, clock = make_cache()
+    limit(cache, 0, 100)
+    for number in range(OTHERS_MAX + 1):
+        cache.put(b"ns:%d" % number, b"x" * 100, page(b"%d" % number, pin=clock.now + 60))
+    assert not cache.accounts.is_in_doubt(b"ns", 100)
+    cache.delete(cache.entries[b"ns:0"])
+    assert cache.accounts.is_in_doubt(b"ns", 100)

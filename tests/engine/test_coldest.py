@@ -1,6 +1,13 @@
 """The order in which a quota gives up pages: one at a time, as a plan asks for them."""
 
-from respkv.engine.coldest import HELD_FEW, HELD_REST_EACH_S, HELD_REST_S, SLACK, Coldest
+from respkv.engine.coldest import (
+    HELD_FEW,
+    HELD_MAX,
+    HELD_REST_EACH_S,
+    HELD_REST_S,
+    SLACK,
+    Coldest,
+)
 from respkv.engine.entry import Entry
 
 
@@ -141,3 +148,39 @@ def test_pages_that_are_looked_at_anew_again_and_again_take_no_more_memory() -> 
     a.pinned_until = 0.0
     coldest.add(a)
     assert order(coldest) == ["a", "b"]
+
+
+def test_one_plan_passes_over_so_many_held_pages_and_the_next_goes_on_behind_them() -> None:
+    coldest = Coldest()
+    held = [page(f"{number}", float(number)) for number in range(2 * HELD_MAX + 10)]
+    free = page("free", 1e9)
+    for each in (*held, free):
+        coldest.add(each)
+    looks: list[Entry] = []
+
+    def is_held(entry: Entry) -> bool:
+        looks.append(entry)
+        return entry is not free
+
+    found: list[Entry | None] = []
+    for number in range(3):
+        now = 10.0 + number * HELD_REST_S  # those passed over rest until all were met
+        found.append(coldest.first({}, is_held, now))
+        coldest.end_plan(() if found[-1] is None else (found[-1],), now)
+        assert len(looks) <= (number + 1) * HELD_MAX + 1
+    assert found == [None, None, free]
+    assert len(looks) == len(set(looks))
+
+
+def test_pages_that_rested_come_back_a_part_at_a_time_and_all_if_need_be() -> None:
+    coldest = Coldest()
+    pages = [page(f"{number}", -float(number)) for number in range(2 * HELD_MAX)]
+    for each in pages:
+        each.pinned_until = 5.0
+        coldest.add(each)
+    assert coldest.first({}, lambda entry: False, 4.0) is None
+    coldest.end_plan((), 4.0)
+    first = coldest.first({}, lambda entry: False, 5.0)
+    assert first is pages[HELD_MAX - 1], "the coldest of those that are back"
+    coldest.end_plan((first,), 5.0)
+    assert len(order(coldest, now=5.0)) == len(pages)

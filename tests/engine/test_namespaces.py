@@ -61,6 +61,24 @@ def test_another_identity_is_refused_with_both_named(change: dict[str, object], 
     assert other.fingerprint_hash != SCHEMA.fingerprint_hash
 
 
+def test_other_weights_are_said_to_be_that_and_hashes_are_shown_as_digits() -> None:
+    namespaces = Namespaces()
+    old, new = bytes(range(200, 216)), bytes(range(120, 136))
+    namespaces.put(replace(SCHEMA, fingerprint=old, seed=old))
+    with pytest.raises(SchemaMismatch) as error:
+        namespaces.put(replace(SCHEMA, fingerprint=new, seed=new))
+    text = str(error.value)
+    assert f"fingerprint {old.hex()}, " in text
+    assert f"fingerprint {new.hex()}, " in text
+    assert ": the same shape, of other weights; use another namespace" in text
+    for change in ({"seed": b"else"}, {"groups": (MAMBA,), "fingerprint": new}):
+        namespaces = Namespaces()
+        namespaces.put(SCHEMA)
+        with pytest.raises(SchemaMismatch) as error:
+            namespaces.put(replace(SCHEMA, **change))  # type: ignore[arg-type]
+        assert "other weights" not in str(error.value)
+
+
 def test_the_fingerprint_of_a_page_names_its_namespace_and_not_its_policies() -> None:
     assert replace(SCHEMA, ttl_ms=5).fingerprint_hash == SCHEMA.fingerprint_hash
     assert replace(SCHEMA, namespace=b"other").fingerprint_hash != SCHEMA.fingerprint_hash

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from respkv.chain import ALGORITHMS, NO_EXTRAS, Chain, Extras, pack_tokens
@@ -31,9 +31,10 @@ extras = st.sampled_from([NO_EXTRAS, Extras(salt=b"pepper"), Extras(lora=b"sql")
 ask = st.tuples(names, tokens, extras)
 
 
+@settings(deadline=None)
 @given(steps=st.lists(st.one_of(schemas, names, st.just(None), ask, ask, ask), max_size=25))
 def test_a_prompt_is_that_of_the_schema_there_is_now(
-    steps: "list[Schema | bytes | None | tuple[bytes, bytes, Extras]]",
+    steps: "list[Schema | bytes | tuple[bytes, bytes, Extras] | None]",
 ) -> None:
     namespaces = Namespaces()
     prompts = Prompts(namespaces)

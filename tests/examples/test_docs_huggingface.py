@@ -6,22 +6,13 @@ from typing import Any
 
 import torch
 
-from tests.integrations.huggingface import models
-
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 
 
 def test_the_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    ids = torch.tensor([models.prompt(40)])
-    scope: dict[str, Any] = {
-        "torch": torch,
-        "model": models.tiny_model("llama"),
-        "ids": ids,
-        "mask": torch.ones_like(ids),
-        "prompt": models.prompt(30, seed=1),
-    }
+    assert len(blocks) == 4
+    scope: dict[str, Any] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

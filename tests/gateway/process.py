@@ -31,6 +31,7 @@ class GatewayProcess(Client):
             command += small
         with self._log.open("wb") as log:
             variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+            variables = {name: value for name, value in variables.items() if value}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
         super().__init__(0)
         self.port = int(self._wait_for(LISTENING)[1])

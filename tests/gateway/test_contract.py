@@ -62,6 +62,25 @@ def test_the_document_has_this_gateways_limits(serve: Serve) -> None:
             assert ("422" in operation["responses"]) == (path == "/generate")
 
 
+def test_the_document_is_made_anew_when_the_model_has_come(serve: Serve) -> None:
+    running = serve("x")
+    model = running.gateway.loaded
+    assert model is not None
+    before = Running(None, SMALL)
+    try:
+        document: Any = before.get("/openapi.json").json
+        assert (
+            "enum" not in document["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["schema"]
+        )
+        before.gateway.install(model)
+        for _ in range(2):
+            document = before.get("/openapi.json").json
+            (name,) = document["paths"]["/v1/models/{name}"]["get"]["parameters"]
+            assert name["schema"]["enum"] == ["tiny-llama"]
+    finally:
+        before.close()
+
+
 def test_the_document_says_what_goes_without_a_cache(serve: Serve) -> None:
     def use_cache(settings: GatewaySettings) -> Any:
         document: Any = serve("x", settings).get("/openapi.json").json

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
+from respkv.client import Client
 from respkv.errors import CacheError, ConfigError
 from respkv.gateway.checkpoint import Checkpoint
 from respkv.gateway.loading import load
+from tests.conftest import StartServer
 from tests.gateway.conftest import SMALL
 from tests.gateway.running import Running
 from tests.server_process import ServerProcess
@@ -88,6 +90,33 @@ def test_a_model_that_has_no_pages_is_served_without(
         assert running.post("/cache/clear").json["store_pages"] == 0
     finally:
         running.close()
+
+
+def test_a_model_that_has_no_pages_leaves_nothing_in_the_store(
+    checkpoint: Path, tmp_path: Path, start_server: StartServer
+) -> None:
+    server = start_server()
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    made = load(Checkpoint(folder=folder, url=server.url), SMALL)
+    try:
+        assert made.store is None
+        with Client(server.url) as client:
+            assert client.command("KV.SCHEMA", "LIST") == []
+    finally:
+        made.close(0.0)
+
+
+def test_a_template_that_fails_is_told_when_the_model_is_loaded(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages.no_such_method() }}")
+    with caplog.at_level(logging.WARNING, "respkv.gateway"):
+        load(Checkpoint(folder=folder, settings=ENGINE), SMALL).close(0.0)
+    assert "no conversation can be served: the model's chat template refuses this" in caplog.text
 
 
 def test_a_model_that_takes_no_cache_is_refused(checkpoint: Path, tmp_path: Path) -> None:

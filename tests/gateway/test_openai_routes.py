@@ -81,6 +81,24 @@ def test_a_prompt_may_be_tokens(running: Running, coder: TextCoder) -> None:
     assert "5000" in reply.error["message"]
 
 
+@pytest.mark.parametrize("token", [1.7, True, "1", None, -1, [1]])
+def test_a_token_of_a_prompt_is_a_whole_number(running: Running, token: Any) -> None:
+    for prompt in ([40, token], [[40, token]], [[40], [token]]):
+        reply = running.post("/v1/completions", {"prompt": prompt, "max_tokens": 1})
+        assert (reply.status, reply.error["code"]) == (400, "invalid_value"), prompt
+        assert reply.error["param"].startswith("prompt")
+    assert running.runner.steps == 0
+    assert complete(running, prompt=[40, 41.0])["usage"]["prompt_tokens"] == 2
+
+
+def test_an_answer_is_taken_back_as_it_came(running: Running) -> None:
+    message = chat(running)["choices"][0]["message"]
+    # As OpenAI's own client for Python fills it in.
+    whole = {**message, "annotations": None, "audio": None, "function_call": None}
+    for said in (message, {**whole, "tool_calls": None}, {**whole, "tool_calls": []}):
+        chat(running, messages=[USER, said, USER])
+
+
 def test_answers_with_one_seed_differ_and_come_again(llama: Running) -> None:
     ask = {"temperature": 1.5, "seed": 5, "n": 3, "max_tokens": 6}
     texts = [choice["text"] for choice in complete(llama, **ask)["choices"]]
@@ -150,6 +168,11 @@ def test_a_chat_without_a_limit_takes_what_room_there_is(running: Running) -> No
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"50256": -100}}, "logit_bias"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"audio": {"voice": "alloy"}}, "audio"),
+        ({"metadata": {str(at): "" for at in range(17)}}, "metadata"),
+        ({"messages": [USER | {"tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
@@ -180,6 +203,9 @@ def test_what_is_not_supported_is_refused_and_named(
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
         {"n": None, "stop": None, "temperature": None, "top_p": None, "stream": None},
         {"response_format": {"type": "text"}, "modalities": ["text"]},
+        {"prediction": {"type": "content", "content": "x"}, "verbosity": "medium"},
+        {"functions": [], "function_call": "none", "audio": None, "web_search_options": None},
+        {"prompt_cache_key": "k", "prompt_cache_retention": "24h", "safety_identifier": "me"},
         {"max_completion_tokens": 4.0, "seed": 1.0},
     ],
 )

@@ -1,11 +1,14 @@
 """Limits of time and number on connections."""
 
+import http.client
 import socket
 import time
 
+import pytest
+
 from respkv.gateway.settings import GatewaySettings
 from tests.gateway.conftest import Serve
-from tests.gateway.running import Running
+from tests.gateway.running import Reply, Running
 
 GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -66,6 +69,40 @@ def test_an_answer_that_takes_longer_than_a_head_is_not_cut(serve: Serve) -> Non
         time.sleep(0.5)
         running.runner.gate.set()
         assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_what_is_no_http_is_refused_in_the_form_of_all_errors(serve: Serve) -> None:
+    running = serve("x")
+    with connect(running) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")  # without a host
+        answer = http.client.HTTPResponse(raw)
+        answer.begin()
+        reply = Reply(answer.status, {}, answer.read())
+        assert (reply.status, reply.error["code"]) == (400, "invalid_http")
+        assert is_closed(raw)
+
+
+def test_garbage_behind_an_answer_ends_the_connection_without_a_fuss(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serve("x", GatewaySettings(token="a-token"))
+    head = b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    with connect(running) as raw:
+        raw.sendall(head)
+        assert raw.recv(4096).startswith(b"HTTP/1.1 401")
+        raw.sendall(b"no number of a chunk\r\n")
+        assert is_closed(raw)
+    assert "Traceback" not in caplog.text
+    assert "LocalProtocolError" not in caplog.text
+
+
+def test_a_head_request_gets_what_a_get_gets_but_the_body(serve: Serve) -> None:
+    running = serve("x")
+    for path, status in (("/healthz", 200), ("/v1/models", 200), ("/nothing", 404)):
+        asked, told = running.ask("HEAD", path, None, {}), running.get(path)
+        assert (asked.status, asked.body) == (status, b"")
+        assert asked.headers["content-length"] == told.headers["content-length"]
+    assert running.ask("HEAD", "/generate", None, {}).status == 405
 
 
 def test_an_idle_connection_is_closed(serve: Serve) -> None:

@@ -140,6 +140,14 @@ def test_lone_surrogates_and_made_up_fields_come_back_as_escapes(serve: Serve) -
         assert "\\ud" in json.dumps(reply.error)
 
 
+def test_a_session_whose_name_is_too_long_for_the_cache_is_refused(llama: Running) -> None:
+    body = {"prompt": "x", "max_new_tokens": 1, "session": "\N{GRINNING FACE}" * 65}
+    reply = llama.post("/generate", body)
+    assert (reply.status, reply.error["code"]) == (400, "invalid_request")
+    assert "1 to 256 bytes, not 260" in reply.error["message"]
+    assert llama.post("/generate", {**body, "session": "me"}).status == 200
+
+
 def test_a_zero_byte_is_a_character_as_any_other(serve: Serve) -> None:
     assert serve(SAYS).post("/generate", {"prompt": "\0"}).status == 200
 

@@ -1,8 +1,10 @@
 """A gateway in a process of its own, from its start to its end."""
 
+import contextlib
 import resource
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +105,39 @@ def test_two_lives_share_a_server_and_end_well(checkpoint: Path, start_server: S
         assert b'"stopping"' in streamed
     finally:
         gateway.close()
+
+
+@pytest.mark.long
+def test_a_second_signal_ends_it_at_once(checkpoint: Path) -> None:
+    gateway = GatewayProcess(checkpoint, "--max-new-tokens", "30000", "--stop-timeout", "100")
+    try:
+        body = {"prompt": "x", "max_new_tokens": 30_000, "stream": True}
+        with gateway.open("POST", "/generate", body) as raw:
+            assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+            gateway.process.send_signal(signal.SIGTERM)
+            raw.recv(4096)
+            assert _is_refused(gateway.port)
+            received = b""
+            gateway.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(ConnectionResetError):
+                while part := raw.recv(65536):
+                    received += part
+        assert b"event: done" not in received
+        assert gateway.wait() == 0, gateway.log
+        assert "Traceback" not in gateway.log
+    finally:
+        gateway.close()
+
+
+def _is_refused(port: int) -> bool:
+    """Wait until nobody listens at a port."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        except OSError:
+            return True
+    return False
 
 
 def _streamed_into_the_end(gateway: GatewayProcess, count: int) -> bytes:

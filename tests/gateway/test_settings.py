@@ -17,11 +17,30 @@ from respkv.gateway.settings import GatewaySettings
         ("max_recompute_tokens", 0),
         ("heartbeat_s", -1.0),
         ("max_body_bytes", 0),
+        ("read_timeout_s", float("inf")),
+        ("read_timeout_s", float("nan")),
+        ("keep_alive_s", 1 << 31),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(field: str, value: object) -> None:
     wrong: dict[str, Any] = {field: value}
     with pytest.raises(ConfigError, match=f"{field} = {value}: accepted are"):
+        GatewaySettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            ("allow_origin", each)
+            for each in ("chat.example", "https://a/b", "", "null", "https:// ")
+        ),
+        *(("allow_host", each) for each in ("https://llm.example", "llm.example:80", "", "a b")),
+    ],
+)
+def test_a_wrong_origin_or_name_is_told(field: str, value: str) -> None:
+    wrong: dict[str, Any] = {field: (value,)}
+    with pytest.raises(ConfigError, match=f"{field} = '{value}': accepted are"):
         GatewaySettings(**wrong)
 
 

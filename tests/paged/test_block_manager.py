@@ -260,7 +260,9 @@ class BlockMachine(RuleBasedStateMachine):
         return sorted(self.salts)[index % len(self.salts)]
 
     def unfinished(self) -> list[int]:
-        return [each for each in self.salts if self.blocks.computed(each) < self.blocks.length(each)]
+        return [
+            each for each in self.salts if self.blocks.computed(each) < self.blocks.length(each)
+        ]
 
     def writers(self) -> list[int]:
         return [each for each, places in self.writing.items() if places]

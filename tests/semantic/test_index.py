@@ -146,3 +146,21 @@ def test_the_approximate_index_stays_as_small_as_what_is_in_it() -> None:
     for number in range(1100):
         graph.drop(name(number))
     assert graph.nearest(numpy.ones(8, "f4"), 3) == []
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_approximate_index_loses_nothing_while_it_is_small(metric: Metric) -> None:
+    random = numpy.random.default_rng(5)
+    exact, graph = open_index("exact", 8, metric), open_index("hnsw", 8, metric)
+    for step in range(3000):
+        entry, chance = name(int(random.integers(40))), random.random()
+        if chance < 0.55:
+            row = random.standard_normal(8).astype("f4")
+            exact.put(entry, row)
+            graph.put(entry, row)
+        for gone in [entry] if chance < 0.97 else map(name, range(40)):
+            if chance >= 0.55:
+                exact.drop(gone)
+                graph.drop(gone)
+        query = random.standard_normal(8).astype("f4")
+        assert graph.nearest(query, 100) == exact.nearest(query, 100), f"step {step}"

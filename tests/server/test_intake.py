@@ -11,6 +11,7 @@ from respkv.config import Config
 from respkv.engine.clock import Clock
 from respkv.engine.entry import Put
 from respkv.engine.landing import Landing
+from respkv.engine.spaces import Limits as Quotas
 from respkv.server.body import LAND_MIN, WINDOW_BYTES_MAX, Refused
 from respkv.server.intake import Intake
 from respkv.server.state import Server
@@ -228,3 +229,68 @@ def test_any_cut_gives_the_same_commands_and_leaves_no_slot(cuts: list[int]) -> 
         assert found == expected
         assert server.cache.slabs.used_bytes == 0
         assert intake.held_bytes == 0
+
+
+def fill(server: Server, tenant: bytes) -> set[bytes]:
+    """Fill the memory with pages of a tenant; return their keys."""
+    cache, number = server.cache, 0
+    while (slot := cache.slabs.take(LARGE)) is not None:
+        cache.slabs.give_back(slot)
+        cache.put(b"ns:%d" % number, b"x" * LARGE, Put("kvpage", tenant=tenant))
+        number += 1
+    return set(cache.entries)
+
+
+def limit_to_one_pinned(server: Server) -> None:
+    """Let tenant t keep one page, and pin the one that it has."""
+    cache = server.cache
+    cache.put(b"ns:own", b"x" * LARGE, Put("kvpage", tenant=b"t", pinned_until=1e9))
+    cache.accounts.set_limits(b"ns", Quotas(tenants={b"t": LARGE}))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("KV.PUT", "ns:new"),
+        ("KV.SEQ.PUT", "ns", b"\0" * 4, 1),
+        ("KV.SEQ.PUT", "ns", b"\0" * 4, "x"),
+    ],
+    ids=str,
+)
+def test_what_may_be_refused_for_a_quota_makes_no_room_before_its_owner_is_known(
+    offline: Server, words: tuple[Any, ...]
+) -> None:
+    limit_to_one_pinned(offline)
+    before = fill(offline, b"other")
+    intake = make_intake(offline)
+    value = bytes(range(256)) * (LARGE // 256)
+    data = request(*words, value, "TENANT", "t")
+    (args,) = feed(intake, data, cuts=[BODY_MIN, LAND_MIN, LARGE // 2])
+    assert value in args
+    assert set(offline.cache.entries) == before
+    # Where there is room nobody is robbed, so it lands.
+    offline.cache.delete(offline.cache.entries[b"ns:0"])
+    (args,) = feed(intake, data)
+    assert value in shown(offline, args)
+    assert value not in args
+
+
+def test_only_what_may_be_held_on_the_heap_is_kept_there_for_a_quota(offline: Server) -> None:
+    limit_to_one_pinned(offline)
+    before = fill(offline, b"other")
+    intake = make_intake(offline, held_max=3 * LARGE - 1)
+    (args,) = feed(intake, request("KV.SEQ.PUT", "ns", b"\0" * 4, 2, b"x" * LARGE, b"y" * LARGE))
+    assert not any(isinstance(arg, Landing) for arg in args)
+    assert set(offline.cache.entries) == before
+    (args,) = feed(intake, request("KV.SEQ.PUT", "ns", b"\0" * 4, 3, *[b"x" * LARGE] * 3))
+    assert sum(isinstance(arg, Landing) for arg in args) == 3
+    shown(offline, args)
+
+
+def test_a_put_that_its_tenant_can_make_room_for_lands(offline: Server) -> None:
+    offline.cache.accounts.set_limits(b"ns", Quotas(tenants={b"t": LARGE}))
+    offline.cache.put(b"ns:own", b"x" * LARGE, Put("kvpage", tenant=b"t"))
+    fill(offline, b"other")
+    (args,) = feed(make_intake(offline), request("KV.PUT", "ns:new", b"x" * LARGE, "TENANT", "t"))
+    assert isinstance(args[2], Landing)
+    shown(offline, args)

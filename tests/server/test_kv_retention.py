@@ -81,6 +81,29 @@ def test_a_put_that_cannot_fit_is_told_the_quota_and_loses_nothing(raw: Raw, ns:
     assert raw.ask("KV.GET", f"{ns}:a") is None
 
 
+@pytest.mark.parametrize("num_tokens", [12, 2048], ids=["small", "large"])
+@pytest.mark.parametrize("how", ["KV.PUT", "KV.SEQ.PUT"])
+def test_a_put_refused_for_its_quota_evicts_nobody_elses_pages(
+    how: str, num_tokens: int, start_server: StartServer
+) -> None:
+    server = start_server(maxmemory="4mb", small_value_memory="1mb")
+    tokens, payload = b"\1\0\0\0" * num_tokens, b"x" * (num_tokens * PAGE_BYTES // 16)
+    words = ("q:more", payload) if how == "KV.PUT" else ("q", tokens, 1, payload)
+    with Raw(server.connect()) as raw:
+        set_schema(raw, "q", GEOMETRY.replace("TOKENS 16", f"TOKENS {num_tokens}"))
+        assert raw.ask("KV.PUT", "q:own", payload, "TENANT", "t", "PIN", 60_000) == b"OK"
+        raw.ask("KV.QUOTA", "q", "TENANT", "t", "MAXBYTES", len(payload))
+        for number in range(2 * (4 << 20) // len(payload)):
+            raw.ask("KV.PUT", f"q:{number}", payload, "TENANT", "u")
+        before = int(info_of(raw)["evicted_keys"])
+        assert before > 0
+        for _ in range(3):
+            assert error_of(raw.ask(how, *words, "TENANT", "t")).startswith("KVQUOTA ")
+        assert int(info_of(raw)["evicted_keys"]) == before
+        assert raw.ask(how, *words, "TENANT", "u") == (b"OK" if how == "KV.PUT" else [1, 0])
+        assert int(info_of(raw)["evicted_keys"]) > before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import struct
 import time
 from collections.abc import Iterator
 
@@ -44,6 +45,22 @@ def test_a_lease_shows_where_the_page_is(nbytes: int, raw: Raw, arena: mmap.mmap
         assert arena[offset : offset + length] == page
     assert raw.ask("KV.RELEASE", lease) == 1
     assert raw.ask("KV.RELEASE", lease) == 0
+
+
+def test_places_come_packed_if_asked(raw: Raw) -> None:
+    assert b"packed" in raw.ask("KV.ATTACH")[5:]
+    keys = [f"packed{number}" for number in range(40)]
+    for number, key in enumerate(keys):
+        if number % 3:
+            raw.ask("KV.PUT", key, bytes(1000 + number))
+    lease, *places = raw.ask("KV.LEASE", len(keys), *keys)
+    other, packed = raw.ask("KV.LEASE", len(keys), *keys, "MS", "500", "packed")
+    found = list(struct.iter_unpack("<qq", packed))
+    assert found == [(-1, -1) if place is None else tuple(place) for place in places]
+    assert [length for _, length in found[:3]] == [-1, 1001, 1002]
+    assert raw.ask("KV.RELEASE", lease) == raw.ask("KV.RELEASE", other) == 1
+    for words in (["PACKED", "PACKED"], ["TIER", "gpu", "PACKED"]):
+        assert "PACKED" in error_of(raw.ask("KV.LEASE", 1, "packed1", *words))
 
 
 def test_a_small_page_is_leased_and_a_small_plain_value_is_not(raw: Raw, arena: mmap.mmap) -> None:

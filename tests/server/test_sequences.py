@@ -12,6 +12,9 @@ import redis as redis_py
 
 from respkv.chain import Chain, Extras, pack_tokens
 from tests.conftest import StartServer
+from tests.fakes import FakeWire
+from tests.server.cold import cold_server as chilled_server
+from tests.server.cold import replies
 from tests.server.prompts import PAGE_BYTES, TOKENS, Text, text
 from tests.server.raw import Raw, Word, error_of, parsed, pipeline, request
 from tests.server.watching import wait_for, wait_until
@@ -585,6 +588,46 @@ def test_pages_put_together_pin_no_more_than_one_may(start_server: StartServer) 
         assert refused.startswith(f"KVPIN {PAGE_BYTES} bytes are pinned")
         assert raw.ask(*get(prompts[1])) == [TOKENS, *layers(prompts[1])], "it is stored unpinned"
         assert error_of(raw.ask(*half(text(TOKENS, 133), 0), "PIN", 60_000)).startswith("KVPIN ")
+
+
+@pytest.mark.parametrize("nbytes", [1, 300 * 1024])
+def test_a_match_brings_the_logits_of_a_full_hit_if_asked(nbytes: int, own: Raw) -> None:
+    prompt, logits = text(2 * TOKENS + 5, 61), bytes([nbytes % 251]) * nbytes
+    own.ask(*put(prompt, "LOGITS", logits))
+    *found, got = own.ask(*match(prompt, "LOGITS", "SESSION", "talk"))
+    assert (found[0], found[4], got) == (37, 1, logits)
+    assert own.ask(*match(prompt)) == found, "five items as ever"
+    longer = prompt.followed_by(text(3, 62))
+    assert own.ask(*match(longer, "logits"))[4:] == [0, None]
+    assert own.ask(*match(text(20, 63), "LOGITS")) == [0, 0, b"", 0, 0, None]
+    assert "LOGITS" in error_of(own.ask(*match(prompt, "LOGITS", "LOGITS")))
+    assert own.ask("DEL", key_of(prompt) + b".logits") == 1
+    assert own.ask(*match(prompt, "LOGITS"))[4:] == [0, None]
+
+
+@pytest.mark.anyio
+async def test_a_match_does_not_wait_for_logits_in_a_file() -> None:
+    prompt = text(2 * TOKENS, 64)
+    async with chilled_server() as cold:
+        wire = FakeWire(cold.server)
+        wire.feed(request("KV.SCHEMA", "SET", "s", *SHAPE))
+        wire.feed(request(*put(prompt, "LOGITS", b"warm")))
+        await replies(wire, 2)
+        await cold.chill()
+        cold.tier.reads.shut()
+        wire.feed(request(*match(prompt, "LOGITS")))
+        ((tokens, _, letters, _, has_logits, logits),) = await replies(wire, 1)
+        assert (tokens, letters, has_logits, logits) == (2 * TOKENS, b"nn", 1, None)
+        cold.tier.reads.open()
+        wire.feed(request("KV.GET", key_of(prompt) + b".logits"))
+        assert await replies(wire, 1) == [b"warm"]
+        wire.lose()
+
+
+def key_of(prompt: Text, namespace: bytes = b"s") -> bytes:
+    """Return the key of the page or tail that ends with a prompt."""
+    made = Chain("blake3", b"", TOKENS).prompt(namespace, pack_tokens(prompt.tokens))
+    return made.position_key(made.num_tokens)
 
 
 def test_logits_of_a_rank_appear_with_the_page(own: Raw) -> None:

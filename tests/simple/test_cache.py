@@ -10,6 +10,7 @@ import torch
 from respkv.embedded import EmbeddedCache
 from respkv.errors import ConfigError, ConnectionLost, PageCorrupt
 from respkv.simple import SimpleKVCache
+from respkv.simple.names import key_of, name_of
 from tests.server_process import ServerProcess
 from tests.simple.conftest import MakeCache
 
@@ -67,14 +68,33 @@ def test_all_layers_come_back_together_or_not_at_all(make_cache: MakeCache) -> N
     assert len(found) == 11
     assert all(map(are_equal, found, layers))
     assert are_equal(cache.get_cached_kv("prompt", 7), layers[7])
-    cache._cache.delete(cache._key(_name_of("prompt"), 7))
+    cache._cache.delete(key_of(cache.namespace, name_of("prompt"), 7))
     assert cache.get_all_layers("prompt") is None
 
 
-def _name_of(prefix: str) -> bytes:
-    from respkv.simple.cache import _name
+def test_a_layer_that_was_replaced_by_itself_comes_with_the_others(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    cache.cache_all_layers("prompt", [pair(number) for number in range(4)])
+    for replaced in (2, 0):
+        cache.cache_kv("prompt", replaced, *pair(10 + replaced))
+        found = cache.get_all_layers("prompt")
+        assert found is not None
+        assert len(found) == 4
+        assert are_equal(found[replaced], pair(10 + replaced))
+        assert are_equal(found[3], pair(3))
+    cache._cache.delete(key_of(cache.namespace, name_of("prompt"), 3))
+    assert cache.get_all_layers("prompt") is None
 
-    return _name(prefix)
+
+def test_layers_of_two_who_stored_the_same_prefix_are_not_mixed(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    last = key_of(cache.namespace, name_of("prompt"), 1)
+    cache.cache_all_layers("prompt", [pair(1), pair(2)])
+    before = bytes(cache._cache.command("KV.GET", last))  # type: ignore[arg-type]
+    cache.cache_all_layers("prompt", [pair(3), pair(4)])
+    cache._cache.command("KV.PUT", last, before)  # as it is when both store at once
+    assert cache.get_all_layers("prompt") is None
+    assert are_equal(cache.get_cached_kv("prompt", 1), pair(2))
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 10])
@@ -130,6 +150,40 @@ def test_clear_leaves_other_namespaces_alone(make_cache: MakeCache) -> None:
     assert are_equal(other.get_cached_kv("prompt", 0), pair(2))
 
 
+def test_a_namespace_whose_name_begins_like_another_is_left_alone(make_cache: MakeCache) -> None:
+    one = make_cache()
+    other = make_cache(namespace=one.namespace + ":inner")
+    one.cache_kv("prompt", 0, *pair(1))
+    other.cache_kv("prompt", 0, *pair(2))
+    assert one.evict("prompt") == 1
+    assert one.evict(5) == 0
+    one.cache_kv("prompt", 0, *pair(1))
+    assert one.clear() == 1
+    assert are_equal(other.get_cached_kv("prompt", 0), pair(2))
+
+
+def test_a_quota_that_the_server_has_forgotten_is_set_again(make_cache: MakeCache) -> None:
+    cache = make_cache(8 / 1024)
+    cache.cache_kv("prompt", 0, *pair(1))
+    cache._cache.quota(cache.namespace, max_bytes=0)  # as after a restart without files
+    for number in range(10):
+        cache.cache_kv(f"prompt{number}", 0, *mib(number))
+    stats = cache.get_stats()
+    assert stats["bytes"] <= 8 * MIB == stats["max_bytes"]
+
+
+def test_what_it_remembers_of_uses_is_bounded(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("respkv.simple.cache.USED_MAX", 3)
+    cache = make_cache()
+    for name in "abcdefgh":
+        cache.cache_kv(name, 0, *pair(1))
+    assert len(cache._used) == 3
+    assert cache.evict(5) == 5
+    assert [cache.get_cached_kv(name, 0) is None for name in "efgh"] == [True, False, False, False]
+
+
 def test_it_never_has_more_than_its_size_and_the_least_recently_used_go(
     make_cache: MakeCache,
 ) -> None:
@@ -155,6 +209,15 @@ def test_what_is_larger_than_the_cache_is_refused_and_costs_nobody_anything(
     assert cache.cache_all_layers("many", [mib()] * 3) is False
     assert are_equal(cache.get_cached_kv("small", 0), pair(1))
     assert (cache.get_stats()["rejected"], cache.get_stats()["entries"]) == (4, 1)
+
+
+def test_what_was_to_be_replaced_is_not_answered_when_the_new_has_no_room(
+    make_cache: MakeCache,
+) -> None:
+    cache = make_cache(2 / 1024)
+    cache.cache_kv("prompt", 0, *pair(1))
+    assert cache.cache_kv("prompt", 0, torch.zeros(2 * MIB), torch.zeros(1)) is False
+    assert cache.get_cached_kv("prompt", 0) is None
 
 
 def test_what_has_expired_is_a_miss(make_cache: MakeCache) -> None:
@@ -218,6 +281,8 @@ def test_threads_may_share_it(make_cache: MakeCache) -> None:
         (lambda cache: cache.cache_kv("p", 0, [1.0], torch.zeros(1)), "keys is a list"),
         (lambda cache: cache.cache_kv("p", 0, torch.zeros(1), torch.eye(2).to_sparse()), "dense"),
         (lambda cache: cache.cache_kv("p", 0, *pair(1), ttl_s=0), "ttl_s is 0"),
+        (lambda cache: cache.cache_kv("p", 0, *pair(1), ttl_s="1h"), "ttl_s is '1h'"),
+        (lambda cache: cache.cache_kv("p", 0, *pair(1), ttl_s=1e20), r"ttl_s is 1e\+20"),
         (lambda cache: cache.cache_all_layers("p", []), "layers is empty"),
         (lambda cache: cache.evict(-1), r"evict\(-1\)"),
         (lambda cache: cache.evict(True), r"evict\(True\)"),
@@ -238,6 +303,13 @@ def test_a_bad_argument_is_named(engine: EmbeddedCache, call: Any, told: str) ->
         ({"max_size_gb": float("nan")}, "max_size_gb is nan"),
         ({"ttl_s": -1}, "ttl_s is -1"),
         ({"namespace": ""}, "namespace is empty"),
+        ({"namespace": 5}, "namespace is 5; it must be printable text"),
+        ({"namespace": "a\n"}, "it must be printable text of 1 to 256 bytes"),
+        ({"namespace": "x" * 257}, "it must be printable text of 1 to 256 bytes"),
+        ({"max_size_gb": "1"}, "max_size_gb is '1'"),
+        ({"ttl_s": "1h"}, "ttl_s is '1h'"),
+        ({"url": 5}, "url is a int"),
+        ({"cache": "respkv://localhost"}, "cache is 'respkv://localhost'"),
         ({"url": "respkv://localhost", "maxmemory": "1gb"}, "maxmemory = '1gb'"),
         ({"url": "http://localhost"}, "the scheme must be one of"),
         ({"max_size_gb": None}, "without a server"),
@@ -265,7 +337,7 @@ def test_it_opens_an_engine_of_its_own_with_files_if_they_are_wanted(tmp_path: A
 def test_a_value_of_somebody_else_is_told(engine: EmbeddedCache) -> None:
     cache = SimpleKVCache(0.01, cache=engine, namespace="strange")
     cache.cache_kv("prompt", 0, *pair(1))
-    key = cache._key(_name_of("prompt"), 0)
+    key = key_of("strange", name_of("prompt"), 0)
     engine.delete(key)
     engine.put(key, b"RSKV\xff\xff\xff\xffnonsense" * 10)
     with pytest.raises(PageCorrupt, match="pair of tensors"):

@@ -61,6 +61,23 @@ def test_what_is_not_contiguous_or_needs_gradients_is_stored_all_the_same() -> N
     assert not found.keys.requires_grad
 
 
+def test_views_that_are_conjugated_or_negated_are_stored_as_what_they_say() -> None:
+    whole = torch.randn(4, dtype=torch.complex64)
+    keys, values = whole.conj(), whole.conj().imag
+    assert keys.is_conj()
+    assert values.is_neg()
+    found = unpack(joined(Pair(keys, values)), CPU)
+    assert torch.equal(found.keys, keys)
+    assert torch.equal(found.values, values)
+
+
+def test_a_nested_tensor_is_refused() -> None:
+    parts = [torch.zeros(2), torch.zeros(3)]
+    keys = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    with pytest.raises(ValueError, match="keys is nested on cpu; make it a dense tensor"):
+        pack(Pair(keys, torch.zeros(1)))
+
+
 @pytest.mark.parametrize(
     "data",
     [

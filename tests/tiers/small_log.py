@@ -38,12 +38,13 @@ def page(number: int, payload: bytes, generation: int) -> "Given":
 
 @dataclass(frozen=True)
 class Given:
-    """A value to be written. stored: its payload as stored, where that is another."""
+    """A value to be written, or copied. stored: its payload as stored, where that is another."""
 
     meta: Meta
     payload: bytes
     codec: int = 0
     stored: bytes | None = None
+    is_copy: bool = False
 
 
 @dataclass
@@ -98,7 +99,9 @@ class SmallLog:
         batch = Batch(self.alignment)
         for value in values:
             stored = value.payload if value.stored is None else value.stored
-            batch.add_value(value.meta, memoryview(stored), codec=value.codec)
+            batch.add_value(
+                value.meta, memoryview(stored), codec=value.codec, is_copy=value.is_copy
+            )
         notes = list(notes)
         for note in notes:
             batch.add_note(note)

@@ -3,6 +3,7 @@
 import errno
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -623,6 +624,22 @@ def test_values_that_were_encoded_are_checked_as_stored() -> None:
     assert (record.codec, record.stored_bytes) == (1, 71)
     log.files[segment_name(0)][record.offset + 66] ^= 1
     assert set(metas(log.recover().found)) == {page_key(2)}
+
+
+def test_a_lost_write_takes_the_copy_that_was_made_of_an_older_value_behind_it() -> None:
+    log = SmallLog()
+    old = string(b"k", b"old", 1)
+    log.batch([old, string(b"other", b"there", 2), page(1, payload(1), 3)])
+    before = {name: bytes(data) for name, data in log.files.items()}
+    log.batch([string(b"k", b"new", 4)])
+    for name, data in before.items():
+        log.files[name][:] = data
+    # The new value waits for its sync, so reclaim copies the old one.
+    log.batch([replace(old, is_copy=True)])
+    log.batch([string(b"later", b"there", 5), replace(page(1, payload(1), 3), is_copy=True)])
+    recovered = log.recover()
+    assert set(metas(recovered.found)) == {page_key(1), b"later"}
+    assert recovered.counts.dropped_mutable == 2
 
 
 @pytest.mark.parametrize("was_used", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,109 @@ def test_prompts_that_are_only_put_or_got_are_requests_each_time_they_are_asked_
         line("kv.seq.get", "abc", t=6.0),
     )
     assert [request.at_s for request in read_trace(path).requests] == [1.0, 3.0, 4.0, 6.0]
+
+
+def asked(chain: str, tokens: int, **more: Any) -> dict[str, object]:
+    return line("kv.seq.match", chain, tokens=tokens, **{"matched": 0, **more})
+
+
+def stored(chain: str, **more: Any) -> dict[str, object]:
+    return line("kv.seq.put", chain, **more)
+
+
+@pytest.mark.parametrize("conn", [1, 2])
+def test_the_question_before_a_put_is_no_request(conn: int, tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "t",
+        HEAD,
+        asked("ab", 13),
+        asked("ab", 13, t=2.0, conn=conn),
+        stored("ab", t=2.1, conn=conn),
+        asked("abx", 20, t=9.0, matched=13),
+        asked("abcd", 30, t=19.0, matched=13, conn=conn),  # with the answer behind the prompt
+        stored("abcd", t=19.1, conn=conn),
+        line("kv.match", "pq", t=30.0),
+        stored("pq", t=31.0),
+    )
+    assert read_trace(path).requests == (
+        Request(1.0, 13, (0, 1)),
+        Request(9.0, 20, (0, 1, 2), 16, (3, 4)),
+        Request(30.0, 16, (5, 6)),
+    )
+
+
+def test_a_question_after_which_nothing_was_left_to_put_is_none_either(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "t",
+        HEAD,
+        asked("ab", 13, t=1.0),
+        stored("ab", t=1.1),
+        asked("ab", 13, t=2.0, matched=13),
+        asked("ab", 13, t=2.1, matched=13),
+        asked("ab", 13, t=3.0, matched=13),
+        asked("abc", 20, t=3.1, matched=20),
+        asked("ab", 13, t=4.0, matched=13, conn=2),  # somebody else
+        asked("ab", 13, t=90.0, matched=13, conn=2),  # much later
+    )
+    times = [request.at_s for request in read_trace(path).requests]
+    assert times == [1.0, 2.0, 3.0, 4.0, 90.0]
+
+
+def test_a_conversation_of_the_hugging_face_cache_is_a_request_a_turn(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "t",
+        HEAD,
+        asked("abx", 20),
+        asked("abc", 24),
+        stored("abc"),
+        asked("abx", 20, matched=20),  # are its logits there?
+        stored("abx"),
+        asked("abcdy", 36, t=2.0, matched=24),
+        line("kv.seq.get", "abc", tokens=24, t=2.0),  # of what was found
+        asked("abcdey", 41, t=2.1, matched=24),
+        stored("abcdey", t=2.1),
+        asked("abcdy", 36, t=2.1, matched=36),
+        stored("abcdy", t=2.1),
+        asked("abcdy", 36, t=3.0, matched=36),  # once more: all of it
+        line("kv.seq.get", "abcdy", tokens=36, t=3.0),
+        asked("abcdey", 41, t=3.1, matched=41),
+    )
+    requests = read_trace(path).requests
+    assert [(each.at_s, each.num_tokens) for each in requests] == [(1.0, 20), (2.0, 36), (3.0, 36)]
+
+
+def test_the_next_turn_is_a_request_though_its_client_puts_it_without_asking(
+    tmp_path: Path,
+) -> None:
+    path = written(
+        tmp_path / "t",
+        HEAD,
+        asked("ab", 16),
+        stored("ab", t=1.1),
+        asked("abc", 24, t=2.0, matched=16),
+        stored("abc", t=2.1),
+        asked("abcd", 32, t=50.0, matched=32),  # all there: nothing to put
+        asked("abcde", 40, t=60.0, matched=32),
+        stored("abcde", t=60.1),
+    )
+    times = [request.at_s for request in read_trace(path).requests]
+    assert times == [1.0, 2.0, 50.0, 60.0]
+
+
+def test_two_who_store_the_same_prompt_at_once_are_two_requests(tmp_path: Path) -> None:
+    first, second = {"conn": 1}, {"conn": 2}
+    without = (
+        *(asked("ab", 16, **first), asked("ab", 16, **second)),
+        *(stored("ab", **first), stored("ab", **second)),
+    )
+    having = (
+        *(asked("ab", 16, **first), asked("ab", 16, **second)),
+        *(asked("ab", 16, **first), stored("ab", **first)),
+        asked("ab", 16, matched=16, **second),
+    )
+    for number, lines in enumerate((without, having)):
+        path = written(tmp_path / f"t{number}", HEAD, *lines)
+        assert len(read_trace(path).requests) == 2
 
 
 def test_refused_commands_asked_for_nothing(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ of: a model's KV, as pages of a namespace. Nothing is imported before it is aske
 
 from typing import TYPE_CHECKING, Any
 
+from respkv.errors import require
+
 if TYPE_CHECKING:
     from respkv.integrations.huggingface.adapter import KVCacheAdapter
     from respkv.integrations.huggingface.cache_config import CacheConfig
     from respkv.integrations.huggingface.model_kv import ModelKV, UnsupportedModel
-    from respkv.integrations.huggingface.prefix_cache import RespKVCache
     from respkv.integrations.huggingface.pages_stats import PagesStats
+    from respkv.integrations.huggingface.prefix_cache import RespKVCache
     from respkv.integrations.huggingface.prompt_pages import PromptPages
 
 _MODULES = {
@@ -34,6 +36,8 @@ __all__ = [
     "RespKVCache",
     "UnsupportedModel",
 ]
+
+require("respkv.integrations.huggingface", "hf", "torch", "transformers")
 
 
 def __getattr__(name: str) -> Any:

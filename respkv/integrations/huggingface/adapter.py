@@ -4,19 +4,20 @@
 returns what it returns. What the cache cannot serve goes to the model as it is.
 """
 
+import inspect
 import logging
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from respkv.client.commands import Key
 from respkv.client.sequences import ChainOptions
 from respkv.integrations.huggingface.cache_config import CacheConfig
 from respkv.integrations.huggingface.caching_model import caching_model
+from respkv.integrations.huggingface.locks import ForkLock
 from respkv.integrations.huggingface.model_kv import ModelKV, read_model
 from respkv.integrations.huggingface.prefill import BatchCache
 from respkv.integrations.huggingface.prefix_cache import GROWTH_TOKENS, as_rows
@@ -26,6 +27,9 @@ from respkv.integrations.huggingface.reuse import AdapterStats, Reuse
 from respkv.integrations.huggingface.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# Arguments of generate that may be given without their names, behind the first two.
+_OTHERS: Final = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]
 
 
 class KVCacheAdapter:
@@ -47,7 +51,8 @@ class KVCacheAdapter:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"model is a {type(model).__name__}; expected is a PreTrainedModel of transformers"
-                " (of a PEFT model, what get_base_model returns)"
+                " (of a PEFT model, what get_base_model returns; of one that torch.compile returned,"
+                " the model that it was given, after model.compile())"
             )
         self.model = model
         self.config = config = cache_config or CacheConfig()
@@ -68,15 +73,18 @@ class KVCacheAdapter:
         self.rates = Rates()
         self.last = Reuse()
         self._view = caching_model(model)
+        # Models of images note there how far positions were moved by those of the last prompt, and
+        # go on from that when a cache is not empty.
+        self._noting = [each for each in model.modules() if hasattr(each, "rope_deltas")]
         self._stats = AdapterStats()
         self._reasons: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        *,
+        *others: Any,
         session: Key | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -88,11 +96,16 @@ class KVCacheAdapter:
         session: the conversation that this is a turn of, which tells the server what will be used
                  again.
         """
+        if len(others) > len(_OTHERS):
+            raise TypeError(f"generate takes {2 + len(_OTHERS)} arguments without names at most")
+        kwargs |= dict(zip(_OTHERS, others, strict=False))
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings = Settings(self.model, generation_config, kwargs)
         reason = settings.why_not(ids) or self._why_not(ids, settings)
         mask = None if reason or ids is None else settings.mask(ids)
         rows = None if mask is None or ids is None else as_rows(ids, mask)
+        if rows is not None and self.model_kv.counts_padding and any(row.padding for row in rows):
+            rows, reason = None, "this model has other keys behind padding"
         if ids is None or mask is None or rows is None:
             reason = reason or "padding stands elsewhere than in front of the prompts"
             self._note_uncached(reason)
@@ -114,6 +127,10 @@ class KVCacheAdapter:
         cache.match(logits=self.config.use_logits and settings.may_skip_forward)
         self._choose(cache, settings)
         kwargs["attention_mask"] = mask
+        if settings.names_a_cache:
+            kwargs["cache_implementation"] = None
+        for module in self._noting:
+            module.rope_deltas = None
         # Called on the class, or what someone put on the model instead would be called.
         kind: Any = type(self._view)
         output = kind.generate(

@@ -1,11 +1,11 @@
 """Whether it is worth asking a cache that failed: a worker must not wait for one that is away."""
 
 import logging
-import threading
 import time
 from typing import Final
 
 from respkv.errors import CacheError, ConfigError, ConnectionLost, ServerError, TimedOut
+from respkv.integrations.huggingface.locks import ForkLock
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Availability:
         self._last_kind = "", ""
         self._retry_at = 0.0
         self._pause_s = PAUSE_S
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     @property
     def is_open(self) -> bool:

@@ -7,13 +7,14 @@ them has gone, and new ones are asked for in huge pages, which took 12 ms.
 
 import math
 import mmap
-import threading
 import weakref
 from typing import Final
 
 import numpy
 import torch
 from torch import Tensor
+
+from respkv.integrations.huggingface.locks import ForkLock
 
 SMALL_BYTES: Final = 1 << 18  # the heap is as quick for less
 HUGE_BYTES: Final = 2 << 20
@@ -29,7 +30,7 @@ class BufferPool:
     def __init__(self, spare_bytes: int = SPARE_BYTES) -> None:
         self.spare_bytes = spare_bytes
         self._spare: list[mmap.mmap] = []
-        self._lock = threading.RLock()  # a collection may return a block in the middle of a take
+        self._lock = ForkLock()  # a collection may return a block in the middle of a take
 
     @property
     def idle_bytes(self) -> int:

@@ -8,6 +8,7 @@ A layer with a sliding window keeps the tokens that fell out of it, since pages 
 attention sees is the window.
 """
 
+import copy
 from typing import Any, Final
 
 import torch
@@ -38,6 +39,16 @@ class TokenMajorLayer(DynamicLayer):
         self.record_past = False
         self._buffers = buffers
         self._lent = 0  # tokens that someone reads meanwhile: they are not written over
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenMajorLayer":
+        """Return a layer with the same tokens in memory of its own."""
+        twin = copy.copy(self)
+        if self.memory is not None:
+            memory = self._buffers.empty(tuple(self.memory.shape), self.dtype, self.device)
+            used = self.length - self.base
+            memory[:, :, :used].copy_(self.memory[:, :, :used])
+            twin.adopt(memory, self.length, self.base)
+        return twin
 
     def adopt(self, memory: Tensor, length: int, base: int = 0) -> None:
         """Take memory over that has ``length - base`` tokens in its first rows."""
@@ -205,3 +216,8 @@ class SlidingTokenMajorLayer(TokenMajorLayer):  # type: ignore[no-untyped-call]
 
     def _first_visible(self, query_length: int) -> int:
         return max(0, self.length - self.window + 1)
+
+
+def layer_for(window: int, buffers: BufferPool) -> TokenMajorLayer:
+    """Return an empty layer. window: in tokens, of one that slides; else 0."""
+    return SlidingTokenMajorLayer(buffers, window) if window else TokenMajorLayer(buffers)

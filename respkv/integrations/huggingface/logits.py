@@ -22,6 +22,8 @@ def unpack_logits(packed: bytes | memoryview) -> Tensor | None:
     name = bytes(packed[:_HEAD_BYTES]).rstrip(b"\0").decode(errors="replace")
     dtype = getattr(torch, name, None)
     rest = len(packed) - _HEAD_BYTES
-    if not isinstance(dtype, torch.dtype) or rest < dtype.itemsize or rest % dtype.itemsize:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return None
+    if rest < dtype.itemsize or rest % dtype.itemsize:
         return None
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)[_HEAD_BYTES:].view(dtype)

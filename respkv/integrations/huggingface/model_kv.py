@@ -4,7 +4,9 @@ The shape is read off a forward pass of one token rather than off the configurat
 the same things by different names, and what a cache is given says it for all of them.
 """
 
+import inspect
 import json
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
+    Cache,
     DummyLayer,
     DynamicCache,
     DynamicLayer,
@@ -22,6 +25,8 @@ from transformers.cache_utils import (
 )
 from xxhash import xxh3_128
 
+from respkv.integrations.huggingface.buffers import BufferPool
+from respkv.integrations.huggingface.layers import layer_for
 from respkv.page import DTYPE_BYTES, Geometry
 
 # What differs between two checkouts of the same weights, or between versions of transformers.
@@ -70,6 +75,7 @@ class ModelKV:
     """The keys and values of a model: ``[layers, 2, tokens, heads, dim]`` of ``dtype``.
 
     layers:    those that keep any, in order; num_layers: all layers that a cache has a place for.
+    counts_padding: whether padding in front of tokens changes their keys: positions are columns.
     text_max:  texts of so many tokens and more have other keys than shorter ones with the same
                beginning: rope of type longrope or dynamic. 0: all texts have the same.
     """
@@ -80,6 +86,7 @@ class ModelKV:
     dim: int
     dtype: torch.dtype
     text_max: int = 0
+    counts_padding: bool = False
 
     def geometry(self, page_tokens: int) -> Geometry:
         """Return the shape of a page. Raises UnsupportedModel when no page has such numbers."""
@@ -104,7 +111,8 @@ def read_model(model: PreTrainedModel) -> ModelKV:
     """Run one token through a model and say what it kept.
 
     Raises UnsupportedModel for encoder-decoder models, and where layers keep something else than
-    keys and values of one shape: recurrent states, latents, indexer keys.
+    keys and values of one shape, one of each for each token: recurrent states, latents, indexer keys.
+    So for attention that only works on keys in a layout of its own.
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(
@@ -137,9 +145,104 @@ def read_model(model: PreTrainedModel) -> ModelKV:
         raise UnsupportedModel(
             f"the layers of {type(model).__name__} keep keys of {len(shapes)} shapes; pages have one"
         )
+    if found.get_seq_length(layers[0].index) != 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps {found.get_seq_length(layers[0].index)} tokens where it is"
+            " given 1: it adds tokens of its own, and those of a prompt are not told from them"
+        )
+    if any(layer.window for layer in layers) and not _masks_windows(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__} slides in its cache alone: it attends to all of a prompt, but"
+            " only to a window of one that comes in two parts"
+        )
+    if not model._supports_sdpa:
+        _check_strides(model, layers, len(found.layers))
     ((heads, dim, dtype),) = shapes
     text_max = text_max_of(model.config.get_text_config())
-    return ModelKV(tuple(layers), len(found.layers), heads, dim, dtype, text_max)
+    _check_causality(model, found)
+    counts = _counts_padding(model, found)
+    return ModelKV(tuple(layers), len(found.layers), heads, dim, dtype, text_max, counts)
+
+
+def _masks_windows(model: PreTrainedModel) -> bool:
+    """Whether a model has masks that slide; they are made by functions that its module imports."""
+    names = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    sources = {type(each).__module__ for each in model.modules()}
+    return any(hasattr(sys.modules.get(source), name) for source in sources for name in names)
+
+
+def _check_causality(model: PreTrainedModel, alone: Cache) -> None:
+    """Raise UnsupportedModel where a token's keys change with the tokens behind it.
+
+    alone: the cache of the token 0.
+    """
+    behind = DynamicCache(config=model.config)
+    tokens = torch.arange(2, device=model.device)[None]
+    with torch.inference_mode():
+        model(input_ids=tokens, past_key_values=behind, use_cache=True)
+    # The keys of the first layer know nothing of other tokens yet.
+    if not all(
+        _are_close(one[:, :, 0], two[:, :, 0], 0.1) for one, two in _keys(alone, behind)[:2]
+    ):
+        raise UnsupportedModel(
+            f"{type(model).__name__} attends to tokens that come later; only where nobody does are"
+            " the keys of a prefix those of the whole prompt"
+        )
+
+
+def _counts_padding(model: PreTrainedModel, alone: Cache) -> bool:
+    """Whether a token has other keys when padding stands in front of it.
+
+    alone: the cache of the token 0. Models that are told positions have the same.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" in accepted or "attention_mask" not in accepted:
+        return "position_ids" not in accepted
+    padded = DynamicCache(config=model.config)
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    mask = torch.tensor([[0, 1]], device=model.device)
+    with torch.inference_mode():
+        model(input_ids=tokens, attention_mask=mask, past_key_values=padded, use_cache=True)
+    one, two = _keys(alone, padded)[0]
+    return not _are_close(one[:, :, -1], two[:, :, -1], 0.01)
+
+
+def _keys(first: Cache, second: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys of the layers that keep any, of two caches."""
+    return [
+        (one.keys, two.keys)
+        for one, two in zip(first.layers, second.layers, strict=True)
+        if isinstance(one, DynamicLayer) and one.keys is not None and two.keys is not None
+    ]
+
+
+def _are_close(one: Tensor, two: Tensor, share: float) -> bool:
+    """Whether tensors are the same up to what half precision and other kernels make of them."""
+    one, two = one.float(), two.float()
+    return bool((one - two).norm() <= share * one.norm() + 1e-3)
+
+
+def _check_strides(model: PreTrainedModel, kept: list[KVLayer], num_layers: int) -> None:
+    """Run a batch of two through a model whose attention is its own; it may want a memory layout.
+
+    Raises UnsupportedModel.
+    """
+    layers: list[Any] = []
+    for _ in range(num_layers):
+        layers.append(DummyLayer())  # type: ignore[no-untyped-call]
+    for each in kept:
+        layers[each.index] = layer_for(each.window, BufferPool(0))
+    cache = Cache(layers=layers)
+    tokens = torch.zeros((2, 1), dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            for _ in range(2):
+                model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    except RuntimeError as error:
+        raise UnsupportedModel(
+            f"the attention of {type(model).__name__} takes no keys and values that lie token by"
+            f" token: {error}"
+        ) from error
 
 
 def text_max_of(config: Any) -> int:

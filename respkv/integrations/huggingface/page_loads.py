@@ -5,7 +5,6 @@ into the tensors. Over a network the server sends layer after layer. A worker na
 their chain; what is left, part of another prompt's page, only the server can find.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from respkv.client.sequences import ChainOptions
 from respkv.errors import CacheError, ConfigError, ServerError
 from respkv.integrations.huggingface.availability import is_no_shared_memory
 from respkv.integrations.huggingface.buffers import BufferPool
+from respkv.integrations.huggingface.locks import ForkLock
 from respkv.integrations.huggingface.page_copies import Stored, Target, address_of
 from respkv.page import Geometry, part_key
 
@@ -64,7 +64,7 @@ class PageLoads:
         self._chain = Chain("blake3", fingerprint, geometry.tokens)
         self._ways = Ways()
         self._recent = RecentPrompts(RECENT_BYTES)
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def within(self, client: Client) -> "PageLoads":
         """Return these loads over the same cache, by a client that waits for other times."""

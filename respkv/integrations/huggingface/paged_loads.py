@@ -22,6 +22,9 @@ from respkv.paged import Run
 ASIDE_US: Final = 5_000  # as respkv estimates it
 ASIDE_BYTES: Final = 16 << 20
 THREADS_MAX: Final = 2
+WAIT_S: Final = (
+    0.005  # so long may a new request wait for one that is loaded, with nothing to compute
+)
 
 
 @dataclass(slots=True)
@@ -93,13 +96,13 @@ class LoadThreads:
         self._under_way[self._threads.submit(work)] = sequence
 
     def finished(self, *, wait: bool) -> list[Sequence]:
-        """Return the sequences whose work is over, each once; ``wait`` until there is one.
+        """Return the sequences whose work is over, each once; ``wait`` a moment for one.
 
         Raises what the work has raised.
         """
         if not self._under_way:
             return []
-        done, _ = wait_for(self._under_way, None if wait else 0, FIRST_COMPLETED)
+        done, _ = wait_for(self._under_way, WAIT_S if wait else 0, FIRST_COMPLETED)
         for each in done:
             each.result()
         return [self._under_way.pop(each) for each in done]

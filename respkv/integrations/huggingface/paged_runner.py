@@ -140,14 +140,13 @@ class PagedRunner:
             self.cache.free_sequence(held.number)
             self._refused = sequence, self.cache.num_free_blocks
             return Refusal.NO_ROOM
-        is_alone = not self._held
         self._held[sequence] = held
         held.local = self.cache.computed(held.number)
         if held.local == len(tokens):
             return Admission(held.local, held.local, logits, time.perf_counter() - begun)
         if self._pages is not None and request.shares:
             held.load = self._pages.begin_load(held.number, tokens, held.chain)
-        if held.load is not None and held.load.is_long and not is_alone:
+        if held.load is not None and held.load.is_long:
             self._threads.start(sequence, held.load.run)
             return Loading.LOADING
         if held.load is not None:
@@ -157,8 +156,6 @@ class PagedRunner:
     def arrived(self, *, wait: bool) -> Several[tuple[Sequence, Admission]]:
         """Return the sequences whose loads are over."""
         self._collect(wait=wait and not self._come)
-        while wait and not self._come:
-            self._collect(wait=True)
         come, self._come = self._come, []
         return [(each, self._admission(each, self._held[each])) for each in come]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
 from respkv.client.sequences import ChainOptions
-from respkv.integrations.huggingface.layers import SlidingTokenMajorLayer, TokenMajorLayer
+from respkv.integrations.huggingface.layers import layer_for
 from respkv.integrations.huggingface.model_kv import ModelKV
 from respkv.integrations.huggingface.prefix_cache import PrefixCache, Row
 from respkv.integrations.huggingface.prompt_pages import PromptPages
@@ -190,11 +190,7 @@ class _Climb:
             layers.append(DummyLayer())  # type: ignore[no-untyped-call]
         for place, whole in zip(cache.kv.layers, cache.kv_layers, strict=True):
             assert whole.memory is not None
-            part = (
-                SlidingTokenMajorLayer(cache.pages.buffers, place.window)
-                if place.window
-                else TokenMajorLayer(cache.pages.buffers)
-            )
+            part = layer_for(place.window, cache.pages.buffers)
             part.adopt(whole.memory[:, :rows], length, whole.base)
             layers[place.index] = part
         return Cache(layers=layers)

@@ -6,9 +6,10 @@ batch, and knows how long it is before anything is loaded, so that the adapter c
 moment, or never where the first token needs no keys and values.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from transformers.cache_utils import Cache, DummyLayer
 from respkv.chain import TOKEN_BYTES
 from respkv.client import SequenceMatch
 from respkv.client.sequences import ChainOptions, Tokens, token_bytes
-from respkv.integrations.huggingface.layers import SlidingTokenMajorLayer, TokenMajorLayer
-from respkv.integrations.huggingface.model_kv import ModelKV, read_model
+from respkv.integrations.huggingface.layers import TokenMajorLayer, layer_for
+from respkv.integrations.huggingface.model_kv import ModelKV, WeightsNote, read_model
 from respkv.integrations.huggingface.page_copies import KVPair
 from respkv.integrations.huggingface.prompt_pages import NO_MATCH, PromptPages
 
@@ -70,15 +71,23 @@ class PrefixCache(Cache):
             if index not in kept:
                 layers.append(DummyLayer())  # type: ignore[no-untyped-call]
                 continue
-            window = kept[index].window
-            made = (
-                SlidingTokenMajorLayer(pages.buffers, window)
-                if window
-                else TokenMajorLayer(pages.buffers)
-            )
+            made = layer_for(kept[index].window, pages.buffers)
             self.kv_layers.append(made)
             layers.append(made)
         super().__init__(layers=layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a cache with keys and values of its own; whence they come is shared."""
+        twin = copy.copy(self)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        twin.kv_layers = [each for each in twin.layers if isinstance(each, TokenMajorLayer)]
+        return twin
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Go through keys, values and windows, as those of a ``DynamicCache`` are gone through."""
+        for layer in self.layers:
+            window = getattr(layer, "_sliding_window_tensor", None)
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), window
 
     @property
     def length(self) -> int:
@@ -215,7 +224,9 @@ class RespKVCache(PrefixCache):
     stored by ``save``, and at the latest when the cache is dropped, closed, or left as a context.
     What is computed with it has to be this very prompt, without padding, by the model in eval mode:
     others will be given it. It is empty, and stores nothing, when the model's weights have changed
-    since the pages were made, and for prompts that are too long for one kind of rope (``text_max``).
+    since the pages were made or it is in training mode, and for prompts that are too long for one
+    kind of rope (``text_max``); what autocast had a part in is not stored. A copy (``deepcopy``) has
+    keys and values of its own, and stores when ``save`` is called.
 
     tokens: the prompt, as ``model.generate`` gets it in ``input_ids`` besides.
     model:  the one of ``pages`` if None.
@@ -245,7 +256,8 @@ class RespKVCache(PrefixCache):
             raise ValueError("a prompt has at least 1 token")
         super().__init__(pages, kv, [row], room=room, chain=chain)
         is_short = not kv.text_max or row.num_tokens < kv.text_max
-        self._is_usable = is_short and pages.has_its_weights
+        self._note = None if model is None else WeightsNote(model)
+        self._is_usable = is_short and self._has_its_weights
         self._is_stored = not (store and self._is_usable)
         self.loaded_tokens = 0
         if not self._is_usable:
@@ -263,9 +275,17 @@ class RespKVCache(PrefixCache):
                  with those that are stored.
         """
         self._is_stored = True
-        return self._is_usable and self.store(
-            0, self.rows[0].tokens if tokens is None else tokens, logits=logits
+        return (
+            self._is_usable
+            and self._has_its_weights
+            and self.store(0, self.rows[0].tokens if tokens is None else tokens, logits=logits)
         )
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of the next tokens, as ``Cache.update`` does."""
+        if torch.is_autocast_enabled(self.kv.layers[0].device.type):
+            self._is_usable = False  # they are less precise than the weights say
+        return super().update(*args, **kwargs)
 
     def activate_past_recording(self) -> None:
         """Forget what was loaded, if nothing has been computed behind it.
@@ -282,6 +302,12 @@ class RespKVCache(PrefixCache):
         if not self._is_stored and self.length >= self.columns:
             self.save()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a cache with keys and values of its own, which stores when it is told to."""
+        twin = super().__deepcopy__(memo)
+        twin._is_stored = True
+        return twin
+
     def __enter__(self) -> "RespKVCache":
         return self
 
@@ -291,6 +317,10 @@ class RespKVCache(PrefixCache):
     def __del__(self) -> None:
         if hasattr(self, "_is_stored") and not self._is_stored:
             self.close()
+
+    @property
+    def _has_its_weights(self) -> bool:
+        return self.pages.has_its_weights and (self._note is None or self._note.is_right)
 
     def _load(self, stop: int) -> None:
         if stop <= 0:
@@ -306,12 +336,16 @@ class RespKVCache(PrefixCache):
 def as_rows(input_ids: Tensor, mask: Tensor | None) -> list[Row] | None:
     """Return the prompts of a batch; None when padding stands elsewhere than in front.
 
-    input_ids: [B, columns]. mask: [B, columns], 0 where padding is.
+    input_ids: [B, columns]. mask: [B, columns], 0 where padding is, and 1 elsewhere: other numbers
+    would mean other positions, and count as padding elsewhere.
     """
     ids = input_ids.detach().cpu()
     if mask is None:
         return [Row(token_bytes(row)) for row in ids]
-    kept = mask.detach().cpu().to(torch.bool)
+    given = mask.detach().cpu()
+    kept = given.to(torch.bool)
+    if not bool((given == kept).all()):
+        return None
     rows = []
     for row, is_kept in zip(ids, kept, strict=True):
         count = int(is_kept.sum())

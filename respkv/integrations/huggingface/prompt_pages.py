@@ -7,7 +7,6 @@ To compute is never wrong. So a cache that fails is a cache that had nothing: er
 counted and logged, and only mistakes of the caller are raised.
 """
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -26,6 +25,7 @@ from respkv.integrations.huggingface.availability import (
     is_schema_refusal,
 )
 from respkv.integrations.huggingface.buffers import BufferPool
+from respkv.integrations.huggingface.locks import ForkLock
 from respkv.integrations.huggingface.logits import pack_logits, unpack_logits
 from respkv.integrations.huggingface.model_kv import (
     ModelKV,
@@ -129,8 +129,8 @@ class PromptPages:
         self._is_declared = False
         self._state = Availability()
         self._counts: dict[str, Any] = dict.fromkeys((each.name for each in fields(PagesStats)), 0)
-        self._lock = threading.RLock()  # a collection may drop a cache, which is stored, anywhere
-        self._storing = threading.Lock()
+        self._lock = ForkLock()  # a collection may drop a cache, which is stored, anywhere
+        self._storing = ForkLock()
         self._queue = StoreQueue(queue_max)
         self.match_timeout_s = match_timeout_s
         self._quick = self.client.within(match_timeout_s)

@@ -8,8 +8,9 @@ next one look a little cheaper: a cache that was slow once is tried again.
 """
 
 import math
-import threading
 from typing import Final
+
+from respkv.integrations.huggingface.locks import ForkLock
 
 _NEW: Final = 0.25
 _FORGET: Final = 0.9
@@ -25,7 +26,7 @@ class Rates:
         self._load_byte_s: float | None = None
         self._load_least_s = math.inf
         self._has_loaded = False
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """Learn from a forward pass. Of a few tokens there is nothing to learn if more is known."""

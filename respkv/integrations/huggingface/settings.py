@@ -25,6 +25,8 @@ _ARGUMENTS: Final = frozenset(
         "use_model_defaults",
     }
 )
+# Names of what a cache of transformers does that grows; generate takes "hybrid" for no name at all.
+_DYNAMIC: Final = (None, "dynamic", "hybrid")
 _FIELDS: Final = frozenset(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
 
 
@@ -44,8 +46,11 @@ class Settings:
         ]
 
     def get(self, name: str) -> Any:
-        """Return a setting, None when nobody has said it."""
-        if self._arguments.get(name) is not None:
+        """Return a setting, None when nobody has said it.
+
+        An argument counts when it is None, too: generate puts it over what the model's config says.
+        """
+        if name in self._arguments:
             return self._arguments[name]
         for config in self._configs:
             if getattr(config, name, None) is not None:
@@ -54,14 +59,18 @@ class Settings:
 
     def why_not(self, ids: Tensor | None) -> str:
         """Return why the cache cannot be used; empty: it can."""
-        if ids is None or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        is_batch = isinstance(ids, Tensor) and ids.dim() == 2 and ids.numel()
+        if ids is None or not is_batch or ids.is_floating_point():
             return "the input is no batch of tokens"
+        mask = self._arguments.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            return f"attention_mask is {list(mask.shape)}, and the prompts are {list(ids.shape)}"
         if self._arguments.get("past_key_values") is not None:
             return "the call brings a cache of its own"
-        if self.get("use_cache") is False:
-            return "use_cache is False"
+        if self.get("use_cache") is False or self._arguments.get("use_cache", True) is None:
+            return f"use_cache is {self.get('use_cache')}"
         implementation = self.get("cache_implementation")
-        if implementation not in (None, "dynamic"):
+        if implementation not in _DYNAMIC:
             return f"cache_implementation is {implementation!r}"
         others = sorted(
             name
@@ -72,6 +81,8 @@ class Settings:
             return f"{', '.join(others)}: what tokens mean may depend on it"
         if self.get("token_healing"):
             return "token_healing changes the prompt"
+        if self.get("use_mtp") or self.get("speculation_type"):
+            return "drafts are made of the hidden states of all tokens"
         if self.get("output_attentions") or self.get("output_hidden_states"):
             return "attentions and hidden states are wanted, of all tokens"
         # What these compute is not what the weights alone say, and others would get it.
@@ -97,6 +108,8 @@ class Settings:
         found = self.get("eos_token_id")
         if found is None:
             return []
+        if isinstance(found, Tensor):
+            found = found.tolist()
         return [int(each) for each in found] if isinstance(found, list | tuple) else [int(found)]
 
     @property
@@ -112,7 +125,13 @@ class Settings:
     @property
     def may_skip_forward(self) -> bool:
         """Whether logits are all that is wanted of the first forward pass."""
-        return not (self.get("assistant_model") or self.get("prompt_lookup_num_tokens"))
+        drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return not any(self.get(name) for name in drafts)
+
+    @property
+    def names_a_cache(self) -> bool:
+        """Whether generate is told of which kind its cache is: it then takes none that is given."""
+        return self.get("cache_implementation") is not None
 
     def new_tokens(self, columns: int, default: int) -> int:
         """Return how many tokens will be generated, as far as is known."""

@@ -1,6 +1,7 @@
 """A bounded queue of work that a thread does in the background, for stores that nobody waits for."""
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -19,18 +20,24 @@ class StoreQueue:
 
     work_max: how much may wait; what comes then is refused.
     A thread may add work while it is in here already: a collection that drops a cache does.
+    A forked child begins with none: what is queued is the parent's, which does it.
     """
 
     def __init__(self, work_max: int) -> None:
         if work_max < 1:
             raise ValueError(f"queue_max must be at least 1, not {work_max}")
         self._work_max = work_max
+        self._is_closed = False
+        self.begin_anew()
+        _queues.add(self)
+        atexit.register(_flush_at_exit, weakref.ref(self))
+
+    def begin_anew(self) -> None:
+        """Forget what is queued, and the thread, which a forked child has not."""
         self._queue: deque[Work] = deque()
         self._changed = threading.Condition(threading.RLock())
         self._unfinished = 0
         self._thread: threading.Thread | None = None
-        self._is_closed = False
-        atexit.register(_flush_at_exit, weakref.ref(self))
 
     def add(self, work: Work) -> bool:
         """Queue work, which must not raise; False: there is no room, or it was closed."""
@@ -76,6 +83,15 @@ class StoreQueue:
                 with self._changed:
                     self._unfinished -= 1
                     self._changed.notify_all()
+
+
+def _after_fork() -> None:
+    for queue in list(_queues):
+        queue.begin_anew()
+
+
+_queues: Final["weakref.WeakSet[StoreQueue]"] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _flush_at_exit(reference: "weakref.ref[StoreQueue]") -> None:

@@ -56,18 +56,52 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+
+# Families that have something of their own about positions, masks, heads or experts.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {}),
+    "cohere2": ("cohere2", {"sliding_window": WINDOW}),
+    "falcon": ("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "sliding_window": WINDOW, "head_dim": 8}),
+    "llama4": ("llama4_text", {"attention_chunk_size": 32, "head_dim": 8, "num_local_experts": 2}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 8, **_EXPERTS}),
+    "roformer": ("roformer", {"is_decoder": True, "embedding_size": 32}),
+}
+
+# Families whose prefixes cannot be told by the keys and values of tokens, and why.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bert": ("bert", {"is_decoder": False}, "attends to tokens that come later"),
+    "cpmant": ("cpmant", {"dim_head": 8, "dim_ff": 64}, "keeps 33 tokens where it is given 1"),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 16, "first_k_dense_replace": 2},
+        "pages hold keys and values of one shape",
+    ),
+    "gemma3 both ways": (
+        "gemma3_text",
+        {"head_dim": 8, "use_bidirectional_attention": True},
+        "attends to tokens that come later",
+    ),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {}, "lie token by token: view size is not"),
+    "moshi": ("moshi", {"head_dim": 8, "sliding_window": WINDOW}, "slides in its cache alone"),
+}
+
 
 def tiny_model(
     family: str, *, seed: int = 0, attention: str = "sdpa", **changes: Any
 ) -> PreTrainedModel:
     """Return a model of a family, float32, on the CPU, in eval mode; the same one for equal seeds.
 
-    family:    a key of FAMILIES.
+    family:    a key of FAMILIES, OTHERS or REFUSED.
     attention: ``attn_implementation``: sdpa, eager, or one that was registered. The soft caps of
                gemma2 need eager.
     changes:   of its configuration.
     """
-    kind, own = FAMILIES[family]
+    kind, own, *_ = {**FAMILIES, **OTHERS, **REFUSED}[family]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = AutoConfig.for_model(kind, **_renamed(kind, {**_SHAPE, **own, **changes}))
     if family == "gemma2" and attention == "sdpa":
@@ -75,7 +109,11 @@ def tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made: Any = AutoModelForCausalLM
-        model: PreTrainedModel = made.from_config(config, attn_implementation=attention)
+        model: PreTrainedModel = made.from_config(
+            config,
+            # The others have what is best of those that they support.
+            attn_implementation=attention if family in FAMILIES else None,
+        )
     _sharpen(model, seed)
     model.requires_grad_(False)
     model.train(False)

@@ -13,7 +13,13 @@ from tests.integrations.huggingface.generation import (
     both_ways,
     counted,
 )
-from tests.integrations.huggingface.models import FAMILIES, prompt, shared_model, tiny_model
+from tests.integrations.huggingface.models import (
+    FAMILIES,
+    OTHERS,
+    prompt,
+    shared_model,
+    tiny_model,
+)
 from tests.server_process import ServerProcess
 
 CONTEXT = prompt(60)
@@ -102,3 +108,22 @@ def test_another_model_may_assist(family: str, server: ServerProcess) -> None:
             assert_equal(adapter, ids, assistant_model=tiny_model(family, seed=1))
             assert adapter.last.reused_tokens == expected
         adapter.pages.clear()
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_give_equal_tokens_too(family: str, server: ServerProcess) -> None:
+    config = CacheConfig(cache=server.url, **QUIET)
+    with KVCacheAdapter(shared_model(family), config) as adapter:
+        adapter.pages.clear()
+        assert_equal(adapter, torch.tensor([CONTEXT]))
+        assert_equal(adapter, torch.tensor([prompt(9, seed=1, like=CONTEXT)]))
+        assert adapter.last.reused_tokens == 60
+        batch = batch_of(CONTEXT, CONTEXT[:18], prompt(45, seed=4), prompt(7, seed=5, like=CONTEXT))
+        for _ in range(2):
+            assert_equal(adapter, *batch)
+            assert_equal(adapter, *batch, num_beams=2)
+        counts_padding = family == "roformer"  # its positions are columns, padding among them
+        assert adapter.last.is_full_hit != counts_padding
+        assert ("behind padding" in adapter.last.reason) == counts_padding
+        assert_equal(adapter, torch.tensor([CONTEXT, prompt(60, seed=6)]))
+        assert adapter.last.reused_tokens >= 59

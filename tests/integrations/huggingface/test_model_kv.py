@@ -7,12 +7,20 @@ import pytest
 import torch
 
 from respkv.integrations.huggingface.model_kv import (
+    UnsupportedModel,
     WeightsNote,
     fingerprint_of,
     read_model,
     text_max_of,
 )
-from tests.integrations.huggingface.models import FAMILIES, WINDOW, shared_model, tiny_model
+from tests.integrations.huggingface.models import (
+    FAMILIES,
+    OTHERS,
+    REFUSED,
+    WINDOW,
+    shared_model,
+    tiny_model,
+)
 
 # Layers, heads, dim and the windows.
 EXPECTED: dict[str, tuple[int, int, int, list[int]]] = {
@@ -37,6 +45,17 @@ def test_the_shape_is_read_off_a_forward_pass(family: str) -> None:
     assert kv.window_max == (WINDOW if family == "mistral" else 0)
     assert kv.geometry(64).page_bytes == 64 * kv.token_bytes
     assert kv.geometry(64).dtype == "float32"
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_prefix_that_is_not_in_its_keys_alone_is_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModel, match=REFUSED[family][2]):
+        read_model(tiny_model(family))
+
+
+def test_padding_counts_where_positions_are_columns() -> None:
+    found = {family for family in OTHERS if read_model(shared_model(family)).counts_padding}
+    assert found == {"roformer"}
 
 
 def test_half_precision_is_kept() -> None:
@@ -88,3 +107,76 @@ def test_weights_that_change_are_noticed() -> None:
     note = WeightsNote(halved)
     halved.to(torch.bfloat16)
     assert not note.is_right
+    note = WeightsNote(halved)
+    halved.train()
+    assert not note.is_right
+    halved.eval()
+    assert note.is_right
+
+
+class LowRank(torch.nn.Module):
+    """A linear layer with something added to it, as PEFT puts them into models."""
+
+    merged_adapters: tuple[str, ...] = ()
+    _disable_adapters = False
+    _active_adapter = "default"
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.base(states)
+        return found if self._disable_adapters else found * 1.5
+
+
+def test_weights_that_are_replaced_are_noticed() -> None:
+    model: Any = tiny_model("llama")
+    attention = model.model.layers[0].self_attn
+    old = attention.k_proj.weight
+    note = WeightsNote(model)
+    attention.k_proj.weight = torch.nn.Parameter(old.clone(), requires_grad=False)
+    assert not note.is_right
+    attention.k_proj.weight = old
+    assert note.is_right
+    attention.k_proj = LowRank(attention.k_proj)
+    assert not note.is_right
+    note = WeightsNote(model)
+    del attention.k_proj.base.weight, old
+    attention.k_proj.base.weight = torch.nn.Parameter(torch.zeros(16, 32), requires_grad=False)
+    assert not note.is_right, "also where another one has the place of the old one"
+
+
+def test_adapters_that_are_switched_are_noticed_and_have_names_of_their_own() -> None:
+    model: Any = tiny_model("llama")
+    tuned = model.model.layers[1].self_attn.v_proj = LowRank(model.model.layers[1].self_attn.v_proj)
+    names = [fingerprint_of(model)]
+    for change in ({"_disable_adapters": True}, {"_active_adapter": "b"}, {"merged_adapters": ("b",)}):
+        note = WeightsNote(model)
+        assert note.is_right
+        vars(tuned).update(change)
+        assert not note.is_right
+        names.append(fingerprint_of(model))
+    assert len(set(names)) == 4
+
+
+def test_weights_that_cannot_be_read_want_a_fingerprint() -> None:
+    model: Any = tiny_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match="lm_head.weight of LlamaForCausalLM is offloaded"):
+        fingerprint_of(model)
+    note = WeightsNote(model)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(101, 32), requires_grad=False)
+    assert note.is_right, "what is brought for a forward pass is another tensor each time"
+
+    class Packed(torch.nn.Module):
+        def get_extra_state(self) -> tuple[int, ...]:
+            return (1, 2)
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    packed: Any = tiny_model("llama")
+    packed.lm_head = Packed()
+    with pytest.raises(UnsupportedModel, match=r"lm_head._extra_state of .* is packed"):
+        fingerprint_of(packed)

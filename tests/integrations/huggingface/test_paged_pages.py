@@ -108,8 +108,9 @@ def test_a_prompt_that_goes_on_leaves_a_token_to_compute(pages: PromptPages) -> 
         assert (load.end, load.logits) == (end, None)
 
 
-def test_logits_that_are_gone_leave_the_last_token_to_compute(
-    pages: PromptPages, engine: Client
+@pytest.mark.parametrize("were_in_memory", [True, False])
+def test_logits_that_are_gone_leave_the_last_token_to_compute_unless_they_came_with_the_match(
+    pages: PromptPages, engine: Client, were_in_memory: bool
 ) -> None:
     kv = stored(pages)
     cache = new_cache()
@@ -117,12 +118,16 @@ def test_logits_that_are_gone_leave_the_last_token_to_compute(
     number = cache.allocate_sequence(TOKENS)
     load = traffic.begin_load(number, TOKENS, {})
     assert load is not None
+    assert load.match.logits is not None
+    if not were_in_memory:
+        load.match = load.match._replace(logits=None)
     engine.command("FLUSHALL")
     pages.store(TOKENS, list(kv.unbind(0)))  # type: ignore[arg-type]
     pages.flush()
     load.run()
     traffic.end_load(number, load)
-    assert (load.end, load.logits, load.has_failed) == (49, None, False)
+    assert (load.end, load.has_failed) == (50 if were_in_memory else 49, False)
+    assert (load.logits is not None) == were_in_memory
 
 
 def test_what_is_evicted_after_the_match_has_failed_and_loses_nothing(

@@ -1,5 +1,7 @@
 """Batches over paged blocks and respkv: tokens equal those of plain ``generate``, whatever is shared."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache as remembered
 from pathlib import Path
@@ -185,6 +187,23 @@ def test_long_loads_are_done_beside_the_steps_of_others(pages: PromptPages) -> N
         loop.clear()
         assert runner.cache.num_free_blocks == 60
         runner.cache.blocks.check()
+
+
+def test_a_program_that_ends_without_closing_the_loop_ends_well() -> None:
+    program = """
+from tests.integrations.huggingface.models import prompt, tiny_model
+from respkv.batching.model_loop import ModelLoop
+from respkv.batching.request import GenerationRequest
+from respkv.integrations.huggingface.paged_runner import PagedRunner
+import atexit
+loop = ModelLoop(PagedRunner(tiny_model("llama"), num_blocks=200))
+tickets = [loop.submit(GenerationRequest(prompt(40, seed=n), 1000)) for n in range(4)]
+atexit.register(lambda: print(next(tickets[0]).index))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -1,5 +1,6 @@
 """A cache for those who call the model themselves."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -119,6 +120,61 @@ def test_texts_with_other_keys_do_not_mix(engine: Client) -> None:
         assert pages.match(long).tokens == 50
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_copy_goes_its_own_way(family: str, engine: Client) -> None:
+    model: Any = shared_model(family)
+    with PromptPages(engine, model=model, page_tokens=16, namespace=f"copy-{family}") as pages:
+        with RespKVCache(pages, TEXT) as cache:
+            model(input_ids=torch.tensor([TEXT]), past_key_values=cache)
+        assert pages.flush(10)
+        cache = RespKVCache(pages, TEXT)
+        twins = [copy.deepcopy(cache), copy.deepcopy(cache)]
+        for number, twin in enumerate(twins):
+            longer = prompt(9, seed=number, like=TEXT)
+            assert generate(model, longer, past_key_values=twin) == generate(model, longer)
+        assert (cache.get_seq_length(), twins[0].get_seq_length()) == (49, 64)
+        assert generate(model, TEXT, past_key_values=cache) == generate(model, TEXT)
+        stores = pages.stats().stores
+        del twins, twin
+        assert pages.flush(10)
+        assert pages.stats().stores == stores, "copies store when they are told to"
+
+
+def test_layers_are_gone_through_as_those_of_a_dynamic_cache(engine: Client) -> None:
+    model: Any = shared_model("gemma3")
+    plain = model(input_ids=torch.tensor([TEXT]), use_cache=True).past_key_values
+    with PromptPages(engine, model=model, page_tokens=16, namespace="layers") as pages:
+        cache = RespKVCache(pages, TEXT, store=False)
+        model(input_ids=torch.tensor([TEXT]), past_key_values=cache)
+        for ours, theirs in zip(cache, plain, strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    torch.testing.assert_close(one, other)
+
+
+def test_what_the_weights_do_not_say_is_not_stored(engine: Client) -> None:
+    model: Any = tiny_model("gpt2", seed=7, resid_pdrop=0.5)
+    ids = torch.tensor([TEXT])
+    with PromptPages(engine, model=model, page_tokens=16) as pages:
+        model.train()
+        with RespKVCache(pages, TEXT) as cache:
+            model(input_ids=ids, past_key_values=cache)
+        model.eval()
+        with RespKVCache(pages, TEXT) as cache, torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids, past_key_values=cache)
+        bare = PromptPages(engine, geometry=pages.geometry, namespace="unsaid")
+        for where, given in ((bare, model), (pages, None)):
+            cache = RespKVCache(where, TEXT, model=given)
+            model(input_ids=ids, past_key_values=cache)
+            with torch.no_grad():
+                model.transformer.wte.weight.mul_(1.5)
+            assert not cache.save()
+            assert where.flush(10)
+            assert where.match(TEXT).tokens == 0
+        bare.close()
+
+
 def test_a_cache_needs_a_prompt_and_a_model(engine: Client) -> None:
     model = shared_model("llama")
     with PromptPages(engine, model=model, page_tokens=16) as pages:
@@ -139,3 +195,6 @@ def test_padding_has_to_stand_in_front() -> None:
     assert as_rows(ids, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])) is None
     assert as_rows(ids, torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1]])) is None
     assert as_rows(ids, torch.zeros_like(ids)) is None
+    for wrong in (torch.tensor([[0, 0, 1, 1], [2, 2, 2, 2]]), torch.full((2, 4), 0.5)):
+        assert as_rows(ids, wrong) is None
+    assert as_rows(ids, torch.ones(2, 4)) is not None

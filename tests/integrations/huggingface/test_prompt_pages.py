@@ -1,8 +1,13 @@
 """Pages of prompts over a server, with and without its memory, and over an engine in the process."""
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +240,108 @@ def test_a_server_that_is_away_is_not_waited_for(start_server: StartServer) -> N
         assert pages.stats().errors == errors
         with pytest.raises(CacheError):
             pages.check()
+
+
+@contextmanager
+def stopped(server: ServerProcess) -> Iterator[None]:
+    """Have a server hang: it takes what is sent, and answers when the block has ended."""
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+
+
+def test_a_server_that_hangs_is_given_up_soon_from_the_first_question_on(
+    start_server: StartServer,
+) -> None:
+    server, tokens = start_server(), prompt(40)
+    # Whoever waited for as long as the client does would still wait when the test is ended.
+    how: Any = {"geometry": SHAPE, "fingerprint": b"f", "match_timeout_s": 0.1}
+    with Client(server.url, timeout_s=3600, connect_timeout_s=3600) as client:
+        with PromptPages(client, **how) as pages, PromptPages(client, **how) as other:
+            pages.store(tokens, kv_of(tokens), logits=torch.arange(8.0))
+            assert pages.flush(30)
+            match = patiently(pages).match(tokens)
+            assert match.tokens == 40
+            with stopped(server):
+                assert PromptPages(client, **how).match(tokens) == NO_MATCH
+                assert pages.load(tokens, room(40, is_grid=True), match=match) == 0
+                assert other.logits(tokens) is None
+                for each in (pages, other):
+                    assert each.stats().errors == 1
+                    assert "did not answer in time" in each.stats().last_error
+                    assert each.match(tokens) == NO_MATCH  # it is not asked again
+                    assert not each.store(tokens, None, logits=torch.zeros(3))
+                    assert each.stats().errors == 1
+            assert patiently(pages).load(tokens, room(40, is_grid=True), match=match) == 40
+
+
+def test_a_load_may_take_as_long_as_its_match_says(start_server: StartServer) -> None:
+    server, tokens = start_server(), prompt(40)
+    how: Any = {"geometry": SHAPE, "fingerprint": b"f", "match_timeout_s": 1e-9}
+    with PromptPages(server.url, geometry=SHAPE, fingerprint=b"f") as pages:
+        pages.store(tokens, kv_of(tokens))
+        assert pages.flush(30)
+        match = patiently(pages).match(tokens)
+    into = room(40, is_grid=True)
+    with Client(server.url) as client:
+        hasty, slow = PromptPages(client, **how), match._replace(load_us=3_000_000)
+        hasty.check()
+        assert hasty.load(tokens, into, match=match._replace(load_us=0)) == 0
+        hasty = PromptPages(client, **how)
+        hasty.check()
+        assert hasty.load(tokens, into, match=slow) == 40
+        assert hasty.load(tokens, into) == 40, "without a match, as long as the client waits"
+        assert hasty.match(tokens) == NO_MATCH
+    assert_same(into, kv_of(tokens), 40)
+    for seconds in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="match_timeout_s must be more than 0"):
+            PromptPages("respkv://nowhere", geometry=SHAPE, match_timeout_s=seconds)
+
+
+def patiently(pages: PromptPages) -> PromptPages:
+    """Return pages of the same namespace that wait for a machine that is busy."""
+    shape, name = pages.geometry, pages.namespace
+    return PromptPages(
+        pages.client,
+        geometry=shape,
+        fingerprint=pages.fingerprint,
+        namespace=name,
+        match_timeout_s=60,
+    )
+
+
+def test_logits_that_came_with_the_match_are_asked_for_no_more(pages: PromptPages) -> None:
+    tokens, logits = prompt(40), torch.linspace(-3, 3, 7)
+    pages.store(tokens, kv_of(tokens), logits=logits)
+    assert pages.flush(30)
+    plain, match = pages.match(tokens), pages.match(tokens, logits=True)
+    assert (plain.logits, plain.has_logits, match.has_logits) == (None, True, True)
+    assert pages.match(prompt(41), logits=True).logits is None
+    pages.client.command("FLUSHALL")
+    found = pages.logits(tokens, match=match)
+    assert found is not None
+    assert torch.equal(found, logits)
+    assert pages.logits(tokens, match=plain) is None
+    assert pages.logits(tokens) is None
+
+
+def test_threads_load_prompts_that_begin_alike_together(pages: PromptPages) -> None:
+    prompts = [prompt(64)[: 64 - 16 * number] + [number] * 16 for number in range(3)]
+    for tokens in prompts:
+        pages.store(tokens, kv_of(tokens))
+    assert pages.flush(30)
+
+    def load(number: int) -> None:
+        tokens = prompts[number % 3]
+        into = room(len(tokens), is_grid=True)
+        match = pages.match(tokens)
+        assert pages.load(tokens, into, match=match) == len(tokens)
+        assert_same(into, kv_of(tokens), len(tokens))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(load, range(24)))
 
 
 def test_what_finds_no_room_in_the_queue_is_dropped(engine: Client) -> None:

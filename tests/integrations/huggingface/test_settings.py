@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import pytest
 import torch
+from transformers import GenerationConfig
 
 from respkv.client import Client
 from respkv.integrations.huggingface import CacheConfig, KVCacheAdapter
@@ -26,6 +28,55 @@ def test_what_changes_prompts_or_precision_is_not_served() -> None:
         assert "autocast" in why_not(model)
     model.train()
     assert "training mode" in why_not(model)
+
+
+def test_an_argument_counts_over_the_configs_even_if_it_is_none() -> None:
+    model: Any = tiny_model("llama")
+    model.generation_config.eos_token_id = [3, 4]
+    given = GenerationConfig(eos_token_id=5, num_beams=2)  # type: ignore[no-untyped-call]
+    assert Settings(model, None, {}).end_tokens == [3, 4]
+    assert Settings(model, given, {}).end_tokens == [5]
+    assert Settings(model, given, {"eos_token_id": torch.tensor([6, 7])}).end_tokens == [6, 7]
+    assert Settings(model, given, {"eos_token_id": None}).end_tokens == []
+    assert Settings(model, given, {}).is_beam_search
+    assert Settings(model, given, {"num_return_sequences": 3}).repeats == 3
+    assert Settings(model, None, {"pad_token_id": None}).mask(torch.tensor([[0, 0, 5]])).all()
+    assert Settings(model, None, {}).mask(torch.tensor([[0, 0, 5]])).tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"cache_implementation": "dynamic"}, ""),
+        ({"cache_implementation": "hybrid"}, ""),
+        ({"cache_implementation": "offloaded"}, "'offloaded'"),
+        ({"use_cache": None}, "use_cache is None"),
+        ({"use_mtp": True}, "hidden states"),
+        ({"speculation_type": "dflash"}, "hidden states"),
+        ({"past_key_values": object()}, "a cache of its own"),
+        ({"attention_mask": torch.ones(1, 60)}, "attention_mask is [1, 60], and the prompts are"),
+        ({"attention_mask": torch.ones(1, 50)}, ""),
+        ({"foo": None}, ""),
+        ({"foo": 1, "bar": 2}, "bar, foo: what tokens mean"),
+    ],
+)
+def test_each_argument_has_its_reason(arguments: dict[str, Any], reason: str) -> None:
+    found = why_not(shared_model("llama"), **arguments)
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+def test_only_a_batch_of_tokens_is_served() -> None:
+    wrong: list[Any] = [None, [[3, 4]], IDS[0], IDS[:, :0], IDS.float()]
+    for ids in wrong:
+        found = Settings(shared_model("llama"), None, {}).why_not(ids)
+        assert found == "the input is no batch of tokens"
+
+
+def test_whoever_drafts_tokens_wants_more_than_logits() -> None:
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        assert not Settings(shared_model("llama"), None, {name: 1}).may_skip_forward
+    assert Settings(shared_model("llama"), None, {}).may_skip_forward
 
 
 def test_tokens_to_come_are_counted() -> None:

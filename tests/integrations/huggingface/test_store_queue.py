@@ -1,5 +1,6 @@
 """Work in the background: in order, bounded, and done before the end."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -58,3 +59,25 @@ def test_an_interpreter_that_ends_waits_for_what_is_queued() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (found.stdout, found.stderr) == ("stored\n", "")
+
+
+def test_a_forked_child_leaves_to_its_parent_what_is_queued_and_does_its_own_work() -> None:
+    queue, entered, go_on = StoreQueue(4), threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def wait() -> None:
+        entered.set()
+        go_on.wait(30)
+        done.append(1)
+
+    assert queue.add(wait)
+    assert queue.add(lambda: done.append(2))
+    assert entered.wait(10)
+    child = os.fork()
+    if child == 0:
+        is_right = queue.flush(5) and queue.add(lambda: done.append(3)) and queue.flush(5)
+        os._exit(0 if is_right and done == [3] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    go_on.set()
+    assert queue.flush(10)
+    assert done == [1, 2]
