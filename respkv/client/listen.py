@@ -171,6 +171,12 @@ class Ear(Generic[T]):
         if conn is not None:
             conn.close()
 
+    def __del__(self) -> None:
+        # For who listens without ``with`` and forgets it: an engine in this process has no socket
+        # that the collector would close, and would keep what it has to tell for good.
+        if getattr(self, "_conn", None) is not None:
+            self.end()
+
 
 class Listening(Generic[T]):
     """Messages as they come: ``with client.listen(...) as messages``, then iterate.

@@ -207,8 +207,7 @@ async def _linger(receive: Receive) -> None:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Return a receive that tells the body, and then whatever the connection tells."""
-    left: list[bytes] = [body]
-    del body  # who is told it is the only one to have it
+    left = [body]  # who is told it is then the only one to have it
 
     async def replayed() -> Message:
         if not left:

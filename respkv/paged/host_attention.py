@@ -139,12 +139,13 @@ def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> T
     Raises ValueError as that does, and for contexts longer than their tables and blocks that are none.
     """
     check_pages(pages, query, batch=query.shape[0])
-    _check_tables(pages, scoring.window)
     lengths = pages.context_lens.tolist()
     spans = [
         Span(table, n, 1) for table, n in zip(pages.block_tables.tolist(), lengths, strict=True)
     ]
-    _, block_tokens, heads, dim = pages.keys.shape
+    num_blocks, block_tokens, heads, dim = pages.keys.shape
+    for span in spans:
+        _check(span, num_blocks, block_tokens, scoring.window)
     groups = plan(
         spans,
         block_tokens=block_tokens,
@@ -156,22 +157,16 @@ def host_decode(query: Tensor, pages: PagedKV, *, scoring: Scoring = PLAIN) -> T
     return attend(query, pages.keys, pages.values, groups, scoring=scoring, out=out)
 
 
-def _check_tables(pages: PagedKV, window: int | None) -> None:
+def _check(span: Span, num_blocks: int, block_tokens: int, window: int | None) -> None:
     """Raise ValueError where attention would read something else than the tokens of a sequence."""
-    num_blocks, block_tokens = pages.keys.shape[:2]
-    tables, lengths = pages.block_tables, pages.context_lens
-    room = tables.shape[1] * block_tokens
-    if ((lengths < 0) | (lengths > room)).any():
-        raise ValueError(
-            f"context_lens must be 0 to the {room} of the tables, not {lengths.tolist()}"
-        )
-    first = torch.arange(tables.shape[1]) * block_tokens  # token of each block
-    is_read = first < lengths[:, None]
-    if window is not None:
-        is_read &= first + block_tokens > lengths[:, None] - window
-    is_none = is_read & ((tables < 0) | (tables >= num_blocks))
-    if is_none.any():
-        raise ValueError(f"block {int(tables[is_none][0])} is not one of {num_blocks}")
+    room = len(span.blocks) * block_tokens
+    if not 0 <= span.context <= room:
+        raise ValueError(f"context_lens must be 0 to the {room} of the tables, not {span.context}")
+    oldest = span.context - _seen(span, window)
+    read = span.blocks[oldest // block_tokens : -(-span.context // block_tokens)]
+    if read and not 0 <= min(read) <= max(read) < num_blocks:
+        [wrong, *_] = (each for each in read if not 0 <= each < num_blocks)
+        raise ValueError(f"block {wrong} is not one of {num_blocks}")
 
 
 def _seen(span: Span, window: int | None) -> int:

@@ -1,7 +1,7 @@
 """What a semantic cache does, without the I/O: operations that a face drives (effects.py).
 
 Every operation first makes its view of the store current: it takes the events that have come since
-the last one, and reads the embeddings of entries that are new. If listening had to begin anew, or
+the last one, and reads the embeddings of entries of which they tell. If listening had to begin anew, or
 events were missed, all keys are asked for again. Then the index names candidates, and what is
 answered is always read from the store: an entry that has expired, was evicted or deleted is no
 hit, whatever the index says, and leaves it.

@@ -77,7 +77,7 @@ class SimpleKVCache:
             given = f"url is a {type(url).__name__}" if cache is None else f"cache is {cache!r}"
             raise ConfigError(f"{given}; a URL is a str, and a cache a Client or what is opened")
         self._ttl_ms = _ms(ttl_s)
-        self.device = torch.device(device)
+        self.device = _checked_device(device)
         self.namespace = namespace
         self._max_bytes = 0 if max_size_gb is None else max(1, round(max_size_gb * GIB))
         self._is_own = cache is None
@@ -345,6 +345,15 @@ class SimpleKVCache:
         self._used.move_to_end(name)
         if len(self._used) > USED_MAX:  # that one counts as a stranger then
             self._used.popitem(last=False)
+
+
+def _checked_device(device: Device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}, which cannot be used: {error}") from error
+    return found
 
 
 def _checked(layer: int) -> int:

@@ -5,8 +5,6 @@ The head is JSON behind its length, filled up with spaces so that the tensors be
 """
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,22 +65,26 @@ def unpack(data: memoryview, device: torch.device) -> Pair:
     start = front + int.from_bytes(data[len(MAGIC) : front], "little")
     try:
         head = json.loads(bytes(data[front:start]))
-        tensors = []
+        places = []
         for name, shape in head["pair"]:
-            dtype = _DTYPES[name]
-            nbytes = math.prod(shape) * dtype.itemsize
-            tensors.append(_copy(data[start : start + nbytes], dtype, shape, device))
+            size = torch.Size(shape)
+            nbytes = size.numel() * _DTYPES[name].itemsize
+            places.append((data[start : start + nbytes], _DTYPES[name], size))
+            if min(shape, default=0) < 0 or len(places[-1][0]) != nbytes:
+                raise ValueError(f"{shape} of {name} are not {len(places[-1][0])} bytes")
             start += nbytes + -nbytes % ALIGN_BYTES
-        keys, values = tensors
-        return Pair(keys, values, int(head["layers"]), str(head.get("store", "")))
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        keys, values = places
+        layers, store = int(head["layers"]), str(head.get("store", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise PageCorrupt(f"a pair of tensors cannot be read: {error}") from error
+    # What fails from here on is the device's affair.
+    return Pair(_copy(*keys, device), _copy(*values, device), layers, store)
 
 
 def _copy(
-    data: memoryview, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+    data: memoryview, dtype: torch.dtype, shape: torch.Size, device: torch.device
 ) -> torch.Tensor:
-    found = torch.empty(tuple(shape), dtype=dtype, device=device)
+    found = torch.empty(shape, dtype=dtype, device=device)
     if not found.nbytes:
         return found
     found.view(-1).view(torch.uint8).copy_(as_torch(data, "uint8", [found.nbytes]))

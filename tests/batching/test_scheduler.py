@@ -269,8 +269,8 @@ def test_with_nothing_to_compute_what_is_loading_is_waited_for(
     served = Served(
         ToyRunner(num_blocks=num_blocks, is_slow=True), sequences=sequences, step_tokens=64
     )
-    for each in (1, 2):
-        served.scheduler.add(new(16, new_tokens=1, id=each))
+    for known in (1, 2):
+        served.scheduler.add(new(16, new_tokens=1, id=known))
         served.drain()
     others = [new(3, new_tokens=1, id=3), new(17, id=1), new(17, id=2), new(9, id=4)]
     for each in others:

@@ -294,6 +294,17 @@ def test_messages_and_events_come(cache: EmbeddedCache) -> None:
         assert (event.kind, event.key, event.namespace) == ("stored", b"model:0", b"model")
 
 
+def test_who_listens_and_is_forgotten_is_forgotten_by_the_engine_too(cache: EmbeddedCache) -> None:
+    before = cache.info()["connected_clients"]
+    for _ in range(5):
+        cache.listen("channel").__enter__()
+        cache.events("n").__enter__()
+    gc.collect()
+    cache.ping()  # behind the farewells
+    assert cache.info()["connected_clients"] == before
+    assert cache.command("PUBSUB", "CHANNELS") == []
+
+
 def test_what_only_memory_held_is_written_at_the_end(tmp_path: Path) -> None:
     settings = {"nvme_path": tmp_path / "nvme", "nvme_bytes": "32mb"}
     with small(**settings) as cache:

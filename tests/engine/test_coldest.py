@@ -165,8 +165,8 @@ def test_one_plan_passes_over_so_many_held_pages_and_the_next_goes_on_behind_the
     found: list[Entry | None] = []
     for number in range(3):
         now = 10.0 + number * HELD_REST_S  # those passed over rest until all were met
-        found.append(coldest.first({}, is_held, now))
-        coldest.end_plan(() if found[-1] is None else (found[-1],), now)
+        found.append(first := coldest.first({}, is_held, now))
+        coldest.end_plan(() if first is None else (first,), now)
         assert len(looks) <= (number + 1) * HELD_MAX + 1
     assert found == [None, None, free]
     assert len(looks) == len(set(looks))
@@ -182,5 +182,5 @@ def test_pages_that_rested_come_back_a_part_at_a_time_and_all_if_need_be() -> No
     coldest.end_plan((), 4.0)
     first = coldest.first({}, lambda entry: False, 5.0)
     assert first is pages[HELD_MAX - 1], "the coldest of those that are back"
-    coldest.end_plan((first,), 5.0)
+    coldest.end_plan((pages[HELD_MAX - 1],), 5.0)
     assert len(order(coldest, now=5.0)) == len(pages)

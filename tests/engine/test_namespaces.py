@@ -75,7 +75,7 @@ def test_other_weights_are_said_to_be_that_and_hashes_are_shown_as_digits() -> N
         namespaces = Namespaces()
         namespaces.put(SCHEMA)
         with pytest.raises(SchemaMismatch) as error:
-            namespaces.put(replace(SCHEMA, **change))  # type: ignore[arg-type]
+            namespaces.put(replace(SCHEMA, **change))
         assert "other weights" not in str(error.value)
 
 

@@ -5,9 +5,10 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from respkv.engine.eviction import RECHECKS
 from respkv.engine.sketch import COUNT_MAX, SAMPLE, WIDTH_MIN, Sketch
 from respkv.engine.tinylfu import LOOKS_AHEAD, PROTECTED_SHARE
-from tests.engine.test_eviction import Shelf
+from tests.engine.test_eviction import Shelf, Writable, filled
 
 
 class NaiveTinyLfu:
@@ -118,3 +119,63 @@ def test_a_sketch_keeps_its_counts_when_it_grows_and_halves_them_in_time() -> No
     sketch.add(6, SAMPLE * sketch.width - 8)
     assert sketch.count(5) == 4
     assert sketch.count(6) == COUNT_MAX // 2
+
+
+# What every policy promises of whom it sets aside (test_eviction.py), in this one's order: the newest,
+# which is alone in the window, goes before what was never used either, and then the oldest.
+
+
+def test_a_priority_counts_before_the_window() -> None:
+    shelf = filled("wtinylfu", "abcd")
+    shelf.entries["d"].priority = 2
+    shelf.entries["b"].priority = 1
+    assert [shelf.evict(), shelf.evict()] == ["a", "c"]
+    shelf.put("e", priority=3)
+    shelf.entries["e"].priority = 0
+    shelf.policy.insert(shelf.entries["e"])
+    shelf.check()
+    assert shelf.drain() == ["e", "b", "d"]
+
+
+def test_an_overwritten_entry_is_the_newest() -> None:
+    shelf = filled("wtinylfu", "abc")
+    entry = shelf.entries["a"]
+    shelf.policy.remove(entry)
+    entry.touched = shelf.now + 1
+    shelf.policy.insert(entry)
+    assert shelf.drain() == ["b", "c", "a"], "it was counted twice"
+
+
+def test_the_end_of_a_hold_is_noticed_while_newer_ones_can_go() -> None:
+    shelf = filled("wtinylfu", (f"held{number}" for number in range(10 * RECHECKS)))
+    shelf.held.update(shelf.entries.values())
+    for number in range(100):
+        shelf.put(f"free{number}")
+    first = shelf.evict()
+    assert first is not None
+    assert first.startswith("free")
+    shelf.held.clear()
+    victims = [shelf.evict() for _ in range(20)]
+    assert any(key is not None and key.startswith("held") for key in victims)
+
+
+def test_what_is_not_written_is_passed_over_in_the_window_too() -> None:
+    shelf = Writable("wtinylfu")
+    for key in "abcd":
+        shelf.put(key)
+    shelf.unwritten = {"d", "a"}
+    assert [shelf.evict(), shelf.evict()] == ["b", "c"]
+    shelf.check()
+    assert shelf.evict() is None
+    shelf.unwritten = {"a"}
+    shelf.policy.insert(shelf.entries["d"])
+    assert shelf.evict() == "d"
+    assert shelf.evict_last() == "a"
+    for key in "efg":
+        shelf.put(key)
+    shelf.unwritten = set("efg")
+    assert shelf.evict() is None
+    shelf.unwritten.clear()
+    shelf.policy.release()
+    shelf.check()
+    assert sorted(shelf.drain()) == ["e", "f", "g"]

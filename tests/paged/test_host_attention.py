@@ -124,10 +124,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not share heads"):
         host_decode(batch.query[:, :3], batch.pages)
     short = replace(batch.pages, context_lens=torch.full((1,), 4000, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"0 to the \d+ of the tables, not \[4000\]"):
+    with pytest.raises(ValueError, match=r"0 to the \d+ of the tables, not 4000"):
         host_decode(batch.query, short)
     below = replace(batch.pages, context_lens=torch.full((1,), -1, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"not \[-1\]"):
+    with pytest.raises(ValueError, match="not -1"):
         host_decode(batch.query, below)
 
 

@@ -309,6 +309,8 @@ def test_a_bad_argument_is_named(engine: EmbeddedCache, call: Any, told: str) ->
         ({"max_size_gb": "1"}, "max_size_gb is '1'"),
         ({"ttl_s": "1h"}, "ttl_s is '1h'"),
         ({"url": 5}, "url is a int"),
+        ({"device": "nowhere"}, "device is 'nowhere', which cannot be used"),
+        ({"device": 3.5}, "device is 3.5, which cannot be used"),
         ({"cache": "respkv://localhost"}, "cache is 'respkv://localhost'"),
         ({"url": "respkv://localhost", "maxmemory": "1gb"}, "maxmemory = '1gb'"),
         ({"url": "http://localhost"}, "the scheme must be one of"),

@@ -88,8 +88,18 @@ def test_a_nested_tensor_is_refused() -> None:
         b"RSKV\xff\xff\xff\xff{}",
         bytes(joined(Pair(torch.zeros(100), torch.zeros(100))))[:-300],
         bytes(joined(Pair(torch.zeros(3), torch.zeros(3)))).replace(b"float32", b"nothing"),
+        bytes(joined(Pair(torch.zeros(3), torch.zeros(3)))).replace(b"[3]", b"-31"),
+        bytes(joined(Pair(torch.zeros(300), torch.zeros(3)))).replace(b"[300]", b"[-30]"),
+        bytes(joined(Pair(torch.zeros(3), torch.zeros(3)))).replace(b"[3]", b'"3"'),
+        bytes(joined(Pair(torch.zeros(3), torch.zeros(3)))).replace(b'{"pair"', b'["pair"'),
     ],
 )
 def test_what_is_no_pair_is_told(data: bytes) -> None:
     with pytest.raises(PageCorrupt, match="pair of tensors"):
         unpack(memoryview(data), CPU)
+
+
+def test_a_device_that_has_no_room_is_no_fault_of_the_value() -> None:
+    data = joined(Pair(torch.zeros(3), torch.zeros(3)))
+    with pytest.raises(NotImplementedError):  # a device that holds no tensors at all
+        unpack(data, torch.device("ort"))

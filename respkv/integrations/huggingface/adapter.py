@@ -29,7 +29,7 @@ from respkv.integrations.huggingface.settings import Settings
 logger = logging.getLogger(__name__)
 
 # Arguments of generate that may be given without their names, behind the first two.
-_OTHERS: Final = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:-1]
+_OTHERS: Final = tuple(inspect.signature(vars(GenerationMixin)["generate"]).parameters)[3:-1]
 
 
 class KVCacheAdapter:
@@ -75,7 +75,7 @@ class KVCacheAdapter:
         self._view = caching_model(model)
         # Models of images note there how far positions were moved by those of the last prompt, and
         # go on from that when a cache is not empty.
-        self._noting = [each for each in model.modules() if hasattr(each, "rope_deltas")]
+        self._noting: list[Any] = [each for each in model.modules() if hasattr(each, "rope_deltas")]
         self._stats = AdapterStats()
         self._reasons: set[str] = set()
         self._lock = ForkLock()

@@ -209,11 +209,12 @@ def _counts_padding(model: PreTrainedModel, alone: Cache) -> bool:
 
 def _keys(first: Cache, second: Cache) -> list[tuple[Tensor, Tensor]]:
     """Return the keys of the layers that keep any, of two caches."""
-    return [
+    pairs = [
         (one.keys, two.keys)
         for one, two in zip(first.layers, second.layers, strict=True)
-        if isinstance(one, DynamicLayer) and one.keys is not None and two.keys is not None
+        if isinstance(one, DynamicLayer) and isinstance(two, DynamicLayer)
     ]
+    return [(one, two) for one, two in pairs if one is not None and two is not None]
 
 
 def _are_close(one: Tensor, two: Tensor, share: float) -> bool:

@@ -77,8 +77,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "cpmant": ("cpmant", {"dim_head": 8, "dim_ff": 64}, "keeps 33 tokens where it is given 1"),
     "deepseek_v3": (
         "deepseek_v3",
-        {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-        | {"v_head_dim": 16, "first_k_dense_replace": 2},
+        {"kv_lora_rank": 16, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 8, "first_k_dense_replace": 2, "num_key_value_heads": 4},
         "pages hold keys and values of one shape",
     ),
     "gemma3 both ways": (
@@ -101,7 +101,7 @@ def tiny_model(
                gemma2 need eager.
     changes:   of its configuration.
     """
-    kind, own, *_ = {**FAMILIES, **OTHERS, **REFUSED}[family]
+    kind, own = (FAMILIES | OTHERS | {name: each[:2] for name, each in REFUSED.items()})[family]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = AutoConfig.for_model(kind, **_renamed(kind, {**_SHAPE, **own, **changes}))
     if family == "gemma2" and attention == "sdpa":

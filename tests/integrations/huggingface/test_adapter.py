@@ -1,12 +1,21 @@
 """The adapter does what generate does, where the cache helps and where it cannot."""
 
+import copy
 import logging
+import os
 import threading
 from typing import Any
 
 import pytest
 import torch
-from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 
 from respkv.client import Client
 from respkv.integrations.huggingface import CacheConfig, KVCacheAdapter, UnsupportedModel
@@ -18,6 +27,7 @@ from tests.integrations.huggingface.generation import (
     counted,
 )
 from tests.integrations.huggingface.models import EOS, PAD, prompt, shared_model, tiny_model
+from tests.server_process import ServerProcess
 
 IDS = torch.tensor([prompt(50)])
 
@@ -68,6 +78,46 @@ def test_without_a_mask_padding_is_found_as_generate_finds_it(engine: Client) ->
             assert adapter.flush(10)
         assert adapter.last.is_full_hit
         assert_equal(adapter, ids, mask)
+
+
+def test_a_mask_of_another_shape_is_not_guessed_at(engine: Client) -> None:
+    wide = torch.ones(1, 60, dtype=torch.long)
+    with adapter_of(engine) as adapter:
+        assert_equal(adapter, IDS, wide)
+        assert "attention_mask is [1, 60]" in adapter.last.reason
+        model: Any = adapter.model
+        for wrong in (torch.ones(50), torch.ones(2, 50)):
+            for generate in (model.generate, adapter.generate):
+                with pytest.raises((IndexError, RuntimeError)):
+                    generate(IDS, attention_mask=wrong, max_new_tokens=2)
+        doubled = 2 * torch.ones_like(IDS)  # each token counts for two positions
+        assert_equal(adapter, IDS, doubled)
+        assert_equal(adapter, IDS)
+
+
+def test_arguments_mean_what_they_mean_to_the_model(engine: Client) -> None:
+    ids, _ = batch_of(prompt(30, seed=31), prompt(44, seed=32))
+    config = GenerationConfig(max_new_tokens=5, do_sample=False)  # type: ignore[no-untyped-call]
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor(list(range(2, 99, 2)))])
+    named = GenerationConfig(cache_implementation="dynamic", max_new_tokens=5)  # type: ignore[no-untyped-call]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((ids, config, processors), {}),
+        ((ids, config), {"pad_token_id": None}),  # padding is text then
+        ((ids, named), {}),
+        ((ids,), {"cache_implementation": "hybrid", "max_new_tokens": 5}),
+        ((ids,), {"eos_token_id": torch.tensor([5, 6, 7]), "max_new_tokens": 5}),
+    ]
+    with adapter_of(engine) as adapter:
+        model: Any = adapter.model
+        for given, named_ones in calls:
+            plain = model.generate(*given, **named_ones)
+            for _ in range(2):
+                assert adapter.generate(*given, **named_ones).tolist() == plain.tolist()
+                assert adapter.last.reason == ""
+                assert adapter.flush(10)
+            assert adapter.last.is_full_hit
+        with pytest.raises(TypeError, match="11 arguments without names at most"):
+            adapter.generate(*range(12))
 
 
 def test_what_comes_behind_the_end_of_a_text_is_not_stored(engine: Client) -> None:
@@ -143,6 +193,54 @@ def test_scores_and_caches_are_returned_and_can_be_gone_on_with(engine: Client) 
         assert adapter.last.is_full_hit
 
 
+def test_a_cache_that_is_returned_can_be_copied(engine: Client) -> None:
+    with adapter_of(engine, salt="copied") as adapter:
+        model: Any = adapter.model
+        for _ in range(2):
+            half = adapter.generate(
+                IDS, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+            )
+            for seed in range(2):
+                longer = torch.tensor([prompt(9, seed=seed, like=half.sequences[0].tolist())])
+                twin = copy.deepcopy(half.past_key_values)
+                plain = model.generate(longer, max_new_tokens=4, do_sample=False)
+                rest = model.generate(
+                    longer, past_key_values=twin, max_new_tokens=4, do_sample=False
+                )
+                assert rest.equal(plain)
+            assert adapter.flush(10)
+
+
+def test_images_of_an_earlier_prompt_move_nothing(engine: Client) -> None:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    shape: dict[str, Any] = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [1, 1, 2],
+        },
+    }
+    vision = {"embed_dim": 32, "depth": 1, "num_heads": 4, "hidden_size": 32}
+    config = Qwen2VLConfig(text_config=shape, vision_config=vision, image_token_id=100)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model: Any = Qwen2VLForConditionalGeneration(config)
+    model.eval()
+    with KVCacheAdapter(model, CacheConfig(cache=engine, **QUIET)) as adapter:
+        for ids in (IDS, IDS, torch.tensor([prompt(9, seed=1, like=IDS[0].tolist())])):
+            assert_equal(adapter, ids)
+            # As if an image had been in the last prompt, or more prompts than one.
+            model.model.rope_deltas = torch.tensor([[-20], [-30]])
+        assert adapter.last.reused_tokens == 50
+
+
 def test_hidden_states_are_those_of_all_tokens(engine: Client) -> None:
     options: dict[str, Any] = {
         "return_dict_in_generate": True,
@@ -177,6 +275,11 @@ def test_what_is_configured_is_done(engine: Client) -> None:
         assert adapter.last.stored_tokens == 0
     with pytest.raises(ValueError, match="min_tokens must be at least 1, not 0"):
         CacheConfig(min_tokens=0)
+    with adapter_of(engine, match_timeout_s=7.5) as adapter:
+        assert adapter.pages.match_timeout_s == 7.5
+    for seconds in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="match_timeout_s must be more than 0"):
+            CacheConfig(match_timeout_s=seconds)
 
 
 def test_where_computing_is_quicker_nothing_is_loaded(engine: Client) -> None:
@@ -235,3 +338,36 @@ def test_threads_share_an_adapter(engine: Client) -> None:
             thread.join()
         assert wrong == []
         assert adapter.stats().calls == 12
+
+
+def test_a_forked_child_uses_the_adapter_and_leaves_its_parents_stores_alone(
+    server: ServerProcess,
+) -> None:
+    ids, other = torch.tensor([prompt(40, seed=41)]), torch.tensor([prompt(40, seed=42)])
+    config = CacheConfig(cache=server.url, namespace="forked", **QUIET)
+    is_held, go_on = threading.Event(), threading.Event()
+
+    def gather(first: int, stop: int) -> Any:
+        is_held.set()
+        go_on.wait(30)
+        kv = adapter.model_kv
+        return [(torch.zeros(stop - first, kv.heads, kv.dim),) * 2] * len(kv.layers)
+
+    with KVCacheAdapter(shared_model("llama"), config) as adapter:
+        assert_equal(adapter, ids)
+        assert adapter.pages.store(prompt(40, seed=43), gather)
+        assert is_held.wait(10)  # the thread of the stores is in the middle of one
+        child = os.fork()
+        if child == 0:
+            found = []
+            for each in (ids, other, other):
+                adapter.generate(each, max_new_tokens=2, do_sample=False)
+                found.append(adapter.flush(5) and adapter.last.is_full_hit)
+            os._exit(found != [True, False, True])
+        assert os.waitpid(child, 0)[1] == 0
+        go_on.set()
+        assert adapter.flush(10)
+        assert adapter.pages.match(prompt(40, seed=43)).tokens == 40
+        assert adapter.pages.match(other[0]).tokens == 40
+        assert_equal(adapter, other)
+        assert adapter.pages.stats().errors == 0

@@ -18,7 +18,8 @@ def test_what_prompts_differ_in_is_in_their_chain() -> None:
     words: dict[str, Any] = {"salt": "s", "tenant": b"t", "lora": "l", "lora_path": "p"}
     assert CacheConfig(**words).chain == words
     for name, word in words.items():
-        assert CacheConfig(**{name: word}).chain == {name: word}
+        one: dict[str, Any] = {name: word}
+        assert CacheConfig(**one).chain == one
     chain = CacheConfig(salt="s").chain
     chain["session"] = "talk"
     assert "session" not in CacheConfig(salt="s").chain

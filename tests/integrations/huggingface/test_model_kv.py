@@ -151,7 +151,11 @@ def test_adapters_that_are_switched_are_noticed_and_have_names_of_their_own() ->
     model: Any = tiny_model("llama")
     tuned = model.model.layers[1].self_attn.v_proj = LowRank(model.model.layers[1].self_attn.v_proj)
     names = [fingerprint_of(model)]
-    for change in ({"_disable_adapters": True}, {"_active_adapter": "b"}, {"merged_adapters": ("b",)}):
+    for change in (
+        {"_disable_adapters": True},
+        {"_active_adapter": "b"},
+        {"merged_adapters": ("b",)},
+    ):
         note = WeightsNote(model)
         assert note.is_right
         vars(tuned).update(change)
@@ -163,7 +167,7 @@ def test_adapters_that_are_switched_are_noticed_and_have_names_of_their_own() ->
 def test_weights_that_cannot_be_read_want_a_fingerprint() -> None:
     model: Any = tiny_model("llama")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
-    with pytest.raises(UnsupportedModel, match="lm_head.weight of LlamaForCausalLM is offloaded"):
+    with pytest.raises(UnsupportedModel, match=r"lm_head\.weight of Llama\w+ is offloaded"):
         fingerprint_of(model)
     note = WeightsNote(model)
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(101, 32), requires_grad=False)
@@ -178,5 +182,5 @@ def test_weights_that_cannot_be_read_want_a_fingerprint() -> None:
 
     packed: Any = tiny_model("llama")
     packed.lm_head = Packed()
-    with pytest.raises(UnsupportedModel, match=r"lm_head._extra_state of .* is packed"):
+    with pytest.raises(UnsupportedModel, match=r"lm_head\._extra_state of .* is packed"):
         fingerprint_of(packed)

@@ -47,7 +47,9 @@ def room(first: int, stop: int) -> tuple[torch.Tensor, Target]:
     return whole, Target([(layer[0], layer[1]) for layer in whole], SHAPE, first)
 
 
-@pytest.mark.parametrize(("first", "stop"), [(0, 40), (0, 7), (5, 16), (17, 33), (32, 40), (39, 40)])
+@pytest.mark.parametrize(
+    ("first", "stop"), [(0, 40), (0, 7), (5, 16), (17, 33), (32, 40), (39, 40)]
+)
 def test_any_part_of_a_prompt_is_brought(
     first: int, stop: int, engine: Client, socket_client: Client
 ) -> None:
@@ -98,4 +100,4 @@ def test_what_is_mixed_into_a_chain_may_be_text_or_bytes() -> None:
     assert extras_of({}) == NO_EXTRAS
     assert extras_of({"session": "talk"}) == NO_EXTRAS, "a session shares with the others"
     assert extras_of({"salt": "s", "lora": b"l"}) == Extras(salt=b"s", lora=b"l")
-    assert extras_of({"tenant": memoryview(b"7")}) == Extras(tenant=b"7")
+    assert extras_of({"tenant": "7", "lora_path": ""}) == Extras(tenant=b"7")

@@ -28,7 +28,9 @@ class Space:
     def __init__(self, engine: Client) -> None:
         self.name = f"stores-{next(_numbers)}"
         self.engine = engine
-        engine.schema_set(self.name, layers=2, heads=2, dim=4, tokens=16, dtype="float32", seed=b"f")
+        engine.schema_set(
+            self.name, layers=2, heads=2, dim=4, tokens=16, dtype="float32", seed=b"f"
+        )
         self.stores = PageStores(engine, self.name, SHAPE, b"f", BufferPool(1 << 20))
 
     def store(self, tokens: list[int], kv: Any, first: int = 0, logits: bytes | None = None) -> int:

@@ -68,7 +68,7 @@ def test_others_may_take_a_block_while_something_is_loaded_behind_its_tokens(
         with torch.inference_mode():
             runner.step([Chunk(short, begun, 35, is_last=True)])
         runner.end(short, is_good=True)  # its last block is not full
-        have = runner.cache.match(DOCUMENT)
+        have = runner.cache.match(DOCUMENT, (None, None))
         assert have % 16
         assert runner.begin(long) is Loading.LOADING
         other = Sequence(GenerationRequest([*DOCUMENT[:have], 5, 6], NEW))
@@ -87,11 +87,11 @@ def test_others_may_take_a_block_while_something_is_loaded_behind_its_tokens(
 
 
 def test_one_that_is_loaded_alone_holds_nobody_up(pages: PromptPages) -> None:
-    class Gated(PromptPages):
-        gate = threading.Event()
+    gate = threading.Event()
 
+    class Gated(PromptPages):
         def load(self, *args: Any, **options: Any) -> int:
-            assert self.gate.wait(60)
+            assert gate.wait(60)
             return super().load(*args, **options)
 
     with Gated(pages.client, model=shared_model("llama"), page_tokens=16) as gated:
@@ -104,7 +104,7 @@ def test_one_that_is_loaded_alone_holds_nobody_up(pages: PromptPages) -> None:
             )
             unwanted.cancel()
             assert unwanted.result(30).finish_reason == "cancelled"
-            gated.gate.set()
+            gate.set()
             answer = loading.result(30)
             assert list(answer.tokens) == greedy(DOCUMENT)
             assert answer.timings.prefix_tokens_saved == 200
