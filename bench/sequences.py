@@ -1,13 +1,14 @@
 """Row 12: one KV.SEQ.MATCH of a long prompt that is stored, against hashing its pages.
 
 Hashing is what a client would have to do for itself before it could ask for anything by key; the
-match does it, and is sent, looked up, touched, promised and answered as well.
+match does it, and is sent, looked up, touched, promised and answered as well. The server keeps the ids of the
+last prompts, so before each match it is made to forget them, outside of what is measured.
 """
 
 import random
 from collections.abc import Iterator
 from functools import partial
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 
 from bench.load import Load, WrongReplyError, command
 from bench.result import MIB, Line, Result, duration
@@ -31,7 +32,8 @@ def sequence_match(bench: Bench) -> Iterator[Result]:
             namespace = f"match-{page_tokens}"
             _store(server.url, namespace, page_tokens, tokens)
             with Load(server.tcp) as load:
-                match = partial(_match, load, namespace, tokens, bench.scale.prefixes)
+                named = namespace, page_tokens, tokens
+                match = partial(_match, load, named, bench.scale.prefixes)
                 chain = Chain("blake3", b"", page_tokens)
                 hashing = partial(_hash, chain, tokens, bench.scale.prefixes)
                 work = (
@@ -54,15 +56,27 @@ def _hash(chain: Chain, tokens: bytes, count: int) -> float:
     return (perf_counter() - start) / count
 
 
-def _match(load: Load, namespace: str, tokens: bytes, count: int) -> float:
+def _forget(load: Load, namespace: str, page_tokens: int) -> None:
+    """Change what new pages are kept for, at which the server forgets the prompts that it knows."""
+    shape = ["LAYERS", "1", "HEADS", "1", "DIM", "4", "DTYPE", "uint8", "TOKENS"]
+    ttl = str(1_000_000 + perf_counter_ns() % 1_000_000)  # never that of the last time
+    answer = load.ask("KV.SCHEMA", "SET", namespace, *shape, str(page_tokens), "TTL", ttl)
+    if answer != b"+OK":
+        raise WrongReplyError(f"to KV.SCHEMA SET: {answer!r}")
+
+
+def _match(load: Load, named: tuple[str, int, bytes], count: int) -> float:
+    namespace, page_tokens, tokens = named
     request = command("KV.SEQ.MATCH", namespace, tokens)
     expected = b"*5\r\n:%d\r\n" % (len(tokens) // 4)
     reply = bytearray(64 + TOKENS)
-    start = perf_counter()
+    took = 0.0
     for _ in range(count):
+        _forget(load, namespace, page_tokens)
+        start = perf_counter()
         load.send([request], len(request))
         load.receive_past(reply, len(expected) + 8)
-    took = perf_counter() - start
+        took += perf_counter() - start
     if not reply.startswith(expected):
         raise WrongReplyError(f"not the whole prompt: {bytes(reply[:64])!r}")
     return took / count

@@ -4,7 +4,7 @@ Leases and idle times follow the monotonic clock, so that a clock set wrong neve
 once. TTLs follow the wall clock, as Redis's do, because EXPIREAT names a wall-clock time.
 """
 
-import time
+from time import monotonic, time_ns
 
 
 class Clock:
@@ -19,5 +19,5 @@ class Clock:
 
     def refresh(self) -> None:
         """Read both clocks."""
-        self.now = time.monotonic()
-        self.wall_ms = time.time_ns() // 1_000_000
+        self.now = monotonic()
+        self.wall_ms = time_ns() // 1_000_000

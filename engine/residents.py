@@ -119,6 +119,30 @@ class Residents(Memory):
         self.room.insert(entry)
         return True
 
+    def overwrite_small(self, keys: Sequence[bytes], values: Sequence[bytes]) -> int:
+        """Replace small values by others of the same size, up to the first that needs more than that.
+
+        Returns how many were replaced, each as by ``put_small``.
+        """
+        if self.has_files:
+            return 0
+        now, count, nbytes = self.clock.now, 0, 0
+        for entry, value in zip(map(self.entries.get, keys), values, strict=True):
+            if (
+                entry is None
+                or entry.value is None
+                or entry.nbytes != len(value)
+                or entry.expires_ms
+                or entry.priority
+            ):
+                break
+            entry.value = value
+            entry.touched = now
+            nbytes += len(value)
+            count += 1
+        self.stats.bytes_in += nbytes
+        return count
+
     def demote(self, entry: Entry) -> None:
         """Drop a clean entry's bytes from memory; those who are reading them go on."""
         assert entry.records

@@ -91,6 +91,15 @@ class FakeWire:
         server.sessions[server.next_number] = self.session
         server.next_number += 1
 
+    def write(self, data: bytes | memoryview) -> None:
+        """Send an answer that stands alone."""
+        assert not self.session.out
+        assert not self._unsent
+        self._unsent.append(memoryview(data))
+        self._push()
+        if self._unsent:
+            self.session.draining()
+
     def wake(self) -> None:
         """Send what there is."""
         session = self.session

@@ -99,11 +99,12 @@ class Scheduler:
     def plan(self, room: Room) -> list[Chunk]:
         """Choose the chunks of the next step, and make room for them; empty when nothing runs."""
         chunks: dict[Sequence, Chunk] = {}
+        gone: set[Sequence] = set()
         budget = self._step_tokens_max
         decodes = [each for each in self.running if each.pending == 1]
         prefills = [each for each in self.running if each.pending > 1]
         for sequence in decodes + prefills:
-            if sequence not in self.running:  # it left for one before it
+            if sequence in gone:  # it left for one before it
                 continue
             if not sequence.request.use_cache:
                 chunks[sequence] = Chunk(sequence, 0, len(sequence.tokens), is_last=True)
@@ -111,7 +112,11 @@ class Scheduler:
             stop = sequence.computed + min(sequence.pending, budget)
             if stop == sequence.computed:
                 continue
-            if self._grow(room, sequence, stop, chunks):
+            left = self._grow(room, sequence, stop)
+            for each in left:
+                chunks.pop(each, None)
+            gone.update(left)
+            if sequence not in gone:
                 is_last = stop == len(sequence.tokens)
                 chunks[sequence] = Chunk(sequence, sequence.computed, stop, is_last)
                 budget -= stop - sequence.computed
@@ -128,17 +133,16 @@ class Scheduler:
         assert sequence.pending == 0 or not sequence.request.use_cache
         sequence.tokens.append(token)
 
-    def _grow(
-        self, room: Room, sequence: Sequence, stop: int, chunks: dict[Sequence, Chunk]
-    ) -> bool:
-        """Make room, if need be at the expense of those admitted later, or of itself."""
-        while not room.grow(sequence, stop):
-            victim = next(each for each in reversed(self.running) if each.request.use_cache)
-            chunks.pop(victim, None)
-            self._preempt(room, victim)
-            if victim is sequence:
-                return False
-        return True
+    def _grow(self, room: Room, sequence: Sequence, stop: int) -> list[Sequence]:
+        """Make room, if need be at the expense of those admitted later, or of itself.
+
+        Returns: who had to leave.
+        """
+        left: list[Sequence] = []
+        while sequence not in left and not room.grow(sequence, stop):
+            left.append(next(each for each in reversed(self.running) if each.request.use_cache))
+            self._preempt(room, left[-1])
+        return left
 
     def _preempt(self, room: Room, victim: Sequence) -> None:
         room.drop(victim)

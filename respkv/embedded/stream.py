@@ -167,6 +167,12 @@ class EngineStream(Stream):
 
     # -- the engine's end ---------------------------------------------------------------------
 
+    def write(self, data: bytes | memoryview) -> None:
+        """Let the caller have an answer that stands alone."""
+        assert self._session is not None
+        self._session.out.append(data)
+        self._flush(self._session)
+
     def wake(self) -> None:
         """Let the caller have what is answered; let the session have what it wants now."""
         session = self._session

@@ -52,6 +52,9 @@ class Promise:
 class Wire(Protocol):
     """What a session asks of its transport."""
 
+    def write(self, data: bytes | memoryview) -> None:
+        """Send an answer that stands alone: there is none before it, and no slot's bytes in it."""
+
     def wake(self) -> None:
         """Look at the session again: it has output or wants input, outside ``received``."""
 
@@ -83,6 +86,7 @@ class Answers:
         "_skip_from",
         "_skips",
         "_stream",
+        "_unsent",
         "cache",
         "is_closing",
         "is_draining",
@@ -115,6 +119,7 @@ class Answers:
         self._stream: Iterator[None] | None = None  # goes on with a reply that is there half
         self._is_waiting = False  # for the end of a command, or for its beginning
         self._sending: list[Slot] = []
+        self._unsent = (0, 0.0)  # bytes, and since when it is so many
         self.pushes: list[bytes] = []
         self.push_bytes = 0
         self.is_overrun = False
@@ -143,6 +148,18 @@ class Answers:
         """Return the slots of what was taken; who takes them gives them back, by ``cache.restore``."""
         slots, self._sending = self._sending, []
         return slots
+
+    def draining(self) -> None:
+        """Note that not all output has left at once; ``drained`` follows when it has."""
+        self.is_draining = True
+        self._unsent = (0, self.server.clock.now)
+
+    def stalled_s(self, now: float) -> float:
+        """Return for how many seconds no byte of the waiting output has left."""
+        unsent = self.wire.unsent_bytes() if self.is_draining else 0
+        if not unsent or unsent != self._unsent[0]:
+            self._unsent = (unsent, now)
+        return now - self._unsent[1]
 
     # -- pushes -------------------------------------------------------------------------------
 
@@ -275,6 +292,20 @@ class Answers:
 
     # -- for the session ----------------------------------------------------------------------
 
+    def _is_quiet(self) -> bool:
+        """Whether nothing waits, so that an answer may leave as soon as it is there."""
+        return not (
+            self.out
+            or self.promises
+            or self._sending
+            or self._is_waiting
+            or self._stream is not None
+            or self.is_draining
+            or self.is_closing
+            or self._skips
+            or self._kept is not None
+        )
+
     def _is_choked(self) -> bool:
         """Whether so much is held back that no more commands are taken."""
         return (
@@ -331,6 +362,7 @@ class Answers:
         if self._skips:
             self._skip_from = len(self.out)
         else:
+            self._stream = None
             self._cut(self._skip_from)
             # Not nothing: what it would have sent is let go of once the output has left.
             self.out.append(b"")

@@ -14,6 +14,7 @@ from respkv.engine.supervisor import contain
 from respkv.errors import OutOfMemory, ProtocolError
 from respkv.page import namespace_of
 from respkv.server.body import LAND_MIN, ArenaSink, DropSink, HeapSink, Sink
+from respkv.wire.calls import Calls
 from respkv.wire.commands import look_up
 from respkv.wire.parser import Args, Body, Limits, RequestParser
 
@@ -50,6 +51,7 @@ class Intake:
         self._parser = RequestParser(server.tokenizer, limits)
         self._sink: Sink | None = None
         self._window = memoryview(b"")
+        self._read_buffer, self._scratch = server.read_buffer, server.scratch
         self._is_lost = False
         self._expects_value = False
         self._is_in_doubt: bool | None = None  # this command, for a quota; None: nobody asked yet
@@ -92,15 +94,16 @@ class Intake:
         if self._sink is None:
             # Where one large value came another may follow: a short read then leaves most of it to
             # be written straight into its slot.
-            size = SHORT_READ if self._expects_value else READ_BYTES
-            return self._server.scratch[:size]
-        self._window = self._sink.window(self._server.scratch)
+            return self._scratch[:SHORT_READ] if self._expects_value else self._scratch
+        self._window = self._sink.window(self._scratch)
         return self._window
 
     def received(self, nbytes: int) -> Sequence[Args]:
         """Take what was written to the start of the last window; return the whole commands."""
         if self._sink is None:
-            commands = self._whole(self._parser.feed(self._server.read_buffer, nbytes))
+            commands = self._parser.feed(self._read_buffer, nbytes)
+            if type(commands) is not Calls:  # of which none was open before
+                commands = self._whole(commands)
             if self._expects_value and commands and not self.has_landed:
                 self._expects_value = self._parser.body is not None
             return commands

@@ -16,6 +16,7 @@ from respkv.wire.parser import Args
 if TYPE_CHECKING:
     from respkv.server.loads import Delay
     from respkv.server.session import Session
+    from respkv.wire.calls import Calls
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ Later: TypeAlias = "Iterator[None] | Awaitable[None] | Delay"
 Handle: TypeAlias = "Callable[[Session, Args], Later | None]"
 Reads: TypeAlias = Callable[[Args], Sequence[bytes]]
 Streams: TypeAlias = Literal["never", "large", "always"]
+Together: TypeAlias = "Callable[[Session, Calls], int] | None"
 Within: TypeAlias = Callable[[Args], float | None]
 
 
@@ -41,6 +43,9 @@ class Handler:
     streams: whether it brings them itself, one after the other: always, or when they are many bytes.
     within:  for how many seconds it waits for them at most; None, or the answer None: for long.
     is_strict: it fails when one of them cannot be had, instead of taking it for absent.
+    together: answers several calls at once, from the first one on, as long as they need no more than
+             is quick: nothing that waits, fails, or that file tiers have to be told. Returns how
+             many; the others are carried out one by one, as all are elsewhere.
     """
 
     handle: Handle
@@ -53,6 +58,7 @@ class Handler:
     reads_from: int = NEVER  # the number of arguments from which on it reads
     payload_at: int = 0  # the first argument that may be large; 0: none
     is_strict: bool = False
+    together: Together = None
 
     def takes(self, num_args: int) -> bool:
         """Whether ``reads`` may be asked about so many arguments."""
@@ -89,10 +95,11 @@ def command(
     within: Within | None = None,
     reads_from: int = 0,
     is_strict: bool = False,
+    together: Together = None,
 ) -> Callable[[Handle], Handle]:
     """Make a function the handler of a command, or of a subcommand as ``client|id``.
 
-    reads, streams, within, reads_from: see ``Handler``. is_strict: so is every command that writes.
+    reads, streams, within, reads_from, together: see ``Handler``. is_strict: so is every command that writes.
     """
     outer, _, sub = name.partition("|")
     row = COMMANDS[outer].subcommands[sub] if sub else COMMANDS[outer]
@@ -105,7 +112,7 @@ def command(
         from_ = NEVER if reads is None else reads_from
         strict = is_strict or "write" in row.flags
         handler = Handler(
-            handle, least, most, row, reads, streams, within, from_, payload_at, strict
+            handle, least, most, row, reads, streams, within, from_, payload_at, strict, together
         )
         BY_NAME[name] = handler
         if not row.subcommands and not sub:

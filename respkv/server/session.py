@@ -31,6 +31,7 @@ from respkv.server.intake import Intake
 from respkv.server.loads import Delay, Loads
 from respkv.server.registry import HANDLERS, Later, handlers_for, resolve
 from respkv.wire import reply
+from respkv.wire.calls import Calls
 from respkv.wire.parser import UNAUTHENTICATED, Args, Limits
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ class Session(Answers):
         "_intake",
         "_loads",
         "_scope",
-        "_unsent",
         "address",
         "created",
         "is_authenticated",
@@ -60,6 +60,7 @@ class Session(Answers):
         "name",
         "number",
         "subscriptions",
+        "window",
     )
 
     def __init__(self, server: "Server", number: int, address: str, local: str, wire: Wire) -> None:
@@ -75,11 +76,11 @@ class Session(Answers):
         self.subscriptions: Subscriptions | None = None  # while it listens to channels
         self._handlers = HANDLERS
         self._intake = Intake(server, server.limits, self._resume, wire.abort)
+        self.window = self._intake.window  # returns memory for the next bytes
         self._backlog: deque[Args] = deque()
         self._loads: Loads | None = None  # without file tiers
         if server.mover is not None:
             self._loads = Loads(server.mover, server.budget)
-        self._unsent = (0, 0.0)  # bytes, and since when it is so many
         self._scope: anyio.CancelScope | None = None
         if server.config.requirepass:
             self.demand_password(True)
@@ -119,38 +120,25 @@ class Session(Answers):
         """Bytes of unfinished input on the heap."""
         return self._intake.held_bytes
 
-    def stalled_s(self, now: float) -> float:
-        """Return for how many seconds no byte of the waiting output has left."""
-        unsent = self.wire.unsent_bytes() if self.is_draining else 0
-        if not unsent or unsent != self._unsent[0]:
-            self._unsent = (unsent, now)
-        return now - self._unsent[1]
-
-    def window(self) -> memoryview:
-        """Return memory for the next bytes."""
-        return self._intake.window()
-
     def received(self, nbytes: int) -> bool:
         """Take the ``nbytes`` that were written to the start of the last window.
 
         Returns whether that did anything: most reads of a large value only fill its slot.
         """
-        server = self.server
+        server, intake = self.server, self._intake
         server.input_bytes += nbytes
-        intake = self._intake
         commands = intake.received(nbytes)
-        if not commands and intake.is_filling:
+        if type(commands) is not Calls and not commands and intake.is_filling:
             self.last_active = server.clock.now
             return False
         server.clock.refresh()
         self.last_active = server.clock.now
+        if type(commands) is Calls and self._is_quiet() and not self._backlog:
+            commands = self._run_together(commands)
+            if not commands:
+                return self.is_draining
         self._serve(commands)
         return True
-
-    def draining(self) -> None:
-        """Note that not all output has left at once; ``drained`` follows when it has."""
-        self.is_draining = True
-        self._unsent = (0, self.server.clock.now)
 
     def sent(self) -> None:
         """Note that all output has left: its slots are given back, and stopped work goes on."""
@@ -272,6 +260,23 @@ class Session(Answers):
             self.server.num_slow_readers += 1
             self.is_closing = True
 
+    def _run_together(self, calls: Calls) -> Sequence[Args]:
+        """Answer calls of one command at once, as far as that is possible; return the others."""
+        found = self._handlers.get(calls.name)
+        if found is None or not found.least <= calls.width + 1 <= found.most:
+            return calls
+        count = 0 if found.together is None else found.together(self, calls)
+        if not count:
+            return calls
+        if self._loads is not None:
+            self._loads.advance(count)
+        self.server.num_commands += count
+        self.last_command = found.command.name
+        if count < calls.number:
+            return calls[count:]
+        self.wire.write(self.out.pop())
+        return ()
+
     def _must_stop(self) -> bool:
         return (
             self._is_waiting
@@ -327,11 +332,6 @@ class Session(Answers):
         loads.advance(num_run)
         if self._backlog and self.cache.copies.num_cold and not self.is_closing:
             loads.look_ahead(self.cache, self._handlers, self._backlog)
-
-    def _skip(self) -> None:
-        if self._skips == 1:
-            self._stream = None
-        super()._skip()
 
     def _fail(self, error: ProtocolError) -> None:
         self.server.num_protocol_errors += 1

@@ -136,6 +136,11 @@ class Connection(asyncio.BufferedProtocol):
             self._server.parting.discard(self)
         self._let_go()
 
+    def write(self, data: bytes | memoryview) -> None:
+        """Send an answer that stands alone."""
+        self._server.output_bytes += len(data)
+        self._transport.write(data)
+
     def wake(self) -> None:
         """Look at the session again: it has output or wants input."""
         if self._session is not None and self._lingering is None:

@@ -29,6 +29,9 @@ NIL: Mapping[int, bytes] = {2: b"$-1\r\n", 3: b"_\r\n"}
 NIL_ARRAY: Mapping[int, bytes] = {2: b"*-1\r\n", 3: b"_\r\n"}
 
 BULK_PREFIX: tuple[bytes, ...] = tuple(b"$%d\r\n" % length for length in range(4096))
+# As lines, which are joined with CRLF in between.
+BULK_LINE: tuple[bytes, ...] = tuple(prefix[:-2] for prefix in BULK_PREFIX)
+NIL_LINE: Mapping[int, bytes] = {protocol: nil[:-2] for protocol, nil in NIL.items()}
 _INTEGERS: tuple[bytes, ...] = tuple(b":%d\r\n" % number for number in range(1024))
 _BOOLEANS: Mapping[int, tuple[bytes, bytes]] = {
     2: (b":0\r\n", b":1\r\n"),

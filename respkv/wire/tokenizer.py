@@ -11,6 +11,8 @@ from typing import Any, Final, cast
 
 import hiredis
 
+from respkv.wire.calls import Framings
+
 _MORE: Final = object()
 # A map of an array is a TypeError, a claimed length beyond memory a MemoryError, and so on.
 _REFUSALS: Final = (hiredis.ProtocolError, MemoryError, TypeError, ValueError)
@@ -28,9 +30,11 @@ class Tokenizer:
     """The hiredis reader that all connections of an event loop share.
 
     It is empty between calls: a command that is not whole yet waits in its connection's parser.
+    framings: of the reads that it took.
     """
 
     def __init__(self) -> None:
+        self.framings = Framings()
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         # Nobody can send the same by chance or on purpose, which would hide an unfinished command.
         token = secrets.token_hex(8).encode()

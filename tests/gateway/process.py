@@ -26,9 +26,10 @@ class GatewayProcess(Client):
         self._log = Path(self._folder.name) / "log"
         small = ("--maxmemory", "64mb", "--kv-memory", "32mb", "--set", "prefault=no")
         command = [sys.executable, "-m", "respkv", "gateway", "--model", str(checkpoint)]
-        command += ["--port", "0", "--threads", "1", *options]
+        command += ["--port", "0", "--threads", "1"]
         if "--url" not in options:
             command += small
+        command += options
         with self._log.open("wb") as log:
             variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
             variables = {name: value for name, value in variables.items() if value}

@@ -1,6 +1,6 @@
 """Free blocks: each is had by one at a time, and neighbours go together."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from respkv.paged.free_blocks import FreeBlocks
@@ -34,6 +34,7 @@ def test_what_does_not_fit_in_one_run_comes_in_few() -> None:
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_any_order_of_taking_and_giving_back_loses_nothing(data: st.DataObject) -> None:
     free, taken = FreeBlocks(12), list[int]()
     for _ in range(data.draw(st.integers(0, 20))):

@@ -102,4 +102,4 @@ def test_what_is_no_pair_is_told(data: bytes) -> None:
 def test_a_device_that_has_no_room_is_no_fault_of_the_value() -> None:
     data = joined(Pair(torch.zeros(3), torch.zeros(3)))
     with pytest.raises(NotImplementedError):  # a device that holds no tensors at all
-        unpack(data, torch.device("ort"))
+        unpack(data, torch.device("fpga"))

@@ -91,9 +91,13 @@ class TokenMajorLayer(DynamicLayer):
         memory[1, :, row : row + count].copy_(value_states.transpose(1, 2))
         first, is_first = self._first_visible(count), not self.length
         self.length += count
-        self._show(self._first_visible(0))
-        # What was given lies better for attention than what a page looks like.
-        return (key_states, value_states) if is_first else self._views(first)
+        shown = self._first_visible(0)
+        self._show(shown)
+        if is_first:  # what was given lies better for attention than what a page looks like
+            return key_states, value_states
+        if first == shown and self.keys is not None and self.values is not None:
+            return self.keys, self.values
+        return self._views(first)
 
     def get_seq_length(self) -> int:
         """Return how many tokens there are."""

@@ -107,8 +107,15 @@ class PagedModel:
         Returns: [N, V], the logits at the last token of each of the N chunks that want them, in
                  the order of the chunks.
         Raises OutOfBlocks when there is no room for all of them, ValueError for tokens that are
-        not known or computed already. Whatever it raises, no token counts as computed.
+        not known or computed already, and when the model has its own attention again: after
+        ``close``, of this or of another PagedModel of the same model. Whatever it raises, no token
+        counts as computed.
         """
+        if self.model.config._attn_implementation != NAME:
+            raise ValueError(
+                f"{type(self.model).__name__} has its own attention again: a PagedModel of it was"
+                " closed; make a new one over the same cache"
+            )
         step = PagedStep(self.cache, chunks)
         under_way = _Pass(step, self._windows)
         with torch.inference_mode():

@@ -16,13 +16,40 @@ from respkv.server.registry import Later, command, one_key
 from respkv.server.session import Session
 from respkv.server.streams import stream_values
 from respkv.wire import reply
+from respkv.wire.calls import Calls
 from respkv.wire.parser import Args
 
 _EXPIRY = (b"EX", b"PX", b"EXAT", b"PXAT")
 _KEEP_TTL = Put(expires_ms=None)
 
 
-@command("get", one_key)
+def _get_together(session: Session, calls: Calls) -> int:
+    """Answer with small values that are in memory and have no end, and that there are none."""
+    cache, protocol = session.cache, session.protocol
+    now, lengths = cache.clock.now, reply.BULK_LINE
+    lines: list[bytes] = []
+    num_hits = num_misses = 0
+    for entry in map(cache.entries.get, calls.args):
+        if entry is None:
+            lines.append(reply.NIL_LINE[protocol])
+            num_misses += 1
+            continue
+        value = entry.value
+        if value is None or entry.expires_ms:
+            break
+        entry.touched = now
+        entry.hits += 1
+        lines += (lengths[len(value)], value)
+        num_hits += 1
+    if lines:
+        cache.stats.hits += num_hits
+        cache.stats.misses += num_misses
+        lines.append(b"")
+        session.out.append(reply.CRLF.join(lines))
+    return num_hits + num_misses
+
+
+@command("get", one_key, together=_get_together)
 def get(session: Session, args: Args) -> None:
     """Answer with the value of a key."""
     cache = session.cache
@@ -80,7 +107,17 @@ def _key_if_read(args: Args) -> Sequence[bytes]:
     return args[1:2] if any(word in (b"GET", b"IFEQ") for word in words) else ()
 
 
-@command("set", _key_if_read, reads_from=4)
+def _set_together(session: Session, calls: Calls) -> int:
+    """Store small values over others of their size."""
+    if calls.width != 2:
+        return 0
+    count = session.cache.overwrite_small(calls.args[::2], calls.args[1::2])
+    if count:
+        session.out.append(reply.OK * count)
+    return count
+
+
+@command("set", _key_if_read, reads_from=4, together=_set_together)
 def set_(session: Session, args: Args) -> None:
     """Store a value, with all options of Redis 7 and Valkey's IFEQ."""
     if len(args) == 3:

@@ -61,9 +61,7 @@ _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 4, "num_
 # Families that have something of their own about positions, masks, heads or experts.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {}),
-    "cohere2": ("cohere2", {"sliding_window": WINDOW}),
     "falcon": ("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}),
-    "gpt_neox": ("gpt_neox", {}),
     "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "sliding_window": WINDOW, "head_dim": 8}),
     "llama4": ("llama4_text", {"attention_chunk_size": 32, "head_dim": 8, "num_local_experts": 2}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),

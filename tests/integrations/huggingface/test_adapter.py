@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from respkv.client import Client
+from respkv.client.connection import Connection
+from respkv.client.requests import Request
 from respkv.integrations.huggingface import CacheConfig, KVCacheAdapter, UnsupportedModel
 from tests.integrations.huggingface.generation import (
     QUIET,
@@ -280,6 +282,29 @@ def test_what_is_configured_is_done(engine: Client) -> None:
     for seconds in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="match_timeout_s must be more than 0"):
             CacheConfig(match_timeout_s=seconds)
+
+
+def test_a_full_hit_asks_once_for_its_first_token_and_twice_more_for_the_second(
+    engine: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.tensor([prompt(50, seed=31)])
+    with adapter_of(engine) as adapter:
+        assert_equal(adapter, ids)
+    asked, exchange = list[bytes](), Connection.exchange
+
+    def noted(self: Connection, request: Request, deadline: float) -> Any:
+        asked.append(bytes(request.chunks[0]).split(b"\r\n")[2])
+        return exchange(self, request, deadline)
+
+    with adapter_of(engine, store=False) as adapter:
+        adapter.generate(ids, max_new_tokens=2, do_sample=False)  # declares, finds the memory
+        monkeypatch.setattr(Connection, "exchange", noted)
+        adapter.generate(ids, max_new_tokens=1, do_sample=False)
+        assert adapter.last.is_full_hit
+        assert asked == [b"KV.SEQ.MATCH"]
+        adapter.generate(ids, max_new_tokens=2, do_sample=False)
+        assert adapter.last.is_full_hit
+        assert asked[1:] == [b"KV.SEQ.MATCH", b"KV.LEASE", b"KV.RELEASE"]
 
 
 def test_where_computing_is_quicker_nothing_is_loaded(engine: Client) -> None:

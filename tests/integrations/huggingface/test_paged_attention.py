@@ -229,6 +229,21 @@ def test_bfloat16_is_as_close_as_it_is_with_a_cache_of_its_own() -> None:
     assert (ours - want).norm() <= 1.5 * (theirs - want).norm()
 
 
+def test_a_model_that_was_given_its_attention_back_computes_no_step(
+    llama: PreTrainedModel,
+) -> None:
+    cache = PagedAttentionCache(paged_config(llama, num_blocks=8))
+    paged = PagedModel(llama, cache)
+    sequence = cache.allocate_sequence([5, 6, 7])
+    PagedModel(llama, cache).close()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has its own attention again"):
+            paged.step([Chunk(sequence, 3)])
+        paged.close()
+    with PagedModel(llama, cache) as again:
+        assert again.step([Chunk(sequence, 3)]).shape == (1, VOCAB)
+
+
 def test_a_cache_of_another_shape_is_refused(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"needs \(3, 2, 8, torch.float32\); see paged_config"):
         PagedModel(llama, PagedAttentionCache(PagedCacheConfig(3, 4, 8, 1)))
