@@ -43,7 +43,8 @@ Seed = Annotated[
     Field(ge=-SEED_MAX, le=SEED_MAX, description="The same seed gives the same tokens."),
     WHOLE,
 ]
-# The salt of a prompt's pages and the name of a conversation; the cache takes 1024 bytes of either.
+# The salt of a prompt's pages and the name of a conversation, of which the cache takes 256 bytes:
+# prompts.py refuses a name of fewer characters and more bytes.
 Word = Annotated[str, Field(min_length=1, max_length=128)]
 
 

@@ -129,8 +129,13 @@ class Process:
             model = self._gateway.stop()
             if model is not None:
                 drain_s = max(self._settings.stop_timeout_s - FAREWELL_S, 0.0)
-                self._closing = threading.Thread(target=model.close, args=[drain_s])
+                self._closing = threading.Thread(target=self._close, args=[model, drain_s])
                 self._closing.start()
+
+    def _close(self, model: Model, drain_s: float) -> None:
+        # Not said where the signal came: a handler must not write what may be half written.
+        self._announce("stopping: what is under way may finish")
+        model.close(drain_s)
 
 
 def _allow_connections() -> None:

@@ -73,12 +73,17 @@ def unpack(data: memoryview, device: torch.device) -> Pair:
             if min(shape, default=0) < 0 or len(places[-1][0]) != nbytes:
                 raise ValueError(f"{shape} of {name} are not {len(places[-1][0])} bytes")
             start += nbytes + -nbytes % ALIGN_BYTES
-        keys, values = places
+        (keys, keys_dtype, keys_shape), (values, values_dtype, values_shape) = places
         layers, store = int(head["layers"]), str(head.get("store", ""))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise PageCorrupt(f"a pair of tensors cannot be read: {error}") from error
     # What fails from here on is the device's affair.
-    return Pair(_copy(*keys, device), _copy(*values, device), layers, store)
+    return Pair(
+        _copy(keys, keys_dtype, keys_shape, device),
+        _copy(values, values_dtype, values_shape, device),
+        layers,
+        store,
+    )
 
 
 def _copy(

@@ -29,6 +29,7 @@ def gateway(checkpoint: Path) -> Iterator[GatewayProcess]:
     process = GatewayProcess(checkpoint, *options, RESPKV_GATEWAY_TOKEN="")
     yield process
     assert process.stop() == 0, process.log
+    assert "respkv gateway: stopping" in process.log
     assert "Traceback" not in process.log
     process.close()
 

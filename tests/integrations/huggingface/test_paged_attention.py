@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from respkv.integrations.huggingface.model_kv import UnsupportedModel
 from respkv.integrations.huggingface.paged_attention import NAME, PagedModel, paged_config
 from respkv.paged import Chunk, OutOfBlocks, PagedAttentionCache, PagedCacheConfig
-from tests.integrations.huggingface.models import FAMILIES, prompt, tiny_model
+from tests.integrations.huggingface.models import FAMILIES, VOCAB, prompt, tiny_model
 
 NEW = 10
 Make = Callable[..., PagedModel]
@@ -233,13 +233,14 @@ def test_a_model_that_was_given_its_attention_back_computes_no_step(
     llama: PreTrainedModel,
 ) -> None:
     cache = PagedAttentionCache(paged_config(llama, num_blocks=8))
-    paged = PagedModel(llama, cache)
+    first, second = (PagedModel(llama, cache) for _ in range(2))
     sequence = cache.allocate_sequence([5, 6, 7])
-    PagedModel(llama, cache).close()
-    for _ in range(2):
+    first.close()
+    for each in (first, second):
         with pytest.raises(ValueError, match="has its own attention again"):
-            paged.step([Chunk(sequence, 3)])
-        paged.close()
+            each.step([Chunk(sequence, 3)])
+    second.close()
+    assert cache.stats().blocks_used == 0
     with PagedModel(llama, cache) as again:
         assert again.step([Chunk(sequence, 3)]).shape == (1, VOCAB)
 
