@@ -219,7 +219,9 @@ class Prompt:
 
     def _hash(self, stop: int) -> list[bytes]:
         # The list that others may be reading is never changed: two threads that both made it longer
-        # would leave ids in it twice, and those behind them would name the wrong pages.
+        # would leave ids in it twice, and those behind them would name the wrong pages. A copy for each
+        # page that is asked for alone would cost the square of their number, so it grows by halves.
+        stop = max(stop, min(len(self._ids) * 3 // 2, self.num_pages))
         ids, extras, start = self._ids.copy(), self.extras, self.chain.start
         has_all = bool(extras.lora or extras.media)
         while len(ids) < stop:
