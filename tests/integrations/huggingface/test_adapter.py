@@ -118,8 +118,9 @@ def test_arguments_mean_what_they_mean_to_the_model(engine: Client) -> None:
                 assert adapter.last.reason == ""
                 assert adapter.flush(10)
             assert adapter.last.is_full_hit
+        too_many: Any = range(12)
         with pytest.raises(TypeError, match="11 arguments without names at most"):
-            adapter.generate(*range(12))
+            adapter.generate(*too_many)
 
 
 def test_what_comes_behind_the_end_of_a_text_is_not_stored(engine: Client) -> None:

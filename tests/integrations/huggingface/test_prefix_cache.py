@@ -129,13 +129,13 @@ def test_a_copy_goes_its_own_way(family: str, engine: Client) -> None:
         assert pages.flush(10)
         cache = RespKVCache(pages, TEXT)
         twins = [copy.deepcopy(cache), copy.deepcopy(cache)]
-        for number, twin in enumerate(twins):
+        for number in range(2):
             longer = prompt(9, seed=number, like=TEXT)
-            assert generate(model, longer, past_key_values=twin) == generate(model, longer)
+            assert generate(model, longer, past_key_values=twins[number]) == generate(model, longer)
         assert (cache.get_seq_length(), twins[0].get_seq_length()) == (49, 64)
         assert generate(model, TEXT, past_key_values=cache) == generate(model, TEXT)
         stores = pages.stats().stores
-        del twins, twin
+        del twins
         assert pages.flush(10)
         assert pages.stats().stores == stores, "copies store when they are told to"
 
