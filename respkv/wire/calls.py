@@ -37,7 +37,8 @@ class Calls(Sequence[list[Any]]):
         return self.number
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return map(self._call, range(self.number))
+        # Of a list, which says how many are left (``operator.length_hint``): loads count by that.
+        return iter(list(map(self._call, range(self.number))))
 
     @overload
     def __getitem__(self, at: int) -> list[Any]: ...

@@ -249,4 +249,6 @@ def test_who_only_puts_keeps_no_more_than_may_be_and_reads_nothing_before(
             one.run(one.core.put([1, number, 0, 0], str(number), key=str(number)))
         two.run(two.core.put(EAST, "0", key="0"))
         two.run(two.core.put([1, 3, 0, 0], "3", key="3"))
-        assert sorted(hit.key for hit in two.run(two.core.search(EAST, 9))) == ["0", "2", "3"]
+        # Of "1" and "2", which it never used itself, either may be the one that goes.
+        found = {hit.key for hit in two.run(two.core.search(EAST, 9))}
+        assert found in ({"0", "1", "3"}, {"0", "2", "3"})

@@ -224,6 +224,23 @@ async def test_with_file_tiers_values_that_are_in_no_memory_are_waited_for() -> 
 
 
 @anyio_only
+async def test_calls_that_have_to_be_carried_out_one_by_one_wait_for_their_own_values() -> None:
+    async with two_with_files() as (cold, plain):
+        names = [b"n%d" % number for number in range(8)]
+        gets: list[Call] = [("KV.GET", name) for name in names]
+        for each in (cold, plain):
+            await each.put({name: name * 5000 for name in names})
+            wire = FakeWire(each.server)
+            for _ in range(4):
+                wire.feed(pipeline(gets))
+                assert await replies(wire, 8) == [name * 5000 for name in names]
+                await each.chill(*names)
+            wire.lose()
+            await each.check()
+        assert cold.cache.stats.loads == plain.cache.stats.loads >= 32
+
+
+@anyio_only
 async def test_calls_behind_a_promise_wait_for_it_as_others_do() -> None:
     async with cold_server() as cold:
         gets: list[Call] = [("GET", key) for key in KEYS]
