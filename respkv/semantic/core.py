@@ -261,6 +261,7 @@ class Core:
     def _read_stale(self, owner: bytes) -> Steps[None]:
         """Read the embeddings of entries that are new here, or of which something was told."""
         shelf = self._shelves.open(owner)
+        own = [] if shelf.is_loaded else list(shelf.entries)
         last = records.front_bytes(self._settings.dim) - 1
         while shelf.stale:
             batch = [entry for entry, _ in zip(shelf.stale, range(BATCH), strict=False)]
@@ -271,7 +272,7 @@ class Core:
                 self._take_front(owner, shelf, entry, reply)
         if not shelf.is_loaded:
             shelf.is_loaded = True
-            shelf.order_by_age()
+            shelf.order_by_age(own)
 
     def _take_front(self, owner: bytes, shelf: Shelf, entry: bytes, reply: Reply) -> None:
         if not isinstance(reply, bytes | memoryview):

@@ -65,8 +65,14 @@ class Shelf:
         if entry in self.entries:
             self.entries.move_to_end(entry)
 
-    def order_by_age(self) -> None:
-        """Put all entries in the order in which they were stored: of their use nothing is known."""
+    def order_by_age(self, own: Iterable[bytes]) -> None:
+        """Put all entries in the order in which they were stored: of their use nothing is known.
+
+        own: entries that were put here, oldest first. Of those of one millisecond they are the
+        younger ones: what others had stored was there before.
+        """
+        for entry in own:
+            self.use(entry)
         self.entries = OrderedDict(
             sorted(self.entries.items(), key=lambda each: each[1].created_ms)
         )
