@@ -7,6 +7,7 @@ nothing until it is whole.
 
 import errno
 import logging
+import mmap
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -14,6 +15,8 @@ from collections.abc import Callable, Collection, Iterator
 import anyio
 from anyio.lowlevel import checkpoint
 
+from respkv.tiers.batch import HEAD_PREFIX_BYTES
+from respkv.tiers.batch_reader import peek
 from respkv.tiers.checkpoint import (
     BLOCK_BYTES,
     CHECKPOINT_NAMES,
@@ -25,6 +28,8 @@ from respkv.tiers.device import Write
 from respkv.tiers.health import NO_SPACE, why
 from respkv.tiers.log import Log
 from respkv.tiers.record import Meta, Record
+from respkv.tiers.segment_head import segment_name
+from respkv.tiers.segments import Tail
 from respkv.tiers.sizes import round_up
 from respkv.tiers.space import Space
 from respkv.tiers.staging import Staging
@@ -36,6 +41,7 @@ NOTES_MAX = 50_000  # since the last one, or as many as there are records
 REFUSALS_MAX = 3
 STEP_BYTES = 4 * BLOCK_BYTES
 SMALL_FILES_BYTES = 64 << 10  # superblock twice, lock, probe, and the blocks that they end in
+_UNIT_BYTES = 4096
 _TICK_S = 1.0
 _ROOM_S = 30.0
 
@@ -127,6 +133,31 @@ class Checkpointer:
             return False
         self._refusals = 0
         return True
+
+    async def cover(self, tail: Tail | None) -> bool:
+        """See that the end of a segment is there, or else that a checkpoint has what was in it.
+
+        For the segment whose head tells of it is to be used again; then nothing would miss a write
+        that the disk never carried out. Returns False when neither is so.
+        """
+        log = self._log
+        if tail is None or tail.sequence <= max(self.covered.values()):
+            return True
+        segment = tail.segment
+        if log.table.segments.get(segment.id) is not segment or segment.nonce != tail.nonce:
+            return True  # it was used again itself
+        skip = tail.offset % _UNIT_BYTES
+        memory = memoryview(mmap.mmap(-1, round_up(skip + HEAD_PREFIX_BYTES, _UNIT_BYTES)))
+        segment.readers += 1
+        try:
+            with anyio.CancelScope(shield=True):
+                await log.device.read(segment_name(segment.id), tail.offset - skip, memory)
+        except OSError:
+            log.stats.read_errors += 1
+        finally:
+            segment.readers -= 1
+        is_there = peek(memory[skip:]) == (tail.nonce, tail.sequence)
+        return is_there or await self.try_write(without=())
 
     async def write(
         self, *, is_clean: bool = False, without: Collection[Record] | None = None

@@ -139,6 +139,8 @@ class Reclaimer:
             return False
         if any(self._is_in(record, segment) for record in leaving):
             return False  # somebody wants them by now
+        if not await self._checkpointer.cover(segment.tail):
+            return False
         return await self._secure() and await self._free(segment)
 
     async def _secure(self) -> bool:

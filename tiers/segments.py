@@ -41,6 +41,18 @@ class SegmentRow(NamedTuple):
     noted: int
 
 
+class Tail(NamedTuple):
+    """Where the last batch of a filled segment is that may supersede an older value.
+
+    nonce: of that use of the segment; sequence: of the batch, 0 when there is none.
+    """
+
+    segment: "Segment"
+    nonce: bytes
+    sequence: int
+    offset: int
+
+
 @dataclass(eq=False, slots=True)
 class Segment:
     """One segment.
@@ -49,7 +61,9 @@ class Segment:
     settled:      all below is in batches that were acknowledged.
     live_bytes:   of the images of the records that are wanted; live_records: how many.
     written_s:    when a batch was last written, by the caller's clock.
-    max_sequence: of its last batch; noted: of its last one that may supersede an older value.
+    max_sequence: of its last batch; noted: of its last one that may supersede an older value, and
+                  noted_at: where that one is.
+    tail:         what the head of the segment tells of: the end of the one before it.
     readers, writers: reads and batches in flight; while there are any it is not used again.
     stream:       of ``allocate``, while it is open.
     """
@@ -65,6 +79,8 @@ class Segment:
     written_s: float = 0.0
     max_sequence: int = 0
     noted: int = 0
+    noted_at: int = 0
+    tail: Tail | None = None
     readers: int = 0
     writers: int = 0
     stream: int = 0
@@ -168,7 +184,8 @@ class SegmentTable:
         segment.nonce = nonce
         segment.sequence = sequence
         segment.offset = segment.settled = SEGMENT_HEAD_BYTES
-        segment.max_sequence = segment.noted = 0
+        segment.max_sequence = segment.noted = segment.noted_at = 0
+        segment.tail = None
         segment.written_s = now
         segment.stream = stream
         self._open[stream] = segment

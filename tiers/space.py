@@ -23,7 +23,7 @@ from respkv.tiers.segment_head import (
     encode_segment_head,
     segment_name,
 )
-from respkv.tiers.segments import Segment
+from respkv.tiers.segments import Segment, Tail
 from respkv.tiers.syncer import Syncer
 
 ASKED, RELOCATED = STREAMS = (0, 1)
@@ -197,14 +197,16 @@ class Space:
     async def _open(self, segment: Segment, stream: int) -> None:
         log = self._log
         head = SegmentHead(segment.id, os.urandom(8), log.next_sequence)
-        filled = log.table.filled.get(stream)
+        filled, tail = log.table.filled.get(stream), None
         if filled is not None and filled is not segment:
+            tail = Tail(filled, filled.nonce, filled.noted, filled.noted_at)
             head = head._replace(
-                before=filled.id, before_nonce=filled.nonce, before_noted=filled.noted
+                before=filled.id, before_nonce=tail.nonce, before_noted=tail.sequence
             )
         log.table.open(
             segment, nonce=head.nonce, sequence=head.sequence, now=log.clock(), stream=stream
         )
+        segment.tail = tail
         segment.writers += 1
         try:
             with anyio.CancelScope(shield=True):

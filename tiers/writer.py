@@ -273,6 +273,8 @@ class Writer:
         log.table.begin_write(
             segment, sequence=sequence, is_noted=batch.may_supersede, now=log.clock()
         )
+        if batch.may_supersede:
+            segment.noted_at = offset
         flight = Flight(segment, sequence, offset + batch.total_bytes, members, encoded.places)
         self._order.begin(flight)
         log.stats.writes += 1

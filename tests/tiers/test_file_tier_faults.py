@@ -2,6 +2,7 @@
 
 import errno
 from contextlib import suppress
+from typing import Literal
 
 import anyio
 import pytest
@@ -21,8 +22,8 @@ SEGMENT_BYTES = 256 << 10
 CAPACITY_BYTES = 8 * SEGMENT_BYTES + (512 << 10)
 
 
-def make(device: FaultyDevice) -> FileTier:
-    config = TierConfig("test", "t", 4096, CAPACITY_BYTES, SEGMENT_BYTES, depth=4)
+def make(device: FaultyDevice, alignment: Literal[4096, 64] = 4096) -> FileTier:
+    config = TierConfig("test", "t", alignment, CAPACITY_BYTES, SEGMENT_BYTES, depth=4)
 
     async def connect() -> FaultyDevice:
         return device
@@ -38,7 +39,8 @@ def device_again(device: FaultyDevice) -> FaultyDevice:
     inner = device.inner
     assert isinstance(inner, MemoryDevice)
     files = {name: bytes(data) for name, data in inner.files.items()}
-    return FaultyDevice(MemoryDevice(files, capacity_bytes=inner.capacity_bytes))
+    again = MemoryDevice(files, alignment=inner.alignment, capacity_bytes=inner.capacity_bytes)
+    return FaultyDevice(again)
 
 
 async def test_a_write_that_fails_is_tried_in_another_segment() -> None:
@@ -226,6 +228,40 @@ async def test_a_segment_is_not_written_into_before_its_head_is_there(
         assert shelf.tier.stats.write_errors == times - 1
         assert shelf.tier.health.state == "ok"
         await shelf.check()
+
+
+@pytest.mark.parametrize("alignment", [4096, 64])
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_a_lost_end_of_a_segment_is_noticed_though_what_told_of_it_was_used_again(
+    is_lost: bool, alignment: Literal[4096, 64]
+) -> None:
+    """The head of the next segment tells of it; a checkpoint does when that one is emptied."""
+    device = FaultyDevice(MemoryDevice(alignment=4096 if alignment == 4096 else 1))
+    async with running(make(device, alignment), is_clean=False) as (shelf, _):
+        parts = shelf.tier._parts
+        assert parts is not None
+        table, stats = parts.log.table, parts.log.stats
+        assert await shelf.put(b"key", 3000, level=Level.DURABLE)
+        fault = device.add("dropped", "write", name="segment-", times=int(is_lost))
+        newer = await shelf.put(b"key", 3000, level=Level.DURABLE)
+        assert newer is not None
+        assert fault.hits == is_lost
+        table.seal(table.segments[newer.segment])
+        other = await shelf.put(page(1), 3000)
+        assert other is not None
+        told = table.segments[other.segment]
+        table.seal(told)
+        checkpoints = stats.checkpoints
+        assert await parts.reclaimer.clear(told)
+        assert stats.checkpoints == checkpoints + is_lost, "where all is there, it costs a read"
+        again = await shelf.put(page(2), 3000)
+        assert again is not None
+        assert again.segment == told.id
+    async with running(make(device_again(device), alignment)) as (shelf, _):
+        with suppress(PageCorrupt):
+            await shelf.get(b"key")
+        left = shelf.held.get(b"key")
+        assert (left.meta.generation if left else None) == (None if is_lost else 2)
 
 
 @pytest.mark.parametrize("kind", ["flip", "misdirected", "torn", "dropped"])
