@@ -79,6 +79,8 @@ class Coldest:
         self._wake(now, self._wakes_left)
         self._wakes_left = 0
         while len(self._passed) < HELD_MAX and (self._heap or self._wake(now, HELD_FEW)):
+            if not self._heap:  # all that woke were void: look further
+                continue
             rank, entry = self._heap[0]
             if entry in doomed or not self._is_current(rank, entry) or goes_along(entry):
                 heapq.heappop(self._heap)

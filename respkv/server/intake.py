@@ -121,7 +121,7 @@ class Intake:
         if body is None:
             return self._whole(self._parser.go_on())
         is_value = _is_value(body)
-        if not is_value and body.nbytes > self._parser.limits.held_max:
+        if not is_value and not self._may_collect(body.nbytes):
             # It could only be collected on the heap, and dropping it would leave a hole in a command.
             self._parser.error = ProtocolError("Protocol error: too big request")
             self._parser.body = None
@@ -199,9 +199,14 @@ class Intake:
             if name == b"KV.SEQ.PUT":
                 namespace, number = body.head[1], _number(body.head[3])
             total = body.nbytes * number
-            has_space = self._parser.held_bytes + total <= self._parser.limits.held_max
+            has_space = self._may_collect(total)
             self._is_in_doubt = has_space and cache.accounts.is_in_doubt(namespace, total)
-        return self._is_in_doubt
+        # More may come than was said.
+        return self._is_in_doubt and self._may_collect(body.nbytes)
+
+    def _may_collect(self, nbytes: int) -> bool:
+        """Whether so many bytes more of the open command may be on the heap."""
+        return self._parser.collected_bytes + nbytes <= self._parser.limits.held_max
 
     def _land(self, sink: HeapSink, landing: Landing) -> None:
         for part in sink.parts():

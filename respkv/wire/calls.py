@@ -13,6 +13,7 @@ from typing import Any, overload
 
 # Of a read whose framing is kept, and of all that are, names included; one takes about 100 bytes.
 ARGS_MAX, ARGS_MAX_OF_ALL = 512, 32 * 1024
+NAME_BYTES_MAX = 64  # of a command; longer ones are no command's, and would be kept in full
 SIZES_MAX = 512  # that are known at a time
 _FIRST, _FOURTH = 8, 11  # letters of the name, if it is short and there are less than ten arguments
 _BETWEEN, _ARGS = slice(0, None, 2), slice(1, None, 2)  # of the parts of a read, by turns
@@ -130,6 +131,8 @@ def _framing_of(commands: Sequence[list[bytes]]) -> _Framing | None:
     """Return the framing of these commands; None: they are not calls of one, or too many."""
     first, number = commands[0], len(commands)
     if number * len(first) > ARGS_MAX or len(commands[-1]) != len(first):
+        return None
+    if len(first[0]) > NAME_BYTES_MAX:
         return None
     lengths = list(map(len, first))
     for each in commands[1:]:

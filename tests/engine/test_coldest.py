@@ -184,3 +184,15 @@ def test_pages_that_rested_come_back_a_part_at_a_time_and_all_if_need_be() -> No
     assert first is pages[HELD_MAX - 1], "the coldest of those that are back"
     coldest.end_plan((pages[HELD_MAX - 1],), 5.0)
     assert len(order(coldest, now=5.0)) == len(pages)
+
+
+def test_pins_that_were_renewed_leave_nothing_that_a_plan_stumbles_over() -> None:
+    coldest = Coldest()
+    pages = [page(f"{number}") for number in range(HELD_MAX + 10)]
+    for until in (5.0, 50.0):
+        for each in pages:
+            each.pinned_until = until
+            coldest.add(each)
+    assert coldest.first({}, lambda entry: False, 10.0) is None
+    coldest.end_plan((), 10.0)
+    assert len(order(coldest, now=50.0)) == len(pages)

@@ -178,6 +178,21 @@ def test_a_large_argument_that_is_no_value_is_refused_beyond_the_limit(offline: 
     assert str(intake.error) == "Protocol error: too big request"
 
 
+def test_large_arguments_that_are_no_values_are_refused_when_their_sum_is_too_large(
+    offline: Server,
+) -> None:
+    intake = make_intake(offline, held_max=5 * BODY_MIN)
+    key = b"K" * BODY_MIN
+    assert feed(intake, request("EXISTS", *[key] * 4)) == [[b"EXISTS", *[key] * 4]]
+    assert feed(intake, request("EXISTS", *[key] * 4)) == [[b"EXISTS", *[key] * 4]]
+    data = request("EXISTS", *[key] * 5)
+    feed(intake, data[: 4 * BODY_MIN + BODY_MIN // 2])
+    assert 4 * BODY_MIN < intake.held_bytes < 5 * BODY_MIN
+    intake = make_intake(offline, held_max=5 * BODY_MIN)
+    assert feed(intake, data) == []
+    assert str(intake.error) == "Protocol error: too big request"
+
+
 def test_a_slot_counts_as_held_until_its_whole_command_has_come(offline: Server) -> None:
     intake = make_intake(offline)
     data = request("MSET", "a", b"x" * LARGE, "b", "v")
@@ -284,6 +299,20 @@ def test_only_what_may_be_held_on_the_heap_is_kept_there_for_a_quota(offline: Se
     assert set(offline.cache.entries) == before
     (args,) = feed(intake, request("KV.SEQ.PUT", "ns", b"\0" * 4, 3, *[b"x" * LARGE] * 3))
     assert sum(isinstance(arg, Landing) for arg in args) == 3
+    shown(offline, args)
+
+
+def test_more_payload_than_a_put_has_announced_does_not_collect_on_the_heap(
+    offline: Server,
+) -> None:
+    limit_to_one_pinned(offline)
+    fill(offline, b"other")
+    intake = make_intake(offline, held_max=3 * LARGE)
+    (args,) = feed(intake, request("KV.SEQ.PUT", "ns", b"\0" * 4, 1, *[b"x" * LARGE] * 4))
+    assert [type(arg) for arg in args[4:]] == [bytes, bytes, Landing, Landing]
+    shown(offline, args)
+    (args,) = feed(intake, request("KV.SEQ.PUT", "ns", b"\0" * 4, 1, b"x", b"y" * (4 * LARGE)))
+    assert isinstance(args[5], Landing)
     shown(offline, args)
 
 

@@ -47,7 +47,7 @@ class Reference:
                 return None
             if not 0 <= length <= self._limits.bulk_max:
                 raise ProtocolError("Protocol error: invalid bulk length")
-            held = sum(len(arg) + ARG_OVERHEAD_BYTES for arg in args if len(arg) < LINE_BYTES_MAX)
+            held = sum(len(arg) + ARG_OVERHEAD_BYTES for arg in args)
             if length < LINE_BYTES_MAX and held + length > self._limits.held_max:
                 raise ProtocolError("Protocol error: too big request")
             if len(self._rest) < length + 2:

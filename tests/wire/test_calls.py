@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from respkv.wire.calls import ARGS_MAX, ARGS_MAX_OF_ALL, SIZES_MAX, Calls, Framings
+from respkv.wire.calls import ARGS_MAX, ARGS_MAX_OF_ALL, NAME_BYTES_MAX, SIZES_MAX, Calls, Framings
 from respkv.wire.parser import UNAUTHENTICATED, Limits, RequestParser
 from respkv.wire.tokenizer import Tokenizer
 
@@ -136,3 +136,13 @@ def test_what_is_known_is_bounded() -> None:
     for _ in range(3):
         framings.learn(data, len(data), too_many)
     assert framings.take(data, len(data)) is None
+
+
+def test_of_a_long_name_that_is_no_command_nothing_is_kept() -> None:
+    framings = Framings()
+    for nbytes, is_known in ((NAME_BYTES_MAX, True), (NAME_BYTES_MAX + 1, False), (60_000, False)):
+        name = b"x" * nbytes
+        data = command(name, b"key")
+        for _ in range(3):
+            framings.learn(data, len(data), [[name, b"key"]])
+        assert (framings.take(data, len(data)) is not None) == is_known

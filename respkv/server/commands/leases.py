@@ -106,7 +106,7 @@ def kv_lease(session: Session, args: Args) -> "Later | None":
     deadline = _deadline(session, ms)
     if tier == b"GPU":
         if is_packed:
-            raise CommandError("PACKED is for leases in the cpu tier")
+            raise CommandError("PACKED is for TIER cpu, not TIER gpu: leave out one of them")
         check_gpu(session)
         return lease_on_gpu(session, keys, deadline)
     if tier != b"CPU":
