@@ -37,6 +37,7 @@ class Assembly:
     pin_ms:     for how long it is to be pinned once it is there.
     failure:    why it, its pin or a part of it could not be had once it was whole.
     is_open:    it was neither published nor dropped.
+    is_news:    it was published, perhaps by another put, and none of those who put it said so yet.
     is_ready:   it is whole and hashed.
     """
 
@@ -45,6 +46,7 @@ class Assembly:
         "failure",
         "how",
         "identity",
+        "is_news",
         "is_open",
         "is_ready",
         "key",
@@ -70,7 +72,7 @@ class Assembly:
         self.parts: list[tuple[bytes, Landing, Put]] = []
         self.touched = 0.0
         self.is_open = True
-        self.is_ready = False
+        self.is_news = self.is_ready = False
         self._missing = all_cells(shape)
 
     @property
@@ -249,6 +251,7 @@ class Assemblies(Watcher):
             else:
                 there = cache.commit(key, assembly.landing, assembly.how)
                 cache.stats.pages_put += 1
+                assembly.is_news = True
             if pin is not None and assembly.pin_ms:
                 assembly.failure = _failure(pin, there, assembly.pin_ms)
             for part_key, landing, how in assembly.parts:

@@ -167,39 +167,46 @@ class Sequences(Watcher):
         *,
         until: float = 0.0,
         is_coming: Callable[[bytes], bool] | None = None,
+        num_pieces: int | None = None,
+        seen: int = 0,
     ) -> list[Piece]:
         """Return the pieces that the tokens from ``first_token`` on consist of, in order.
 
-        until: what is here already is kept until then, so that room for the others does not come
-               out of their own chain.
+        until: what is here is kept until then: room for the others comes not out of their chain.
         is_coming: of a page's key, whether it will be here first, so that its absence is no gap.
+        num_pieces: of these, how many; None: all. seen: pages that need not be looked for in front.
         Raises CommandError when no page begins at ``first_token``, and SequenceGap when not all
         pages in front of it are here.
         """
         self.tidy()
-        first, rest = divmod(first_token, prompt.page_tokens)
-        if rest or not 0 <= first_token <= prompt.num_tokens:
-            raise CommandError(
-                f"FROM is a multiple of {prompt.page_tokens} up to {prompt.num_tokens}, "
-                f"not {first_token}"
-            )
-        front = self._run(prompt, first)
-        missing = map(prompt.key, range(len(front), first))
-        if len(front) < first and (is_coming is None or not all(map(is_coming, missing))):
-            raise SequenceGap(
-                f"only {len(front) * prompt.page_tokens} of the {first_token} tokens in front are "
-                f"here; put them first, FROM {len(front) * prompt.page_tokens}"
-            )
-        prompt.ids(prompt.num_pages)  # at once: each that is asked for alone copies those before it
-        pieces = [self._piece(prompt, index) for index in range(first, prompt.num_pages)]
-        if prompt.tail_tokens:
-            pieces.append(self._piece(prompt, prompt.num_pages))
+        self.check_first(prompt, first_token)
+        first = first_token // prompt.page_tokens
+        stop = prompt.num_pages + bool(prompt.tail_tokens)
+        if num_pieces is not None:
+            stop = min(stop, first + num_pieces)
+        front = self._run(prompt, first, seen)
+        missing = range(seen + len(front), first)
+        if missing and (is_coming is None or not all(map(is_coming, map(prompt.key, missing)))):
+            here = len(self._run(prompt, first)) * prompt.page_tokens
+            text = f"only {here} of the {first_token} tokens in front are here"
+            raise SequenceGap(f"{text}; put them first, FROM {here}")
+        prompt.ids(min(stop, prompt.num_pages))  # at once, which is quicker than one by one
+        pieces = [self._piece(prompt, index) for index in range(first, stop)]
         for entry in front:
             self._cache.promise(entry, until)
         for piece in pieces:
             if piece.there is not None:
                 self._cache.promise(piece.there, until)
         return pieces
+
+    @staticmethod
+    def check_first(prompt: Prompt, first_token: int) -> None:
+        """Raise CommandError unless a page begins at a token, or the prompt ends there."""
+        if first_token % prompt.page_tokens or not 0 <= first_token <= prompt.num_tokens:
+            raise CommandError(
+                f"FROM is a multiple of {prompt.page_tokens} up to {prompt.num_tokens}, "
+                f"not {first_token}"
+            )
 
     @staticmethod
     def put_options(piece: Piece, how: Put) -> Put:
@@ -237,12 +244,12 @@ class Sequences(Watcher):
             ),
         )
 
-    def part_options(self, prompt: Prompt, how: Put) -> Put:
+    def part_options(self, prompt: Prompt, how: Put, page: Entry | None = None) -> Put:
         """Return how to keep what is stored at the end of a prompt. Raises SequenceGap.
 
-        It hangs on the page that holds that position, and has no TTL but that one's.
+        It hangs on the page that holds that position, or on ``page``, and has no TTL but that one's.
         """
-        page = self.holder(prompt)
+        page = page or self.holder(prompt)
         if page is None:
             raise SequenceGap(
                 f"the page that holds token {prompt.num_tokens} is not here; put it first, "
@@ -307,12 +314,12 @@ class Sequences(Watcher):
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _run(self, prompt: Prompt, num_pages: int) -> list[Entry]:
-        """Return the full pages from the start that are here, of the first ``num_pages``."""
+    def _run(self, prompt: Prompt, stop: int, first: int = 0) -> list[Entry]:
+        """Return the full pages from ``first`` on that are here, up to ``stop``."""
         cache, pages, count = self._cache, list[Entry](), FIRST_PAGES
         ended_by_ms = cache.clock.wall_ms if cache.index.num_volatile else 0
-        while len(pages) < num_pages:
-            keys = prompt.keys(len(pages), min(len(pages) + count, num_pages))
+        while (at := first + len(pages)) < stop:
+            keys = prompt.keys(at, min(at + count, stop))
             run = longest_run(cache.entries, keys, ended_by_ms)
             tags = [entry.branch[:TAG_BYTES] for entry in run]
             if tags.count(prompt.tag) < len(tags):  # a page of another schema, or a string

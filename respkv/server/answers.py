@@ -314,9 +314,9 @@ class Answers:
             or len(self.out) > PARTS_HELD_BACK_MAX
         )
 
-    def promise(self, since: int, start: int) -> None:
-        """Let the parts from ``start`` on wait for what was noted since then."""
-        ticket, stop = self.cache.copies.ticket, len(self.out)
+    def promise(self, since: int, start: int, ticket: int | None = None) -> None:
+        """Let the parts from ``start`` on wait for what was noted since then, up to ``ticket``."""
+        ticket, stop = self.cache.copies.ticket if ticket is None else ticket, len(self.out)
         self.promises.append(Promise(since, ticket, start, stop))
         if len(self.promises) == 1:
             self.server.spawn(contain, self._keep_promises, self.wire.abort)

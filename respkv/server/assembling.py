@@ -16,20 +16,21 @@ import anyio.lowlevel
 from respkv.engine.assembly import Assembly
 from respkv.engine.entry import Entry
 from respkv.engine.landing import Landing
-from respkv.engine.sequences import Piece
-from respkv.errors import OutOfMemory, SchemaMismatch, SequenceGap
-from respkv.server.arguments import shown, value_of
+from respkv.errors import CacheError, OutOfMemory, PinRefused, SequenceGap
+from respkv.server.arguments import value_of
 from respkv.server.keeping import pinned_until
 from respkv.server.puts import (
     SequencePut,
     Target,
-    check_number,
     check_payloads,
-    kept_until,
     pin_end,
+    plan,
+    refresh,
+    send_counts,
     store_part,
     targets_of,
 )
+from respkv.server.slices import check_schema, check_whole, pause, slices_of
 from respkv.tiers.rectangles import STEP_BYTES, Rectangle, write_steps
 from respkv.tiers.slab import Slot
 
@@ -43,19 +44,17 @@ PAUSE_S = 0.05
 def put_rectangles(session: "Session", put: SequencePut, rectangle: Rectangle) -> Awaitable[None]:
     """Add rectangles to their pages; answer with how many pages became whole by it.
 
+    Pages that are there already are kept from now on as the put says.
     Returns: what does it; the payloads are held until then.
     """
-    check_number(put)
-    targets = targets_of(put, _plan(session, put), session) if put.payloads else []
-    check_payloads(session, put, targets)
-    pin_end(session, put, targets)  # not when all but the last of them have come
+    check_payloads(put, session.cache.history)
+    check_whole(session, put)  # not when all but the last of them have come
     for payload in (*put.payloads, *put.parts.values()):
         value_of(payload)  # raises why there was no room for it
     slots: list[Slot] = []
     payloads = [_held(session, payload, slots) for payload in put.payloads]
     parts = {what: bytes(_held(session, payload, slots)) for what, payload in put.parts.items()}
-    copies = list(zip(targets, payloads, strict=True))
-    return _assemble(session, put, rectangle, copies, parts, slots)
+    return _put_slices(session, replace(put, payloads=payloads, parts=parts), rectangle, slots)
 
 
 def _held(session: "Session", payload: Any, slots: list[Slot]) -> memoryview:
@@ -68,63 +67,105 @@ def _held(session: "Session", payload: Any, slots: list[Slot]) -> memoryview:
     return memory
 
 
-def _plan(session: "Session", put: SequencePut) -> Sequence[Piece]:
-    """Return the pages of a put, those before which are there or are being put together."""
-    server, cache = session.server, session.cache
+async def _put_slices(
+    session: "Session", put: SequencePut, rectangle: Rectangle, slots: list[Slot]
+) -> None:
+    """Add rectangles to their pages, slice by slice, publish what is whole, and answer."""
+    whole = there = 0
+    noted: list[tuple[int, int]] = []
+    try:
+        for part in slices_of(put):
+            if part.seen > put.seen:
+                await pause(session, put)
+            copies = await _copy_slice(session, part, rectangle)
+            since = session.cache.copies.ticket
+            made, found = _end_slice(session, part, copies)
+            noted.append((since, session.cache.copies.ticket))
+            whole, there = whole + made, there + found
+    finally:
+        for slot in slots:
+            session.cache.restore(slot)
+    send_counts(session, [whole, there], noted)
+
+
+async def _copy_slice(
+    session: "Session", put: SequencePut, rectangle: Rectangle
+) -> list[tuple[Target, Assembly | None]]:
+    """Copy rectangles into their pages; return the pages, without an assembly if they are there.
+
+    Raises OutOfMemory when a page finds no room for long; the rectangles before it are kept.
+    """
+    server, cache, done = session.server, session.cache, list[tuple[Target, Assembly | None]]()
 
     def is_coming(key: bytes) -> bool:
         return server.assemblies.find(key) is not None or cache.has_page(key, nbytes) is not None
 
     nbytes = put.schema.geometry.page_bytes
-    until = kept_until(session)
-    return server.sequences.plan(put.prompt, put.first, until=until, is_coming=is_coming)
+    pieces = plan(session, put, is_coming) if put.payloads else []
+    targets = targets_of(put, pieces, session)
+    pin_end(session, put, targets)
+    for target, payload in zip(targets, put.payloads, strict=True):
+        if _find_there(session, target) is not None:
+            done.append((target, None))
+            continue
+        piece = target.piece
+        if put.group.name and not (piece.is_there or server.assemblies.find(piece.key)):
+            raise SequenceGap(f"put the page from token {piece.first_token} on first")
+        assembly = await _begin(session, put, target)
+        assembly.pin_ms = max(assembly.pin_ms, put.pin_ms)
+        done.append((target, assembly))
+        if target is targets[-1] and not put.group.name:
+            _add_parts(session, put, assembly)
+        await _copy(session, assembly, rectangle, payload)
+    return done
 
 
-async def _assemble(
-    session: "Session",
-    put: SequencePut,
-    rectangle: Rectangle,
-    copies: Sequence[tuple[Target, memoryview]],
-    parts: dict[bytes, bytes],
-    slots: list[Slot],
-) -> None:
-    """Copy rectangles into their pages, publish what is whole, and answer.
+def _end_slice(
+    session: "Session", put: SequencePut, done: Sequence[tuple[Target, Assembly | None]]
+) -> tuple[int, int]:
+    """Publish what is whole, and have what is there kept as the put says; return how many are which.
 
-    Raises OutOfMemory when a page finds no room for long; the rectangles before it are kept. Raises
-    QuotaExceeded or PinRefused when that became of one of its pages; the others are stored.
+    Raises QuotaExceeded or PinRefused when that became of one of the pages; the others are stored.
     """
-    server, there, begun = session.server, 0, list[Assembly]()
-    try:
-        for target, payload in copies:
-            if _is_there(session, target):
-                there += 1
-                continue
-            piece = target.piece
-            if put.group.name and not (piece.is_there or server.assemblies.find(piece.key)):
-                raise SequenceGap(f"put the page from token {piece.first_token} on first")
-            assembly = await _begin(session, put, target)
-            assembly.pin_ms = max(assembly.pin_ms, put.pin_ms)
-            begun.append(assembly)
-            if target is copies[-1][0] and not put.group.name:
-                _add_parts(session, put, assembly, parts)
-            await _copy(session, assembly, rectangle, payload)
-    finally:
-        for slot in slots:
-            session.cache.restore(slot)
+    server, whole, there, failures = session.server, 0, 0, list[CacheError]()
     server.clock.refresh()
-    keys = {target.key for target, _ in copies}
-    with session.promising():
-        try:
-            published = server.assemblies.publish(partial(_pin, session))
-            for assembly in begun:
-                if assembly.failure is not None:
-                    raise assembly.failure
-            if parts and (not copies or _is_there(session, copies[-1][0])):
-                _put_parts(session, put, parts)
-        finally:
-            server.sequences.tidy()
-            server.announce_room()
-        session.send([sum(entry.key in keys for entry in published), there])
+    try:
+        server.assemblies.publish(partial(_pin, session))
+        for target, assembly in done:
+            if assembly is None:
+                there += 1
+                failures += _refresh(session, put, target)
+            elif assembly.failure is not None:
+                failures.append(assembly.failure)
+            elif assembly.is_news:
+                assembly.is_news = False
+                whole += 1
+        if failures:
+            raise failures[0]
+        if put.parts and (not done or _find_there(session, done[-1][0]) is not None):
+            _put_parts(session, put)
+    finally:
+        server.sequences.tidy()
+        server.announce_room()
+    return whole, there
+
+
+def _refresh(session: "Session", put: SequencePut, target: Target) -> list[CacheError]:
+    """Have a page that was there kept as a put says, as if it had come whole; return what refused.
+
+    It may have gone while other rectangles were copied; then there is nothing to keep.
+    """
+    entry = _find_there(session, target)
+    if entry is None:
+        return []
+    session.cache.stats.pages_skipped += 1
+    refresh(session, put, target, entry)
+    try:
+        if put.pin_ms:
+            _pin(session, entry, put.pin_ms)
+    except PinRefused as error:
+        return [error]
+    return []
 
 
 async def _begin(session: "Session", put: SequencePut, target: Target) -> Assembly:
@@ -137,10 +178,7 @@ async def _begin(session: "Session", put: SequencePut, target: Target) -> Assemb
     server = session.server
     give_up = anyio.current_time() + server.config.reserve_timeout / 1000
     while True:
-        schema = session.cache.namespaces.find(put.schema.namespace)
-        if schema is None or schema.identity != put.schema.identity:
-            name = shown(put.schema.namespace)
-            raise SchemaMismatch(f"the schema of namespace {name!r} was deleted meanwhile")
+        check_schema(session, put)
         try:
             return server.assemblies.begin(
                 target.key, target.parent_key, target.shape, target.how, put.schema.identity
@@ -157,11 +195,12 @@ def _most(server: "Server") -> int:
     return min(server.assemblies.bytes_max, server.cache.slabs.payload_bytes_max)
 
 
-def _is_there(session: "Session", target: Target) -> bool:
+def _find_there(session: "Session", target: Target) -> Entry | None:
+    """Return what has a page by now, or None."""
     if target.there is not None and target.there.position >= 0:
-        return True
+        return target.there
     # Under a former schema, or as a string, the key says nothing about the page.
-    return session.cache.has_page(target.key, target.shape.page_bytes) is not None
+    return session.cache.has_page(target.key, target.shape.page_bytes)
 
 
 def _pin(session: "Session", entry: Entry, ms: int) -> None:
@@ -169,22 +208,20 @@ def _pin(session: "Session", entry: Entry, ms: int) -> None:
     session.cache.pin(entry, pinned_until(session, ms, entry.nbytes, entry))
 
 
-def _add_parts(
-    session: "Session", put: SequencePut, assembly: Assembly, parts: dict[bytes, bytes]
-) -> None:
+def _add_parts(session: "Session", put: SequencePut, assembly: Assembly) -> None:
     """Have the parts of the prompt's end published with its last page."""
     tokens = assembly.shape.tokens
     how = replace(put.how, expires_ms=0, parent=assembly.key, tokens=tokens)
     how = replace(how, depth=put.prompt.num_tokens - tokens)
-    for what, payload in parts.items():
+    for what, payload in put.parts.items():
         key = session.server.sequences.part_key(put.prompt, what)
         session.server.assemblies.add_part(assembly, key, payload, how)
 
 
-def _put_parts(session: "Session", put: SequencePut, parts: dict[bytes, bytes]) -> None:
+def _put_parts(session: "Session", put: SequencePut) -> None:
     """Store the parts of a prompt whose end is there."""
     cache = session.cache
-    for what, payload in parts.items():
+    for what, payload in put.parts.items():
         landing = cache.reserve(len(payload))
         try:
             landing.write(payload)

@@ -192,25 +192,34 @@ def _steps(session: "Session", wanted: Wanted, places: Sequence[Place]) -> Itera
         for slot, need in places
     ]
     is_copied = is_cut or all(stop - first <= COPY_BYTES_MAX for _, _, first, stop in ranges)
-    size = 0
+    size, parts = 0, list[bytes | memoryview]()
     for layer in range(rectangle.first_layer, rectangle.first_layer + rectangle.num_layers):
-        session.out.append(reply.bulk_prefix(layer_bytes))
+        parts.append(reply.bulk_prefix(layer_bytes))
         for plane in range(planes * layer, planes * (layer + 1)):
             for memory, plane_bytes, first, stop in ranges:
                 start = plane * plane_bytes
                 part: bytes | memoryview = memory[start + first : start + stop]
                 if is_cut:
                     part = cut_heads(memory[start + first : start + stop], shape, rectangle)
-                elif is_copied:
-                    part = bytes(part)
-                session.out.append(part)
+                parts.append(part)
                 size += len(part)
                 if size >= STEP_BYTES:
-                    session.note_sent(size, in_place=not is_copied)
-                    size = 0
+                    _send_parts(session, parts, size, is_copied=is_copied)
+                    size, parts = 0, []
                     yield
-        session.out.append(reply.CRLF)
-    session.note_sent(size, in_place=not is_copied)
+        parts.append(reply.CRLF)
+    _send_parts(session, parts, size, is_copied=is_copied)
+
+
+def _send_parts(
+    session: "Session", parts: Sequence[bytes | memoryview], nbytes: int, *, is_copied: bool
+) -> None:
+    """Answer with parts of bulks, of ``nbytes`` without their frames: as one, or from where they are."""
+    if is_copied:
+        session.out.append(b"".join(parts))
+    else:
+        session.out += parts
+    session.note_sent(nbytes, in_place=not is_copied)
 
 
 def _send_state(session: "Session", places: Sequence[Place]) -> None:

@@ -1,25 +1,22 @@
-"""KV.SEQ.PUT: what a call says, and the pages of a prompt when they come whole.
+"""KV.SEQ.PUT: what a call says, which pages it is for, and what becomes of those that are there.
 
-By the time the command runs all payloads are there, most of them in slots of their own. So a put of
-whole pages is one step: room is found for the small ones first, and then nothing is evicted any more,
-so the pages are published in order, each behind its parent. When a payload had no room, those before
-it are stored all the same: they are a prefix, and the client goes on from there. Rectangles are in
-assembling.py.
+Pages that come whole are stored by storing.py, rectangles of them by assembling.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from respkv.chain import Prompt
 from respkv.engine.entry import Entry, Put
 from respkv.engine.groups import bound_key, has_page, state_options
+from respkv.engine.history import History
 from respkv.engine.landing import Landing
 from respkv.engine.namespaces import Group, Kind, Schema
-from respkv.engine.sequences import Piece
-from respkv.errors import CacheError, CommandError, SchemaMismatch, SequenceGap
+from respkv.engine.sequences import Piece, Sequences
+from respkv.errors import CommandError, SchemaMismatch
 from respkv.page import Geometry
-from respkv.server.arguments import Words, count, count_ms, shown, value_of
+from respkv.server.arguments import Words, count, count_ms, shown
 from respkv.server.body import Refused
 from respkv.server.keeping import LEVELS, expires_ms, level_of, pinned_until
 from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
@@ -42,6 +39,7 @@ class SequencePut:
     group:    of layers, whose pages they are; its name is empty for the namespace's own.
     pin_ms:   for how long its pages are to be pinned, as it was asked for.
     parts:    what belongs to the prompt's end: logits, hidden state, the state of a group.
+    seen:     pages in front that were seen to be there: the payloads are a slice of a longer put.
     """
 
     prompt: Prompt
@@ -53,6 +51,7 @@ class SequencePut:
     how: Put
     pin_ms: int
     parts: dict[bytes, Any] = field(default_factory=dict)
+    seen: int = 0
 
 
 @dataclass(slots=True)
@@ -169,33 +168,48 @@ def _target(put: SequencePut, piece: Piece, session: "Session") -> Target:
     return Target(key, piece.key, shape, how, there, piece)
 
 
-def check_number(put: SequencePut) -> None:
-    """Raise CommandError unless there is a payload for each page: before all of them are hashed."""
-    number = -(-(put.prompt.num_tokens - put.first) // put.prompt.page_tokens)
-    if put.payloads and len(put.payloads) != number > 0:
+def check_payloads(put: SequencePut, history: History) -> None:
+    """Raise unless there is a payload of the right size for each page, and no part is empty.
+
+    It looks at nothing that is stored, so it is done before all pages are hashed.
+    """
+    prompt, first = put.prompt, put.first
+    if put.payloads:
+        Sequences.check_first(prompt, first)
+    number = -(-(prompt.num_tokens - first) // prompt.page_tokens)
+    if put.payloads and not number:
+        raise CommandError(f"no tokens are left from {first} on, and payloads came")
+    if put.payloads and len(put.payloads) != number:
         raise CommandError(
-            f"tokens {put.first} to {put.prompt.num_tokens - 1} are {number} pages of"
-            f" {put.prompt.page_tokens} tokens, and {len(put.payloads)} payloads came"
+            f"tokens {first} to {prompt.num_tokens - 1} are {number} pages of"
+            f" {prompt.page_tokens} tokens, and {len(put.payloads)} payloads came"
         )
-
-
-def check_payloads(session: "Session", put: SequencePut, targets: Sequence[Target]) -> None:
-    """Raise unless each payload is of the right size for its page, and no part is empty."""
-    if put.payloads and not targets:
-        raise CommandError(f"no tokens are left from {put.first} on, and payloads came")
-    for target, payload in zip(targets, put.payloads, strict=True):
-        shape = target.shape if put.rectangle is None else put.rectangle.shape(target.shape)
-        if size_of(payload) != shape.page_bytes:
-            piece = target.piece
-            session.cache.history.note(target.key, "schema")
+    full_bytes = payload_bytes(put, prompt.page_tokens) if put.payloads else 0
+    for begin, payload in zip(
+        range(first, prompt.num_tokens, prompt.page_tokens), put.payloads, strict=False
+    ):
+        end = min(begin + prompt.page_tokens, prompt.num_tokens)
+        is_full = end - begin == prompt.page_tokens
+        nbytes = full_bytes if is_full else payload_bytes(put, end - begin)
+        if size_of(payload) != nbytes:
+            key = prompt.position_key(end)
+            history.note(bound_key(key, put.group.name) if put.group.name else key, "schema")
             raise SchemaMismatch(
-                f"tokens {piece.first_token} to {piece.first_token + piece.num_tokens - 1} of"
-                f" namespace {shown(put.schema.namespace)!r} have {shape.page_bytes} bytes, their"
-                f" payload has {size_of(payload)}"
+                f"tokens {begin} to {end - 1} of namespace {shown(put.schema.namespace)!r} have"
+                f" {nbytes} bytes, their payload has {size_of(payload)}"
             )
     for what, payload in put.parts.items():
         if not size_of(payload):
             raise CommandError(f"{shown(what).upper()} has at least 1 byte")
+
+
+def payload_bytes(put: SequencePut, num_tokens: int) -> int:
+    """Return the bytes of the payload for a page of so many tokens."""
+    if put.rectangle is None:
+        return put.group.piece_bytes(num_tokens)
+    shape = put.group.piece_geometry(num_tokens)
+    assert shape is not None
+    return put.rectangle.shape(shape).page_bytes
 
 
 def pin_end(session: "Session", put: SequencePut, targets: Sequence[Target]) -> float:
@@ -223,136 +237,36 @@ def kept_until(session: "Session") -> float:
     return session.cache.clock.now + max(lease_s, KEPT_S_MIN)
 
 
-# -- whole pages ------------------------------------------------------------------------------
+def plan(
+    session: "Session", put: SequencePut, is_coming: Callable[[bytes], bool] | None = None
+) -> list[Piece]:
+    """Return the pages of a put, and keep what is there of them, and in front, for a while."""
+    number, until = len(put.payloads), kept_until(session)
+    return session.server.sequences.plan(
+        put.prompt, put.first, until=until, is_coming=is_coming, num_pieces=number, seen=put.seen
+    )
 
 
-def put_pages(session: "Session", put: SequencePut) -> None:
-    """Store pages, then what belongs to the end of the prompt; answer with how many.
-
-    Raises OutOfMemory, QuotaExceeded; the pages before the one without room are stored.
-    """
-    cache, sequences = session.cache, session.server.sequences
-    targets: list[Target] = []
-    check_number(put)
-    if put.payloads:
-        pieces = sequences.plan(put.prompt, put.first, until=kept_until(session))
-        targets = targets_of(put, pieces, session)
-    elif (holder := sequences.holder(put.prompt)) is not None:
-        cache.promise(holder, kept_until(session))
-    check_payloads(session, put, targets)
-    for target in targets if put.group.name else ():
-        _check_page(target)
-    pinned = pin_end(session, put, targets)
-    theres = [*(target.there for target in targets), *_parts_there(session, put)]
-    _make_room(session, put, targets, theres)
-    made: list[Landing] = []
-    stored = 0
-    try:
-        values, failure = _find_room(session, put, theres, made)
-        for target, value in zip(targets, values, strict=False):
-            stored += _store(session, put, target, value, pinned)
-        if failure is None:
-            for what, value in zip(put.parts, values[len(targets) :], strict=True):
-                store_part(session, put, what, value)
-    finally:
-        for landing in made:
-            cache.abandon(landing)
-        sequences.tidy()
-    if failure is not None:
-        raise failure
-    session.send([stored, len(targets) - stored])
+def refresh(session: "Session", put: SequencePut, target: Target, there: Entry) -> None:
+    """Have a page that is there kept as a put says; but for the pin, which the caller sets."""
+    if not put.group.name:
+        target.piece.there = there
+        session.server.sequences.describe(target.piece, put.how)
+    elif there.key == target.key:
+        session.cache.describe(there, target.how)
 
 
-def _check_page(target: Target) -> None:
-    """Raise SequenceGap unless the page is there that one of a group hangs on."""
-    if target.piece.there is None:
-        raise SequenceGap(
-            f"the page from token {target.piece.first_token} on is not here, and its groups hang on"
-            f" it; put it first, FROM {target.piece.first_token}"
-        )
-
-
-def _parts_there(session: "Session", put: SequencePut) -> list[Entry | None]:
-    """Return which of the parts of a put are there, and keep them while there is room made for it."""
-    cache, theres = session.cache, list[Entry | None]()
-    for what, payload in put.parts.items():
-        key = session.server.sequences.part_key(put.prompt, what)
-        theres.append(there := cache.has_page(key, size_of(payload)))
-        if there is not None:
-            cache.promise(there, kept_until(session))
-    return theres
-
-
-def _make_room(
-    session: "Session",
-    put: SequencePut,
-    targets: Sequence[Target],
-    theres: Sequence[Entry | None],
+def store_part(
+    session: "Session", put: SequencePut, what: bytes, value: Any, page: Entry | None = None
 ) -> None:
-    """Evict for what is new so that its owner may keep all of it. Raises QuotaExceeded.
-
-    theres: what is there already of the pages, and then of the parts.
-    """
-    pairs = zip([*put.payloads, *put.parts.values()], theres, strict=True)
-    nbytes = sum(size_of(payload) for payload, there in pairs if there is None)
-    keep = {there for there in theres if there is not None}
-    cache = session.cache
-    before = cache.find(targets[0].how.parent or b"") if targets else None
-    for entry in (before, session.server.sequences.holder(put.prompt)):
-        if entry is not None:
-            keep.add(entry)
-    cache.accounts.make_room(put.schema.namespace, put.how.tenant, nbytes, keep)
-
-
-def _find_room(
-    session: "Session", put: SequencePut, theres: Sequence[Entry | None], made: list[Landing]
-) -> tuple[list[Any], CacheError | None]:
-    """Return a landing for all that is not there, as far as there is room, and why not.
-
-    Afterwards nothing is evicted any more. theres: what is there already of the pages, and then of
-    the parts. made: what was reserved here is added to it.
-    """
-    values: list[Any] = []
-    for payload, there in zip([*put.payloads, *put.parts.values()], theres, strict=True):
-        if there is not None or isinstance(payload, Landing):
-            values.append(payload)
-            continue
-        try:
-            landing = session.cache.reserve(len(value_of(payload)))  # or raises why there is none
-        except CacheError as error:
-            return values, error
-        made.append(landing)
-        landing.write(payload)
-        values.append(landing)
-    return values, None
-
-
-def _store(session: "Session", put: SequencePut, target: Target, value: Any, pinned: float) -> bool:
-    """Store a page, pinned until then if that is not 0.0; return whether it is new."""
-    cache, there = session.cache, target.there
-    if there is None:
-        entry = cache.commit(target.key, value, target.how)
-        cache.stats.pages_put += 1
-    elif there.position < 0:
-        raise CommandError("a page left while its copy arrived; put it again", "BUSY")
-    else:
-        entry = there
-        cache.stats.pages_skipped += 1
-        if not put.group.name:
-            session.server.sequences.describe(target.piece, put.how)
-    if pinned:
-        cache.pin(entry, pinned)
-    return there is None
-
-
-def store_part(session: "Session", put: SequencePut, what: bytes, value: Any) -> None:
     """Store logits, a hidden state or the state of a group. Raises SequenceGap: its page is absent.
 
     value: a full landing; of what is there already, anything of its size.
+    page:  that it hangs on; None: it is looked for.
     """
     cache, sequences = session.cache, session.server.sequences
     key = sequences.part_key(put.prompt, what)
-    how = sequences.part_options(put.prompt, put.how)
+    how = sequences.part_options(put.prompt, put.how, page)
     if what.startswith(STATE):
         how = state_options(put.prompt, how)
     there = cache.has_page(key, size_of(value))
@@ -362,3 +276,18 @@ def store_part(session: "Session", put: SequencePut, what: bytes, value: Any) ->
         cache.commit(key, value, how)
     else:
         raise CommandError("a part left while its copy arrived; put it again", "BUSY")
+
+
+def send_counts(
+    session: "Session", counts: Sequence[int], noted: Sequence[tuple[int, int]]
+) -> None:
+    """Answer with counts, once all holds that was noted in the turns of a command.
+
+    noted: the tickets before and after each turn; what others noted in between is no business of
+           this answer.
+    """
+    start = len(session.out)
+    session.send(list(counts))
+    for since, ticket in noted:
+        if ticket > since:
+            session.promise(since, start, ticket)

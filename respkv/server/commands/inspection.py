@@ -178,6 +178,9 @@ def _first_missing(session: Session, prompt: Prompt, found: Found) -> tuple[str,
         ends = session.server.groups.limits(prompt, pages).items()
         detail = f"{pages.tokens} tokens are stored, but not what all groups of layers need: "
         detail += ", ".join(f"group {shown(name)} serves {end}" for name, end in ends)
+    elif session.server.assemblies.find(key) is not None:
+        reason = "incomplete"
+        detail = "it can be found once all its layers and heads have come, and the page in front"
     elif session.cache.find(key) is not None:
         reason = "schema"
         detail = "it was stored under another schema, or without its tokens"

@@ -1,5 +1,6 @@
 """KV.SEQ.MATCH, KV.SEQ.PUT and KV.SEQ.GET: prompts in, pages found and stored by the server."""
 
+from respkv.errors import CommandError
 from respkv.server.arguments import DURATION_MS_MAX, Words
 from respkv.server.assembling import put_rectangles
 from respkv.server.commands.pages import DEADLINE_S_MAX
@@ -13,9 +14,10 @@ from respkv.server.layers import (
 from respkv.server.loads import is_cold
 from respkv.server.places import letters_of, load_us
 from respkv.server.prompts import ChainWords, Portion, prompt_of, schema_of
-from respkv.server.puts import put_pages, read_put
+from respkv.server.puts import read_put
 from respkv.server.registry import Later, command
 from respkv.server.session import Session
+from respkv.server.storing import put_pages
 from respkv.wire import reply
 from respkv.wire.parser import Args
 
@@ -63,8 +65,7 @@ def kv_seq_put(session: Session, args: Args) -> "Later | None":
     """Store the pages of a prompt, or the part of them that one worker has."""
     put = read_put(session, args)
     if put.rectangle is None:
-        put_pages(session, put)
-        return None
+        return put_pages(session, put, args)
     return put_rectangles(session, put, put.rectangle)
 
 
@@ -100,6 +101,11 @@ def _wanted(session: Session, args: Args) -> Wanted:
         elif word == b"DEADLINE":
             ms = words.count("DEADLINE")
             seconds = min(min(ms, DURATION_MS_MAX) / 1000, DEADLINE_S_MAX)
+        elif word == b"AS":  # one bulk is a layer of many pages: none has a stored form of its own
+            raise CommandError(
+                "KV.SEQ.GET answers numbers as they were put, and takes no AS: convert them where"
+                " they are read, or get pages by their keys, KV.MGET ... AS"
+            )
         else:
             raise words.unexpected()
     prompt = prompt_of(session, args[1], args[2], chain.extras())

@@ -98,8 +98,9 @@ RETENTION: tuple[Command, ...] = (
             "Answers an array: a reason, a text that names the first page that is missing and its "
             "key, and the tokens matched. The reasons are those of KV.EXPLAIN, and `hash` when the "
             "namespace's ids are made in a way that the server does not know, `group` when a group "
-            "of layers lacks what it needs there, and, only if `explain-across-salts` is on, `salt` "
-            "when the first page is stored under another salt, tenant or LoRA adapter."
+            "of layers lacks what it needs there, `incomplete` when only some layers and heads of the "
+            "page have come, and, only if `explain-across-salts` is on, `salt` when the first page is "
+            "stored under another salt, tenant or LoRA adapter."
         ),
     ),
 )
