@@ -31,7 +31,7 @@ Mode = Literal["all", "second", "tinylfu"]
 
 DROP_WEIGHT = 1 / 64  # of one dropped value in the mean
 DROP_COUNT_MAX = 3  # or a few that were popular long ago would keep out what is used twice now
-KEYS_MAX = 1 << 17  # that are counted apart, in half a MiB
+KEYS_MAX = 1 << 17  # that are counted apart, in two MiB
 CHILDREN_MAX = 256  # that are looked at; a page with more of them is used in any case
 
 

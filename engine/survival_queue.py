@@ -156,12 +156,15 @@ class SurvivalQueue(Queue):
         self._singles.check()
         num_paged = sum(len(bucket.pages) for bucket in self._buckets.values())
         assert self._num_entries == len(self._fresh) + len(self._singles) + num_paged
+        items: dict[tuple[int, int], list[Bucket]] = {}
+        for line, heap in self._lines.items():
+            for _, stamp, bucket in heap:
+                items.setdefault((line, stamp), []).append(bucket)
         for number, bucket in self._buckets.items():
             assert bucket.request.number == number
             assert bucket.pages
             assert all(entry.mark == number for entry in bucket.pages)
-            items = [item for item in self._lines[bucket.line] if item[1] == bucket.stamp]
-            assert [item[2] for item in items] == [bucket]
+            assert items.get((bucket.line, bucket.stamp)) == [bucket]
         assert self._num_items == sum(map(len, self._lines.values()))
         assert self._num_items + len(self._lapses) <= 4 * len(self._buckets) + 2 * HEAP_SLACK
 

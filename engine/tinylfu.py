@@ -8,6 +8,10 @@ of it at most, and on probation again when others are used later.
 Uses reach the sketch when an entry changes its place, not when they happen; a comparison counts those
 still owed. They are lost of an entry that is deleted.
 
+Room is made before the newcomer comes, so each victim is one of two that are compared, however few wait
+in the window: pages that others stand behind are set aside from there, and a window that was filled up
+at the main part's cost meanwhile would let in whole prompts that nobody has compared.
+
 Source: Einziger, Friedman and Manes, TinyLFU: A Highly Efficient Cache Admission Policy, ACM
 Transactions on Storage 2017, arXiv:1512.00727, section 4.
 """
@@ -61,8 +65,6 @@ class WTinyLfu(Queue):
             self._protect(entry)
         self._demote(now)
         first = self._first(now)
-        if len(self._window) < self._window_max() and first is not None:
-            return first
         leaving = self._window.candidate(now)
         if leaving is None or first is None:
             return leaving or first

@@ -4,8 +4,10 @@ A cell is one policy at one capacity; shelf.py is the cache that it runs, belady
 know nothing of each other, so as many run at a time as there are processors.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -58,7 +60,8 @@ class Outcome:
     hit_flops:    that computing them again would have taken, of num_flops for all prompts.
     num_hits:     blocks that were resident; num_raised: of these, in files alone.
     num_written:  blocks that were stored; with a file tier those that went there.
-    decision_us:  of processor time for an eviction, on average; 0.0 without evictions.
+    decision_us:  of processor time for an eviction, on average, without what Python's collector takes;
+                  0.0 without evictions.
     ghost_bytes:  what the policy keeps about blocks that are not there, for each that could be.
     """
 
@@ -210,8 +213,10 @@ def _cached(cell: Cell, trace: Trace, model: Model) -> Outcome:
         if cell.has_end_hints
         else [False] * len(trace.requests)
     )
-    for request, is_last in zip(trace.requests, lasts, strict=True):
-        counts.add(request, shelf.serve(request, is_last=is_last))
+    with _uncollected() as collect:
+        for request, is_last in zip(trace.requests, lasts, strict=True):
+            counts.add(request, shelf.serve(request, is_last=is_last))
+            collect()
     shelf.check()
     return replace(
         counts.outcome(cell),
@@ -223,6 +228,22 @@ def _cached(cell: Cell, trace: Trace, model: Model) -> Outcome:
         slowest_us=shelf.slowest_s * 1e6,
         ghost_bytes=shelf.ghost_bytes,
     )
+
+
+@contextmanager
+def _uncollected() -> Iterator[Callable[[], object]]:
+    """Keep Python's collector out of what is timed; what is yielded lets it look at the young.
+
+    A server does the same (DESIGN.md, decision 11): entries are never garbage, and a full collection
+    looks at all of them, in the middle of whatever is done just then.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield partial(gc.collect, 1)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _ceiling(cell: Cell, trace: Trace, model: Model) -> Outcome:

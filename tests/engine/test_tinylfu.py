@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from respkv.engine.eviction import RECHECKS
-from respkv.engine.sketch import COUNT_MAX, SAMPLE, WIDTH_MIN, Sketch
+from respkv.engine.sketch import COUNT_MAX, KEYS_MIN, PLACES, SAMPLE, Sketch
 from respkv.engine.tinylfu import LOOKS_AHEAD, PROTECTED_SHARE
 from tests.engine.test_eviction import Shelf, Writable, filled
 
@@ -98,6 +98,17 @@ def test_a_newcomer_has_to_be_used_more_than_what_it_would_replace() -> None:
     assert "e" in shelf.entries
 
 
+def test_what_is_set_aside_from_the_window_costs_the_main_part_nothing() -> None:
+    shelf = filled("wtinylfu", (f"main{number}" for number in range(400)))
+    for entry in shelf.entries.values():
+        shelf.use(entry)
+    for number in range(2):  # two prompts fill the window, and their first pages may not go yet
+        first = shelf.put(f"{number}:1")
+        shelf.put(f"{number}:2", behind=first)
+    assert [shelf.evict() for _ in range(4)] == ["0:2", "0:1", "1:2", "1:1"]
+    shelf.check()
+
+
 @settings(max_examples=100, deadline=None)
 @given(names=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=300))
 def test_a_sketch_never_counts_too_little(names: list[int]) -> None:
@@ -113,10 +124,10 @@ def test_a_sketch_keeps_its_counts_when_it_grows_and_halves_them_in_time() -> No
     assert (sketch.count(5), sketch.nbytes) == (0, 0)
     sketch.grow(10)
     sketch.add(5, 8)
-    sketch.grow(3 * WIDTH_MIN)
-    assert sketch.width == 4 * WIDTH_MIN
+    sketch.grow(3 * KEYS_MIN)
+    assert sketch.width == 4 * KEYS_MIN * PLACES
     assert sketch.count(5) == 8
-    sketch.add(6, SAMPLE * sketch.width - 8)
+    sketch.add(6, SAMPLE * sketch.num_keys - 8)
     assert sketch.count(5) == 4
     assert sketch.count(6) == COUNT_MAX // 2
 

@@ -1,5 +1,8 @@
 """Cells over traces: a generated one, and a real one against figures measured elsewhere."""
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 from respkv.errors import ConfigError
@@ -22,6 +25,26 @@ def test_no_policy_beats_the_ceiling(trace: Trace) -> None:
         assert 0.0 < outcome.hit_rate <= ceiling
         assert 0.0 < outcome.flops_saved < 1.0
         assert outcome.num_tokens == trace.num_tokens
+
+
+class Watched(tuple[Request, ...]):
+    """Requests that see, while they are served, whether Python collects when it likes."""
+
+    __slots__ = ()
+    seen: set[bool] = set()  # noqa: RUF012 (of the only one there is)
+
+    def __iter__(self) -> Iterator[Request]:
+        for request in super().__iter__():
+            self.seen.add(gc.isenabled())
+            yield request
+
+
+def test_the_collector_waits_while_decisions_are_timed(trace: Trace) -> None:
+    requests = Watched(trace.requests)
+    assert gc.isenabled()
+    simulate(Cell("lru", 50), Trace("watched", trace.block_tokens, requests))
+    assert requests.seen == {False}
+    assert gc.isenabled(), "it was not switched on again"
 
 
 def test_with_room_for_all_every_policy_hits_what_can_be_hit(trace: Trace) -> None:
