@@ -3,11 +3,12 @@
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +18,8 @@ import hiredis
 from tests.server.raw import Word, pipeline, request
 
 PORT_MIN = 10_000
-START_S = 10.0
-REPLY_S = 10.0
+START_S = 60.0
+REPLY_S = 60.0
 _MARK = b"end-of-reply-7f3a"
 _numbers = itertools.count()
 
@@ -89,6 +90,16 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Have it do nothing for a while: connections are accepted, and nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def cli(self, *words: str) -> str:
         """Send one command by redis-cli; return what it printed."""

@@ -65,7 +65,7 @@ class ServerProcess:
 
     def connect(self) -> socket.socket:
         """Return a raw connection over TCP."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def info(self) -> dict[str, str]:
         """Return every field of INFO."""
@@ -81,7 +81,7 @@ class ServerProcess:
         """Send a signal; return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(timeout=30)
+        status = self.process.wait(timeout=60)
         self._folder.cleanup()
         return status
 

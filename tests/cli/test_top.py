@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.conftest import Cli, environment
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
 ENTER_SCREEN, LEAVE_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
 

@@ -8,7 +8,7 @@ from typing import Self
 
 import hiredis
 
-SILENCE_S = 15.0  # a connection that a failed test left open does not keep the peer for ever
+SILENCE_S = 60.0  # a connection that a failed test left open does not keep the peer for ever
 
 Answer = Callable[[list[bytes]], bytes | None]
 

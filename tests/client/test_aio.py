@@ -45,7 +45,7 @@ async def test_a_call_may_be_cancelled_at_any_time_and_gives_its_seat_back(
     redis: RedisServer,
 ) -> None:
     payload = bytes(range(256)) * 16384
-    async with AsyncClient(redis.url, pool_max=2, timeout_s=10) as client:
+    async with AsyncClient(redis.url, pool_max=2, timeout_s=60) as client:
         for step in range(40):
             await cancelled(lambda: client.set("key", payload), step * 0.0003)
             await cancelled(lambda: client.command("GET", "key"), step * 0.0003)
@@ -53,9 +53,11 @@ async def test_a_call_may_be_cancelled_at_any_time_and_gives_its_seat_back(
             await cancelled(pipeline.execute, step * 0.0003)
         async with anyio.create_task_group() as tasks:
             for _ in range(2):
-                tasks.start_soon(client.command, "BLPOP", "queue", 1)
-            await anyio.sleep(0.1)
-            assert redis.cli("CLIENT", "LIST").count("cmd=blpop") == 2, "both seats are there"
+                tasks.start_soon(client.command, "BLPOP", "queue", 60)
+            with anyio.fail_after(60):
+                # Both seats are there.
+                while redis.cli("CLIENT", "LIST").count("cmd=blpop") < 2:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
             redis.cli("LPUSH", "queue", "1", "2")
         assert await client.command("ECHO", "mine") == b"mine"
 
@@ -70,10 +72,10 @@ async def test_a_scope_that_is_cancelled_already_sends_nothing(redis: RedisServe
 
 
 async def test_waiting_for_a_seat_can_be_cancelled_and_times_out(redis: RedisServer) -> None:
-    async with AsyncClient(redis.url, pool_max=1, timeout_s=1) as client:
+    async with AsyncClient(redis.url, pool_max=1, timeout_s=60) as client:
         await client.ping()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(client.command, "BLPOP", "queue", 5)
+            tasks.start_soon(client.command, "BLPOP", "queue", 60)
             await anyio.sleep(0.1)
             assert await cancelled(client.ping, 0.1)
             redis.cli("LPUSH", "queue", "x")
@@ -81,7 +83,7 @@ async def test_waiting_for_a_seat_can_be_cancelled_and_times_out(redis: RedisSer
         seats = client._core.pool.seats
         await seats.acquire()
         with pytest.raises(TimedOut, match="all 1 connections stayed in use"):
-            await client.ping()
+            await client.within(0.3).ping()
         seats.release()
         await client.ping()
 

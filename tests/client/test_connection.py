@@ -93,7 +93,7 @@ def test_a_server_that_never_greets_is_given_up(connect: Connect, tmp_path: Path
         begun = time.monotonic()
         with pytest.raises(TimedOut):
             client.ping()
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 4.5, "it would wait 5 s if it were not told otherwise"
 
 
 def test_a_host_that_swallows_packets_is_given_up(connect: Connect) -> None:
@@ -111,7 +111,7 @@ def test_a_host_that_swallows_packets_is_given_up(connect: Connect) -> None:
 
 
 def test_a_client_outlives_its_server(connect: Connect, own_redis: RedisServer) -> None:
-    client = connect(own_redis.url, reconnect_max=1, pool_max=1, timeout_s=5)
+    client = connect(own_redis.url, reconnect_max=1, pool_max=1)
     client.set("key", "before")
     own_redis.stop()
     with pytest.raises(ConnectionLost):
@@ -222,7 +222,7 @@ def test_a_pipeline_reads_while_a_server_that_writes_does_not(
         return b"$%d\r\n%b\r\n" % (len(args[1]), args[1])
 
     with Peer(tmp_path / "s", echo) as peer:
-        client = connect(peer.url, timeout_s=10)
+        client = connect(peer.url)
         pipeline = client.pipeline()
         for _ in range(16):
             pipeline.command("ECHO", payload)
@@ -305,7 +305,7 @@ client.close()
 sys.exit(max(codes))
 """
     before = int(redis.cli("INFO", "stats").partition("connections_received:")[2].split()[0])
-    subprocess.run([sys.executable, "-c", script, redis.url], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", script, redis.url], check=True, timeout=120)
     after = int(redis.cli("INFO", "stats").partition("connections_received:")[2].split()[0])
     assert after - before == 5, "one of the parent, one of each child, one of redis-cli"
 
@@ -318,9 +318,13 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(redis: RedisServer) ->
     try:
         with Client(redis.url, pool_max=1) as client:
             client.ping()
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+            def wait_for_the_interrupt() -> None:
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                client.command("BLPOP", "queue", 0)
+
             with pytest.raises(KeyboardInterrupt):
-                client.command("BLPOP", "queue", 5)
+                wait_for_the_interrupt()
             redis.cli("LPUSH", "queue", "late")
             assert client.command("ECHO", "mine") == b"mine"
     finally:

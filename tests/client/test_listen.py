@@ -16,7 +16,7 @@ from tests.conftest import StartServer
 from tests.redis_server import RedisServer
 from tests.server_process import ServerProcess
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(params=["respkv", "redis"])
@@ -44,12 +44,14 @@ def test_messages_come_in_order_with_their_channel(connect: Connect, url: str) -
         pass
 
 
-def test_thousands_of_messages_at_once_are_all_read(connect: Connect, url: str) -> None:
+def test_thousands_of_messages_at_once_are_all_read(
+    connect: Connect, url: str, namespace: str
+) -> None:
     client = connect(url)
-    with client.listen("many") as messages:
+    with client.listen(namespace) as messages:
         pipeline = client.pipeline()
         for number in range(5000):
-            pipeline.command("PUBLISH", "many", number)
+            pipeline.command("PUBLISH", namespace, number)
         assert pipeline.execute() == [1] * 5000
         got = [int(messages.next(TIMEOUT_S).data) for _ in range(5000)]
     assert got == list(range(5000))
@@ -113,8 +115,11 @@ def test_events_of_all_namespaces_are_followed(
     with client.events() as events:
         for name in (namespace, f"{namespace}-b"):
             client.put(page_key(name, b"\1" * 32), b"x")
-        got = [events.next(TIMEOUT_S) for _ in range(2)]
-    assert [event.namespace.decode() for event in got] == [namespace, f"{namespace}-b"]
+        got: list[str] = []
+        while len(got) < 2:  # what other tests have left there ends in its own time
+            name = events.next(TIMEOUT_S).namespace.decode()
+            got += [name] if name.startswith(namespace) else []
+    assert got == [namespace, f"{namespace}-b"]
 
 
 def test_a_gap_in_the_numbers_is_said() -> None:

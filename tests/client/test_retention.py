@@ -41,7 +41,7 @@ def test_hints_on_a_session_are_answered(client: Any, namespace: str) -> None:
     assert client.end_session(namespace, "s").status == "rejected"
     client.put(key, payload(0), session="s")
     assert client.page_info(key)["session"] == "s"
-    assert client.expect_session(namespace, "s", 1000)[:2] == ("accepted", 1000)
+    assert client.expect_session(namespace, "s", 60_000)[:2] == ("accepted", 60_000)
     assert client.expect_session(namespace, "s", 1 << 40).status == "clipped"
     assert client.page_info(key)["expected_ms"] > 0
     assert client.match([key], session="s").pages == 1
@@ -55,7 +55,7 @@ def test_a_page_is_kept_as_is_asked(client: Any, namespace: str) -> None:
     declare(client, namespace)
     (key,) = chain(namespace, 1)
     assert client.retain(key, priority=1) is None
-    client.put(key, payload(0), pin_ms=5000)
+    client.put(key, payload(0), pin_ms=60_000)
     assert client.page_info(key)["pinned_ms"] > 0
     answers = client.retain(key, px_ms=9000, pin_ms=0, priority=4, durability="durable")
     assert list(answers) == ["px_ms", "pin_ms", "priority", "durability"]

@@ -189,7 +189,7 @@ async def test_a_crash_is_told_and_cancels_nobody() -> None:
             server = cache._engine.server
             assert server is not None
             server.spawn(crash)
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 await cache._ended.wait()
             with pytest.raises(ConnectionLost):
                 await cache.ping()
@@ -201,12 +201,12 @@ async def test_a_crash_is_told_and_cancels_nobody() -> None:
 
 async def test_a_half_read_answer_does_not_delay_the_end() -> None:
     began = time.monotonic()
-    async with small() as cache:
+    async with small(shutdown_timeout=100) as cache:
         await cache.schema_set("half", layers=4, heads=2, dim=16, tokens=256, dtype="float16")
         await cache.seq.put("half", list(range(1024)), bytes(4 * 2 * 1024 * 2 * 16 * 2))
         layers = await cache.seq.get("half", list(range(1024)))
         await layers.__anext__()
-    assert time.monotonic() - began < 8, "as long as shutdown-timeout lets an answer leave: 10 s"
+    assert time.monotonic() - began < 60, "as long as shutdown-timeout lets an answer leave: 100 s"
     with pytest.raises(ConnectionLost):
         await layers.__anext__()
 

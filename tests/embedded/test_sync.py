@@ -67,12 +67,12 @@ def test_calls_after_closing_say_so() -> None:
 
 
 def test_what_cannot_start_leaves_nothing(tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(CacheError, match="nvme-path"):
         small(nvme_path=tmp_path / "no" / "where", nvme_bytes="16mb")
     with pytest.raises(CacheError, match="lower maxmemory"):
         small(maxmemory="1000tb")
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 def test_no_port_is_opened(cache: EmbeddedCache) -> None:
@@ -213,7 +213,7 @@ def test_more_threads_than_connections_wait_their_turn() -> None:
 
 
 def test_a_get_that_is_left_half_keeps_nobody_waiting() -> None:
-    cache = small()
+    cache = small(shutdown_timeout=100)
     declare(cache, "half")
     prompt = list(range(512))
     kv = numpy.zeros((4, 2, 512, 2, 16), "float16")
@@ -222,7 +222,7 @@ def test_a_get_that_is_left_half_keeps_nobody_waiting() -> None:
     next(layers)
     began = time.monotonic()
     cache.close()
-    assert time.monotonic() - began < 5, "as long as shutdown-timeout lets an answer leave: 10 s"
+    assert time.monotonic() - began < 60, "as long as shutdown-timeout lets an answer leave: 100 s"
     with pytest.raises(ConnectionLost):
         list(layers)
 
@@ -239,11 +239,10 @@ def test_what_is_being_read_stays_though_it_was_evicted(cache: EmbeddedCache) ->
         cache.put(f"other{number}", payload(number, 4 * MIB))
     got += [bytes(layer) for layer in layers]
     assert got == [layer.tobytes() for layer in kv]
-    for _ in range(100):
-        if cache.info()["kv_sending"] == "0":
-            break
+    deadline = time.monotonic() + 60
+    while cache.info()["kv_sending"] != "0":
+        assert time.monotonic() < deadline, "they are not given back"
         time.sleep(0.01)
-    assert cache.info()["kv_sending"] == "0", "and then they are given back"
 
 
 def test_a_thread_that_waits_is_told_of_the_end() -> None:
@@ -263,7 +262,7 @@ def test_a_thread_that_waits_is_told_of_the_end() -> None:
     thread.start()
     waits.wait()
     cache.close()
-    thread.join(10)
+    thread.join(60)
     assert len(told) == 1
 
 
@@ -274,11 +273,15 @@ def test_an_interrupt_ends_the_call_alone(cache: EmbeddedCache) -> None:
 
     thread = threading.Thread(target=interrupt)
     with cache.listen("news") as messages:
-        thread.start()
+
+        def wait_for_the_interrupt() -> None:
+            thread.start()
+            messages.next(60)
+
         with pytest.raises(KeyboardInterrupt):
-            messages.next(20)
+            wait_for_the_interrupt()
         cache.command("PUBLISH", "news", "still here")
-        found = messages.next(20)
+        found = messages.next(60)
         assert found is not None
         assert found.data == b"still here"
     thread.join()
@@ -448,7 +451,7 @@ def test_a_call_in_the_engines_own_thread_says_so(cache: EmbeddedCache) -> None:
     done = threading.Event()
     assert cache._runner._post is not None
     cache._runner._post(call)
-    assert done.wait(10)
+    assert done.wait(60)
     assert "own thread" in told[0]
     cache.ping()
 
@@ -506,7 +509,7 @@ def test_what_is_leased_cannot_be_written() -> None:
 def run(code: str) -> "subprocess.CompletedProcess[str]":
     """Run a program in a process of its own."""
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_the_engine_lives_as_long_as_what_is_made_of_it_for_a_time() -> None:

@@ -17,6 +17,8 @@ from tests.engine.fake_tier import FakeTier
 PAGE = Put("kvpage")
 WRITTEN = Put(level=Level.WRITTEN)
 DURABLE = Put(level=Level.DURABLE)
+# Longer than any machine stands still: what takes so long does not come at all.
+GIVE_UP_S = 60.0
 
 
 @asynccontextmanager
@@ -24,7 +26,7 @@ async def opened(
     cache: Cache, *tiers: FakeTier, settings: MoveSettings | None = None
 ) -> AsyncIterator[Mover]:
     """Open file tiers for a cache; check both when they are closed."""
-    settings = settings or MoveSettings(reserve_timeout_s=0.1, shutdown_timeout_s=5.0)
+    settings = settings or MoveSettings(reserve_timeout_s=GIVE_UP_S, shutdown_timeout_s=GIVE_UP_S)
     async with open_files(cache, list(tiers), settings) as mover:
         yield mover
         cache.check()
@@ -35,7 +37,7 @@ async def opened(
 
 async def until(is_so: Callable[[], bool]) -> None:
     """Let others run until something is so; a test that waits for ever is ended by the clock."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(GIVE_UP_S):
         while not is_so():  # noqa: ASYNC110 (many things end a wait; none of them says so)
             await anyio.sleep(0.001)
 
@@ -47,7 +49,7 @@ async def settled(cache: Cache, mover: Mover, since: int = 0) -> None:
 
 async def clean(cache: Cache, mover: Mover) -> None:
     """Write everything that is dirty."""
-    await mover.drain(5)
+    await mover.drain(GIVE_UP_S)
     assert not cache.copies.num_dirty
 
 

@@ -94,7 +94,7 @@ async def test_what_is_being_replaced_keeps_its_copy_until_the_new_value_is_writ
         (record,) = cache.entries[b"key"].records
         tier.close_gate()
         cache.put(b"key", b"newer", DURABLE)
-        await anyio.sleep(0.02)
+        await until(lambda: len(tier.writes) == 2)
         assert record in tier.records
         assert tier.keep(record)
         assert tier.describe(record).payload_bytes == 3
@@ -172,7 +172,7 @@ async def test_what_is_being_replaced_moves_down_and_is_buried_where_it_went() -
         (record,) = cache.entries[b"key"].records
         nvme.close_gate()
         cache.put(b"key", b"newer", DURABLE)
-        await anyio.sleep(0.02)  # its write waits now
+        await until(lambda: len(nvme.writes) == 2)  # it waits at the gate now
         await nvme.leave([record])
         nvme.drop(record, "evicted")
         assert [each.generation for each in disk.records] == [record.generation]

@@ -14,6 +14,7 @@ from respkv.tiers.record import Level
 from tests.engine.fake_tier import FakeLog, FakeTier
 from tests.engine.files import (
     DURABLE,
+    GIVE_UP_S,
     PAGE,
     WRITTEN,
     clean,
@@ -28,8 +29,8 @@ from tests.fakes import make_cache
 
 pytestmark = pytest.mark.anyio
 ID = b"ns:" + b"ab" * 32
-KEEP = MoveSettings(promote="first", reserve_timeout_s=0.1, shutdown_timeout_s=5)
-NEVER = MoveSettings(promote="never", reserve_timeout_s=0.1, shutdown_timeout_s=5)
+KEEP = MoveSettings(promote="first", reserve_timeout_s=GIVE_UP_S, shutdown_timeout_s=GIVE_UP_S)
+NEVER = MoveSettings(promote="never", reserve_timeout_s=GIVE_UP_S, shutdown_timeout_s=GIVE_UP_S)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 448, 449, 5000, 70_000, 300_000])
@@ -247,7 +248,7 @@ async def test_a_put_goes_to_the_next_tier_when_the_first_fails() -> None:
         cache.put(b"k3", b"v", DURABLE)
         with pytest.raises(TierError, match="disk: the value could not be written"):
             await settled(cache, mover, since)
-        disk.refuses = False
+        nvme.refuses = disk.refuses = False
 
 
 async def test_values_that_are_too_large_for_a_tier_are_counted_there() -> None:
@@ -594,8 +595,7 @@ async def test_a_flush_forgets_memory_and_files() -> None:
         await until(lambda: bool(cache.copies.writing))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(mover.flush_all)
-            await anyio.sleep(0.01)
-            assert not cache.entries
+            await until(lambda: not cache.entries)
             cache.put(b"new", b"v" * 5000, WRITTEN)
             nvme.open_gate()
         await settled(cache, mover)
@@ -724,7 +724,7 @@ async def nvme_leaves(nvme: FakeTier, entry: Entry) -> None:
     nvme.read_error = error
 
 
-async def test_a_load_waits_for_room_and_says_when_there_is_none() -> None:
+async def test_a_load_waits_for_room() -> None:
     cache, _ = make_cache(1 << 20)
     async with opened(cache, FakeTier()) as mover:
         entry = cache.put(b"k", b"v" * 400_000)
@@ -737,8 +737,14 @@ async def test_a_load_waits_for_room_and_says_when_there_is_none() -> None:
         await found.wait()
         assert not entry.is_cold
         mover.release(found)
-        if not entry.is_cold:
-            cache.demote(entry)
+
+
+async def test_a_load_that_finds_no_room_says_so() -> None:
+    cache, _ = make_cache(1 << 20)
+    settings = MoveSettings(reserve_timeout_s=0.1, shutdown_timeout_s=GIVE_UP_S)
+    async with opened(cache, FakeTier(), settings=settings) as mover:
+        entry = cache.put(b"k", b"v" * 400_000)
+        await make_cold(cache, mover)
         held = cache.reserve(900_000)
         found = mover.start_load(entry)
         await found.wait()
@@ -750,7 +756,7 @@ async def test_a_load_waits_for_room_and_says_when_there_is_none() -> None:
 
 async def test_loads_are_bounded_and_keep_their_order_with_advice_behind_them() -> None:
     cache, _ = make_cache()
-    settings = MoveSettings(promote="never", move_bytes_max=5000, shutdown_timeout_s=5)
+    settings = MoveSettings(promote="never", move_bytes_max=5000, shutdown_timeout_s=GIVE_UP_S)
     async with opened(cache, tier := FakeTier(), settings=settings) as mover:
         entries = [cache.put(b"k%d" % number, b"v" * 5000) for number in range(8)]
         await make_cold(cache, mover)
@@ -939,8 +945,9 @@ async def test_the_newest_value_wins_over_the_tiers() -> None:
 async def test_after_a_kill_no_stale_value_comes_back() -> None:
     log = FakeLog()
     cache, _ = make_cache()
-    with anyio.move_on_after(5) as scope:
-        async with open_files(cache, [FakeTier(log)], KEEP) as mover:
+    settings = MoveSettings(promote="first", shutdown_timeout_s=0.05)
+    with anyio.CancelScope() as scope:
+        async with open_files(cache, [FakeTier(log)], settings) as mover:
             cache.put(ID, b"page" * 1000, PAGE)
             cache.put(b"plain", b"v")
             cache.put(b"over", b"old", WRITTEN)
@@ -977,7 +984,7 @@ async def test_shutdown_takes_no_longer_than_it_may() -> None:
     cache, _ = make_cache()
     tier = FakeTier()
     settings = MoveSettings(shutdown_timeout_s=0.05)
-    with anyio.fail_after(3):
+    with anyio.fail_after(9):  # less than the default
         async with open_files(cache, [tier], settings):
             cache.put(b"k", b"v" * 5000)
             tier.refuses = True

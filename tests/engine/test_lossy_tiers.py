@@ -9,7 +9,7 @@ from respkv.errors import TierError
 from respkv.tiers.format import check_page, hash64, read_header
 from respkv.tiers.record import Level
 from tests.engine.fake_tier import LOSSY, FakeTier, coarse
-from tests.engine.files import clean, get, make_cold, opened, settled, until
+from tests.engine.files import GIVE_UP_S, clean, get, make_cold, opened, settled, until
 from tests.fakes import make_cache
 
 pytestmark = pytest.mark.anyio
@@ -18,7 +18,7 @@ KEY = b"ns:" + b"ab" * 32
 EXACT = bytes(range(256)) * 40
 COARSE = coarse(EXACT)
 PAGE = Put("kvpage")
-KEEP = MoveSettings(promote="first", reserve_timeout_s=0.1, shutdown_timeout_s=5)
+KEEP = MoveSettings(promote="first", reserve_timeout_s=GIVE_UP_S, shutdown_timeout_s=GIVE_UP_S)
 
 
 def lossy_tier(name: str = "nvme", **settings: object) -> FakeTier:

@@ -9,7 +9,6 @@ import pytest
 from respkv.engine.cache import Cache
 from respkv.engine.entry import Entry, Put
 from respkv.engine.mover import Mover
-from respkv.engine.placement import MoveSettings
 from respkv.engine.prefetch import REST_S, TRIAL, Limits, Source, State
 from respkv.engine.prefetcher import LOOK_S, Prefetcher, prefetching
 from tests.engine.fake_tier import FakeTier
@@ -17,7 +16,6 @@ from tests.engine.files import clean, get, make_cold, opened, until
 from tests.fakes import ManualClock, make_cache
 
 pytestmark = pytest.mark.anyio
-SETTINGS = MoveSettings(reserve_timeout_s=0.1, shutdown_timeout_s=5.0)
 PAGE_BYTES = 5000
 ALWAYS = Limits("on", 1 << 20)
 
@@ -29,7 +27,7 @@ async def prefetched(
     cache, clock = make_cache(arena_bytes)
     tier = FakeTier()
     async with (
-        opened(cache, tier, settings=SETTINGS) as mover,
+        opened(cache, tier) as mover,
         prefetching(cache, mover, limits) as prefetcher,
     ):
         await until(lambda: prefetcher._is_running)

@@ -60,7 +60,7 @@ def test_each_worker_hits_the_pages_of_the_other_also_after_a_restart_and_no_tok
     tmp_path: Path,
 ) -> None:
     demo = start_demo(tmp_path)
-    output, errors = demo.communicate(timeout=120)
+    output, errors = demo.communicate(timeout=240)
     assert demo.returncode == 0, output + errors
     assert cells(output, "worker") == ["B", "B", "A", "A", "B", "B"]
     assert cells(output, "pages come by") == ["socket", "shared memory"] * 3
@@ -95,14 +95,14 @@ def test_a_demo_that_is_stopped_leaves_nothing(
         assert character, output
         output += character
     demo.send_signal(number)
-    _, errors = demo.communicate(timeout=60)
+    _, errors = demo.communicate(timeout=240)
     assert demo.returncode == 128 + number, output + errors
     assert_nothing_is_left(tmp_path, output)
 
 
 def test_a_demo_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     demo = start_demo(tmp_path, "--model", str(tmp_path / "nothing"))
-    output, errors = demo.communicate(timeout=60)
+    output, errors = demo.communicate(timeout=240)
     assert demo.returncode == 1
     assert f"{tmp_path / 'nothing'} has no tokenizer.json" in errors
     assert "Traceback" not in errors

@@ -43,6 +43,7 @@ def settings_of(
     accepted = {"expected-statuses": ["2xx", 400]}
     config: dict[str, Any] = {
         "seed": seed,
+        "suppress-health-check": ["too_slow"],  # that says how busy the machine is
         "generation": {"max-examples": max_examples, "mode": "all", "database": "none"},
         "phases": {"stateful": {"enabled": False}, "coverage": {"enabled": is_thorough}},
         "checks": {"positive_data_acceptance": accepted},

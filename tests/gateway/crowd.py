@@ -24,7 +24,7 @@ from tests.gateway.process import GatewayProcess
 from tests.gateway.running import Client, Reply
 
 MIB = 1 << 20
-SETTLE_S = 20.0
+SETTLE_S = 60.0
 FEW_PLACES = ("--max-waiting", "32")
 TOPICS = ("a page of tokens", "the prefix of a prompt", "what a tier keeps", "who is evicted")
 

@@ -18,7 +18,7 @@ from respkv.gateway.settings import GatewaySettings
 from respkv.gateway.state import Gateway
 from tests.gateway.scripted import ScriptedRunner
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 def connect(running: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", running.port), timeout=10)
+    return socket.create_connection(("127.0.0.1", running.port), timeout=60)
 
 
 def is_closed(raw: socket.socket) -> bool:
@@ -45,17 +45,17 @@ def test_a_head_byte_by_byte_gets_no_more_time(serve: Serve) -> None:
             while True:
                 slow.sendall(b"x" if time.monotonic() > start else b"GET /")
                 time.sleep(0.02)
-                assert time.monotonic() < start + 10
+                assert time.monotonic() < start + 60
         except (BrokenPipeError, ConnectionResetError):
             pass
 
 
 def test_the_next_head_of_a_connection_has_a_limit_too(serve: Serve) -> None:
-    running = serve("x", GatewaySettings(head_timeout_s=0.3, keep_alive_s=60))
+    running = serve("x", GatewaySettings(head_timeout_s=1, keep_alive_s=60))
     with connect(running) as raw:
         raw.sendall(GET)
         assert raw.recv(4096).startswith(b"HTTP/1.1 200")
-        time.sleep(0.5)  # idle is not slow
+        time.sleep(1.2)  # idle is not slow
         raw.sendall(GET)
         assert raw.recv(4096).startswith(b"HTTP/1.1 200")
         raw.sendall(GET[:10])
@@ -63,10 +63,10 @@ def test_the_next_head_of_a_connection_has_a_limit_too(serve: Serve) -> None:
 
 
 def test_an_answer_that_takes_longer_than_a_head_is_not_cut(serve: Serve) -> None:
-    running = serve("x", GatewaySettings(head_timeout_s=0.2))
+    running = serve("x", GatewaySettings(head_timeout_s=1))
     running.runner.gate.clear()
     with running.open("POST", "/generate", {"prompt": "x"}) as raw:
-        time.sleep(0.5)
+        time.sleep(1.2)
         running.runner.gate.set()
         assert raw.recv(4096).startswith(b"HTTP/1.1 200")
 
@@ -136,6 +136,6 @@ def test_connections_beyond_the_limit_are_refused_and_come_back(serve: Serve) ->
     assert any(is_closed(raw) for raw in more[8:])
     for raw in (*held, *more):
         raw.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while running.get("/healthz").status != 200:
         assert time.monotonic() < deadline

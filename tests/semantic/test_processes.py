@@ -24,7 +24,7 @@ EAST, NORTH = [1, 0, 0, 0], [0, 1, 0, 0]
 
 
 def eventually(holds: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not holds():
         if time.monotonic() > deadline:
             return False
@@ -94,7 +94,7 @@ def test_a_restart_with_files_keeps_the_entries(
             answers.put(vector, bytes([number]) * 20_000, tenant=f"t{number % 2}")
         before = [answers.search(vector, 5, tenant="t1") for vector in vectors[:10]]
     server.process.send_signal(end)
-    server.process.wait(30)
+    server.process.wait(60)
     again = start_server(**settings)
     with SemanticCache(again.url, dim=4, durability="written") as answers:
         assert [answers.search(vector, 5, tenant="t1") for vector in vectors[:10]] == before

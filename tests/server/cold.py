@@ -38,7 +38,7 @@ class Cold:
     async def chill(self, *keys: bytes) -> None:
         """Have keys in the tier alone, all when none is named."""
         assert self.server.mover is not None
-        await self.server.mover.drain(5)
+        await self.server.mover.drain(60)
         for key in keys or list(self.cache.entries):
             entry = self.cache.entries[key]
             if not entry.is_cold:
@@ -51,7 +51,7 @@ class Cold:
         """Assert that nobody holds anything any more."""
         mover = self.server.mover
         assert mover is not None
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             for _ in iter(lambda: len(mover.loader) + len(self.cache.copies.writing), 0):
                 await anyio.sleep(0.005)
         assert self.server.budget.used == 0
@@ -105,7 +105,7 @@ async def settle() -> None:
 async def replies(wire: FakeWire, count: int) -> list[Any]:
     """Wait for so many replies, and assert that there are no more."""
     data = bytearray()
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while len(parsed(data)) < count:
             await anyio.sleep(0.002)
             data += wire.drain()

@@ -36,7 +36,7 @@ class Gate:
 
     async def has_waiting(self, count: int) -> None:
         """Wait until so many wait here."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while len(self.waiting) < count:
                 await self._came.wait()
 

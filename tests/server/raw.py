@@ -12,7 +12,7 @@ import hiredis
 
 Word = str | bytes | int
 
-REPLY_S = 20.0
+REPLY_S = 60.0
 _LINE = re.compile(rb"[^\r\n]*\r\n")
 _INTEGER = re.compile(rb"-?(0|[1-9][0-9]*)")
 _CHILDREN = {b"*": 1, b"~": 1, b">": 1, b"%": 2}

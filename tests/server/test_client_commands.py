@@ -148,12 +148,14 @@ def test_reply_off_silences_large_streamed_and_slow_answers(raw: Raw) -> None:
     ],
     ids=lambda words: words[0],
 )
-def test_reply_skip_silences_the_next_command_only(words: list[str], raw: Raw) -> None:
+def test_reply_skip_silences_the_next_command_only(
+    words: list[str], raw: Raw, server: ServerProcess
+) -> None:
     raw.ask("SET", "big", b"x" * (4 << 20))
     raw.socket.sendall(pipeline([["CLIENT", "REPLY", "SKIP"], words, ["PING"], ["ECHO", "x"]]))
     assert raw.next() == b"PONG"
     assert raw.next() == b"x"
-    assert int(raw.ask("INFO", "kv").split(b"kv_sending:")[1].split()[0]) == 0
+    wait_for(server, "kv_sending", 0)  # of what others were sent, too
 
 
 def test_reset_ends_silence_and_forgets_the_name(raw: Raw) -> None:
@@ -221,7 +223,7 @@ def test_a_client_that_ends_in_the_middle_of_a_command_is_forgotten(
         number = leaving.ask("CLIENT", "ID")
         leaving.socket.sendall(part)
         leaving.close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while number in listed(raw):
             assert time.monotonic() < deadline
     assert raw.ask("QUIT") == b"OK"

@@ -28,6 +28,7 @@ async def ask(cold: Cold, *commands: tuple[Any, ...]) -> list[FakeWire]:
     for wire, command in zip(wires, commands, strict=True):
         wire.feed(request(*command))
     await anyio.sleep(0.05)
+    await settle()
     return wires
 
 
@@ -97,6 +98,7 @@ async def test_who_leaves_the_line_lets_the_next_in() -> None:
         )
         large.lose()
         await anyio.sleep(0.05)
+        await settle()
         assert sorted(cold.tier.reads.waiting) == [*KEYS[:2], *KEYS[10:]]
         first.lose()
         cold.tier.reads.open()

@@ -102,9 +102,9 @@ def test_a_deadline_is_kept_and_a_prefetch_is_there_for_it(tiered: ServerProcess
         fill(client)
         assert client.get(keys[0], deadline_ms=0) is None
         assert client.mget([keys[47], keys[1]], deadline_ms=0)[1] is None
-        assert client.get(keys[2], deadline_ms=5000) == page_of(2)
+        assert client.get(keys[2], deadline_ms=60_000) == page_of(2)
         assert client.prefetch([keys[5], keys[6], b"ns:no"]) == 2
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while client.match(keys[5:7]).tiers != "cc":
             assert time.monotonic() < deadline
         assert client.get(keys[5], deadline_ms=0) == page_of(5)
@@ -228,7 +228,7 @@ def refusal(*words: object) -> str:
     """Return the one line with which a server says why it does not start."""
     command = [sys.executable, "-m", "respkv", "serve", "--port", "0", "--maxmemory", "16mb"]
     done = subprocess.run(
-        [*command, *map(str, words)], capture_output=True, text=True, timeout=30, check=False
+        [*command, *map(str, words)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("respkv: ")]
@@ -278,7 +278,7 @@ def test_the_log_tells_where_each_tier_is_and_what_the_end_wrote(
     with Client(server.url) as client:
         client.set("k", "v")
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(30) == 0
+    assert server.process.wait(60) == 0
     assert "stopped: 1 values written in " in server.log.splitlines()[-1]
 
 
@@ -331,13 +331,13 @@ def test_what_waits_for_a_commit_is_answered_before_a_stop(tiered: ServerProcess
     with Raw(tiered.connect()) as raw:
         puts = [("KV.PUT", f"k{number}", b"x" * 1000, "DURABLE") for number in range(200)]
         raw.socket.sendall(pipeline(puts))
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         with Client(tiered.url) as client:
             while not client.exists("k199"):
                 assert time.monotonic() < deadline
         tiered.process.send_signal(signal.SIGTERM)
         assert raw.wait_closed() == b"+OK\r\n" * 200
-    assert tiered.process.wait(timeout=20) == 0
+    assert tiered.process.wait(timeout=60) == 0
 
 
 def test_a_warm_start_has_what_was_in_memory(start: Start) -> None:

@@ -33,7 +33,7 @@ def put_pages(cold: Cold, count: int, shape: Geometry = SHAPE) -> list[bytes]:
 
 
 async def until(is_so: Callable[[], object]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         for _ in iter(lambda: bool(is_so()), True):
             await anyio.sleep(0.002)
 
@@ -87,7 +87,7 @@ async def test_a_page_in_memory_stays_there_for_an_array_until_it_is_sent() -> N
         wire = FakeWire(cold.server)
         wire.feed(request("KV.MGET", 2, *keys, "AS", "raw"))
         await until(lambda: cold.tier.reads.waiting)
-        await cold.server.mover.drain(5)  # type: ignore[union-attr]
+        await cold.server.mover.drain(60)  # type: ignore[union-attr]
         cold.cache.demote(cold.cache.entries[keys[1]])
         cold.tier.reads.open()
         ((first, second),) = await replies(wire, 1)
@@ -152,7 +152,7 @@ async def test_what_conversions_make_counts_as_memory(monkeypatch: pytest.Monkey
 
         def slow(payload: memoryview, source: str, target: str) -> memoryview:
             begun.append(len(payload))
-            gate.wait(5)
+            gate.wait(60)
             return memoryview(bytes(2 * len(payload)))
 
         monkeypatch.setattr("respkv.kernels.dtypes.convert", slow)

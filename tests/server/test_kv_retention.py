@@ -306,7 +306,7 @@ def test_a_demoted_session_leaves_memory_and_is_read_back(
     other = "n:" + "f" * 64
     raw.ask("KV.PUT", other, PAGE)
     assert raw.ask("KV.HINT", "n", "s", "DEMOTE")[:2] == [b"accepted", 8]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(described(raw, key)[b"tier"] != b"nvme" for key in keys):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -326,12 +326,13 @@ def test_a_demoted_session_is_back_in_memory_when_it_is_expected(
     raw.ask("KV.PUT", key, PAGE, "SESSION", "s")
     assert raw.ask("KV.HINT", "n", "s", "EXPECT", 1500)[0] == b"accepted"
     assert raw.ask("KV.HINT", "n", "s", "DEMOTE")[0] == b"accepted"
-    for tier in (b"nvme", b"cpu"):
-        deadline = time.monotonic() + 10
-        while described(raw, key)[b"tier"] != tier:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    assert info_of(raw, "kv")["kv_prefetch_hint_raised"] == "1"
+    deadline = time.monotonic() + 60
+    while info_of(raw, "kv")["kv_prefetch_hint_raised"] != "1":  # what is in files alone
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    while described(raw, key)[b"tier"] != b"cpu":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     raw.close()
 
 

@@ -23,7 +23,7 @@ def own_address() -> str:
 
 
 def from_outside(server: ServerProcess) -> Raw:
-    return Raw(socket.create_connection((own_address(), server.port), timeout=5))
+    return Raw(socket.create_connection((own_address(), server.port), timeout=60))
 
 
 def test_the_default_listens_on_loopback_only(server: ServerProcess) -> None:

@@ -102,7 +102,6 @@ def test_the_error_is_the_same_byte_by_byte(stream: bytes, server: ServerProcess
                 raw.socket.sendall(stream[start : start + step])
         except (ConnectionResetError, BrokenPipeError):
             pass  # it had seen enough
-        raw.socket.settimeout(5)
         assert raw.wait_closed() == whole
 
 
@@ -142,7 +141,7 @@ def test_who_goes_on_sending_after_an_error_is_cut_off(server: ServerProcess) ->
     with Raw(server.connect()) as raw:
         raw.socket.sendall(b"*x\r\n")
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            send_for(raw, seconds=10)
+            send_for(raw, seconds=60)
 
 
 def send_for(raw: Raw, seconds: float) -> None:

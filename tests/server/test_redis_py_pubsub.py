@@ -11,7 +11,7 @@ import redis.asyncio
 from tests.server_process import ServerProcess
 
 KEY = "ns:" + "ab" * 32
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(params=[2, 3], ids=["RESP2", "RESP3"])
@@ -73,6 +73,8 @@ def test_handlers_are_called_in_a_thread(client: Any) -> None:
     got: list[dict[str, Any]] = []
     with client.pubsub() as listening:
         listening.subscribe(**{"kv:events:ns": got.append})
+        while client.pubsub_numsub("kv:events:ns") != [(b"kv:events:ns", 1)]:
+            pass
         thread = listening.run_in_thread(sleep_time=0.01)
         try:
             client.execute_command("KV.PUT", KEY, b"x" * 100)

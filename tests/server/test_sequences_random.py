@@ -94,7 +94,7 @@ class Players:
 
     async def _ask(self, wire: FakeWire, words: list[Word]) -> Any:
         data, taken, sent = request(*words), 0, bytearray()
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             while taken < len(data):
                 taken += wire.feed(data[taken:])
                 if taken < len(data):

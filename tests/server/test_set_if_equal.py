@@ -65,7 +65,7 @@ def test_a_value_that_is_only_in_a_file_is_compared_too(
     with Client(server.url) as client:
         client.set("k", value)
     server.process.terminate()
-    assert server.process.wait(30) == 0
+    assert server.process.wait(60) == 0
     again = start_server(**settings)
     with Client(again.url) as client:
         assert client.command("SET", "k", b"w", "IFEQ", b"x" * 10_000) is None

@@ -39,7 +39,7 @@ class Meter:
         self.num_running_max = max(self.num_running_max, self.num_running)
         assert {len(page) for page in pages} == {geometry.page_bytes}
         self.given.append(len(pages))
-        self.gate.wait(5)
+        self.gate.wait(60)
         self.num_running -= 1
         found = Quality(4.0, 0.1, 1.0, 0.2)
         return [[(found, found)] * geometry.layers for _ in codecs]
@@ -62,7 +62,7 @@ def put_pages(cold: Cold, count: int) -> list[bytes]:
 
 
 async def until(is_so: Callable[[], object]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         for _ in iter(lambda: bool(is_so()), True):
             await anyio.sleep(0.002)
 

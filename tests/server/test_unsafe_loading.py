@@ -87,7 +87,7 @@ def test_a_serving_process_imports_nothing_unsafe() -> None:
 
     code = HOOK.format(unsafe=UNSAFE_MODULES) + SESSION.format(port=free_port())
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     assert "unsafe" not in done.stderr, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -98,5 +98,5 @@ def test_a_serving_process_imports_nothing_unsafe() -> None:
 def test_the_hook_bites() -> None:
     """It would have seen an import of pickle."""
     code = HOOK.format(unsafe=UNSAFE_MODULES) + "import pickle"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "unsafe: pickle is imported" in done.stderr

@@ -100,7 +100,7 @@ class Subscriber:
         """Hear a topic no more."""
         self._socket.unsubscribe(topic)
 
-    def frames(self, timeout_ms: int = 10_000) -> list[bytes]:
+    def frames(self, timeout_ms: int = 60_000) -> list[bytes]:
         """Return the frames of the next batch."""
         assert self._socket.poll(timeout_ms), "no batch came"
         return self._socket.recv_multipart()
@@ -127,7 +127,7 @@ class Subscriber:
         self._asking.send_multipart([b"", start.to_bytes(8, "big"), *topic])
         found: list[tuple[int, KVEventBatch]] = []
         while True:
-            assert self._asking.poll(10_000), "the replay does not end"
+            assert self._asking.poll(60_000), "the replay does not end"
             empty, number, batch = self._asking.recv_multipart()
             assert empty == b""
             if not batch:

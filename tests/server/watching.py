@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.server.raw import Raw
 from tests.server_process import ServerProcess
 
-WAIT_S = 15.0
+WAIT_S = 60.0
 TICKS_PER_S = 100
 
 

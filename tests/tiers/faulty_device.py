@@ -268,7 +268,7 @@ class FaultyDevice:
             for fault in hits:
                 if fault.kind == "slow":
                     await anyio.sleep(fault.delay_s)
-                elif fault.kind == "hang":
+                elif fault.kind == "hang" and fault in self.faults:  # not healed while it was slow
                     await self._hang(name)
         others = [fault for fault in hits if fault.kind not in _TIMES]
         if others and others[0].kind == "error":

@@ -49,7 +49,7 @@ class LateLanes:
 
     async def launched(self, way: Way) -> None:
         """Wait until something is on its way."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while not self.todo[way]:  # noqa: ASYNC110 (who launches does not say so)
                 await anyio.sleep(0.001)
 

@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from respkv.tiers.device import Device, Write
 from respkv.tiers.directory import Directory
 from respkv.tiers.probe import open_device
 from respkv.tiers.uring import Ring
+from tests.tiers.shelf import until
 
 pytestmark = pytest.mark.anyio
 Engine = Literal["io_uring", "threads", "aiofiles"]
@@ -213,9 +214,14 @@ async def test_nothing_holds_memory_after_a_read(device: Directory) -> None:
         await device.read("s", 0, memoryview(mapping))
     with anyio.move_on_after(0):
         await device.read("s", 0, memoryview(mapping)[:PAGE])
-    await anyio.sleep(0.01)
-    gc.collect()  # anyio's call of a thread that raised is a cycle
-    mapping.close()
+
+    def is_free() -> bool:
+        gc.collect()  # anyio's call of a thread that raised is a cycle
+        with suppress(BufferError):
+            mapping.close()
+        return mapping.closed
+
+    await until(is_free)
 
 
 async def test_registers_the_arena(device: Directory) -> None:

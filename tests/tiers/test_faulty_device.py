@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from respkv.tiers.device import Device, Write
+from tests.simulation.virtual import Jump, run
 from tests.tiers.faulty_device import Call, FaultyDevice, Kind
 from tests.tiers.memory_device import MemoryDevice
 
@@ -212,21 +213,39 @@ async def test_a_flip_changes_one_bit(which: Call) -> None:
     assert (inner.files["f"] == right) == (which == "read")
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("which", CALLS)
-async def test_a_slow_call_takes_its_time_and_no_other_waits(which: Call) -> None:
-    faulty, _ = await fresh()
-    faulty.add("slow", which, delay_s=0.05)
+def test_a_slow_call_takes_its_time_and_no_other_waits(which: Call, backend: str) -> None:
+    """In virtual time, in which no machine is slow or stands still."""
     ended = []
 
-    async def one(name: Call) -> None:
-        await call(faulty, name)
-        ended.append(name)
+    async def both(jump: Jump) -> None:
+        faulty, _ = await fresh()
+        faulty.add("slow", which, delay_s=5)
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(one, which)
-        await anyio.wait_all_tasks_blocked()
-        tasks.start_soon(one, "read" if which == "load" else "load")
+        async def one(name: Call) -> None:
+            await call(faulty, name)
+            ended.append(name)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(one, which)
+            for _ in range(10):
+                await anyio.lowlevel.checkpoint()
+            tasks.start_soon(one, "read" if which == "load" else "load")
+
+    run(both, backend=backend, seed=1)
     assert ended[-1] == which
+
+
+async def test_what_was_healed_while_a_call_was_slow_does_not_hang_it_any_more() -> None:
+    faulty, _ = await fresh()
+    faulty.add("slow", "sync", delay_s=0.3)
+    faulty.add("hang", "sync")
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(faulty.sync, "f")
+            await anyio.wait_all_tasks_blocked()
+            faulty.heal()
 
 
 async def test_a_hanging_call_goes_on_when_released_and_not_when_cancelled() -> None:

@@ -14,6 +14,7 @@ from respkv.tiers.aio import AioDevice
 from respkv.tiers.claim import open_directory
 from respkv.tiers.device import Write
 from respkv.tiers.pool import PoolDevice, _from, _runs
+from tests.tiers.shelf import until
 from tests.tiers.test_devices import aligned
 
 pytestmark = pytest.mark.anyio
@@ -99,7 +100,7 @@ async def test_a_cancelled_read_keeps_its_asker_until_the_memory_is_free(
 
     async with anyio.create_task_group() as group:
         group.start_soon(read)
-        await anyio.sleep(0.02)
+        await until(lambda: device.gate.num_inside == 1)
         scope.cancel()
         await anyio.sleep(0.02)
         assert released == []
@@ -113,7 +114,8 @@ async def test_no_more_threads_than_the_depth(device: GatedPool | GatedAio) -> N
     async with anyio.create_task_group() as group:
         for page in range(16):
             group.start_soon(device.read, "s", page * PAGE, aligned(PAGE))
-        await anyio.sleep(0.05)
+        await until(lambda: device.gate.num_inside == 2)
+        await anyio.sleep(0.02)
         with anyio.move_on_after(0.02) as scope:  # waits in line, so it can go at once
             await device.read("s", 0, aligned(PAGE))
         assert scope.cancelled_caught
@@ -134,9 +136,9 @@ async def test_close_lets_go_of_a_disk_that_hangs(device: GatedPool | GatedAio) 
     async with anyio.create_task_group() as group:
         group.start_soon(read)
         group.start_soon(read)
-        await anyio.sleep(0.02)
+        await until(lambda: device.gate.num_inside == 2)
         group.start_soon(device.close, 0.05)
-        await anyio.sleep(0.1)
+        await until(lambda: len(errors) == 2)  # while the threads still hang
         device.gate.is_open.set()
     assert errors == [errno.ETIMEDOUT] * 2
     os.fstat(fd)  # the threads may still read from it, so it must not become another file's

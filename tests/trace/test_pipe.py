@@ -13,7 +13,7 @@ from respkv.trace.pipe import Pipe, accept, connect, listen
 from tests.redis_server import free_port
 
 pytestmark = pytest.mark.anyio
-GIVE_UP_S = 10.0
+GIVE_UP_S = 60.0
 
 
 async def echo(pipe: Pipe) -> None:

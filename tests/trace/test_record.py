@@ -28,7 +28,7 @@ from tests.redis_server import RedisServer, free_port, why_not
 from tests.server_process import ServerProcess
 
 pytestmark = pytest.mark.anyio
-GIVE_UP_S = 20.0
+GIVE_UP_S = 60.0
 
 
 class Proxy:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from respkv.integrations.huggingface.buffers import BufferPool
@@ -31,6 +32,45 @@ def layers_of(window: int) -> tuple[Any, Any]:
     theirs: Any = DynamicSlidingWindowLayer(window)
     theirs.activate_past_recording()
     return SlidingTokenMajorLayer(POOL, window), theirs
+
+
+class Calls(TorchFunctionMode):
+    """Counts what is done with tensors; what they are asked for, as their shapes, left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "__get__":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_step_cuts_no_more_views_than_it_writes_and_shows(window: int) -> None:
+    ours, _ = layers_of(window)
+    ours.update(*torch.zeros(2, 1, 2, 9, 4).unbind())
+    one, two = torch.zeros(2, 1, 2, 1, 4).unbind()
+    with Calls() as calls:
+        ours.update(one, two)
+    # Two to write into, two to show, and two more where the next token sees fewer.
+    assert calls.names.count("narrow") == (6 if window else 4)
+    assert set(calls.names) <= {"dim", "narrow", "copy_"}
+
+
+def test_tokens_are_written_in_inference_mode_and_out_of_it() -> None:
+    ours, theirs = layers_of(0)
+    states = torch.arange(120.0).reshape(2, 1, 2, 3, 10)
+    for layer in (ours, theirs):
+        with torch.inference_mode():
+            layer.update(*states)
+        layer.update(*states.clone().requires_grad_())  # a model's, outside of no_grad
+        with torch.no_grad():
+            layer.update(*states)
+    assert torch.equal(ours.keys, theirs.keys)
+    assert torch.equal(ours.values, theirs.values)
+    assert not ours.keys.requires_grad
 
 
 @settings(max_examples=60, deadline=None)

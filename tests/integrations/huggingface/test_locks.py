@@ -10,7 +10,7 @@ def test_its_owner_may_take_it_again_and_others_wait() -> None:
     lock, seen, is_held = ForkLock(), [], threading.Event()
 
     def other() -> None:
-        is_held.wait(10)
+        is_held.wait(60)
         with lock:
             seen.append("other")
 
@@ -19,7 +19,7 @@ def test_its_owner_may_take_it_again_and_others_wait() -> None:
     with lock, lock:
         is_held.set()
         seen.append("owner")
-    thread.join(10)
+    thread.join(60)
     assert seen == ["owner", "other"]
 
 
@@ -29,17 +29,17 @@ def test_a_forked_child_finds_it_free() -> None:
     def hold() -> None:
         with lock:
             is_held.set()
-            go_on.wait(30)
+            go_on.wait(120)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert is_held.wait(10)
+    assert is_held.wait(60)
     child = os.fork()
     if child == 0:
         taken = threading.Thread(target=lock.__enter__, daemon=True)
         taken.start()
-        taken.join(5)
+        taken.join(60)
         os._exit(taken.is_alive())
     assert os.waitpid(child, 0)[1] == 0
     go_on.set()
-    thread.join(10)
+    thread.join(60)

@@ -31,18 +31,18 @@ def test_generate_with_it_gives_the_same_tokens(family: str, engine: Client) -> 
             with RespKVCache(pages, TEXT) as cache:
                 assert cache.loaded_tokens == loaded
                 assert generate(model, TEXT, past_key_values=cache) == expected
-            assert pages.flush(10)
+            assert pages.flush(60)
         # The whole conversation, once it is known.
         longer = prompt(9, seed=1, like=expected)
         cache = RespKVCache(pages, expected[:-1])
         generate(model, expected[:-1], past_key_values=cache, max_new_tokens=1)
         assert cache.save()
-        assert pages.flush(10)
+        assert pages.flush(60)
         cache = RespKVCache(pages, longer)
         assert cache.loaded_tokens == len(expected) - 1
         assert generate(model, longer, past_key_values=cache) == generate(model, longer)
         del cache
-        assert pages.flush(10)
+        assert pages.flush(60)
         assert pages.match(longer).tokens == len(longer)  # stored when it was dropped
         assert pages.stats().errors == 0
 
@@ -58,7 +58,7 @@ def test_the_model_may_be_called_step_by_step(engine: Client) -> None:
                     rest = torch.tensor([TEXT[start:]])
                     found = model(input_ids=rest, past_key_values=cache).logits[0]
                     torch.testing.assert_close(found, whole[start:])
-                assert pages.flush(10)
+                assert pages.flush(60)
             limited = RespKVCache(pages, TEXT, limit=20, store=False)
             assert (limited.loaded_tokens, limited.get_seq_length()) == (20, 20)
 
@@ -73,7 +73,7 @@ def test_what_is_stored_is_not_what_was_written_over_it(engine: Client) -> None:
             assert cache.save()
             cache.crop(-20)
             model(input_ids=torch.tensor([other]), past_key_values=cache)
-        assert pages.flush(10)
+        assert pages.flush(60)
         again = RespKVCache(pages, TEXT)
         assert again.loaded_tokens == 49
         assert generate(model, TEXT, past_key_values=again) == generate(model, TEXT)
@@ -85,7 +85,7 @@ def test_assisted_decoding_without_the_adapter_is_right_if_not_fast(engine: Clie
         expected = generate(model, TEXT)
         with RespKVCache(pages, TEXT) as cache:
             generate(model, TEXT, past_key_values=cache)
-        assert pages.flush(10)
+        assert pages.flush(60)
         cache = RespKVCache(pages, TEXT)
         assert cache.loaded_tokens == 49
         found = generate(model, TEXT, past_key_values=cache, prompt_lookup_num_tokens=3)
@@ -99,7 +99,7 @@ def test_logits_are_not_stored_behind_a_token_that_was_not_computed(engine: Clie
         cache = RespKVCache(pages, TEXT)
         logits = model(input_ids=torch.tensor([TEXT]), past_key_values=cache).logits[0, -1]
         assert cache.save([*TEXT, 9], logits=logits)
-        assert pages.flush(10)
+        assert pages.flush(60)
         match = pages.match([*TEXT, 9])
         assert (match.tokens, pages.match(TEXT).has_logits) == (50, False)
 
@@ -110,13 +110,13 @@ def test_texts_with_other_keys_do_not_mix(engine: Client) -> None:
         long = prompt(70)
         with RespKVCache(pages, long[:50]) as cache:
             model(input_ids=torch.tensor([long[:50]]), past_key_values=cache)
-        assert pages.flush(10)
+        assert pages.flush(60)
         assert RespKVCache(pages, long[:60], store=False).loaded_tokens == 50
         with RespKVCache(pages, long) as cache:
             assert cache.loaded_tokens == 0
             model(input_ids=torch.tensor([long]), past_key_values=cache)
             assert not cache.save()
-        assert pages.flush(10)
+        assert pages.flush(60)
         assert pages.match(long).tokens == 50
 
 
@@ -126,7 +126,7 @@ def test_a_copy_goes_its_own_way(family: str, engine: Client) -> None:
     with PromptPages(engine, model=model, page_tokens=16, namespace=f"copy-{family}") as pages:
         with RespKVCache(pages, TEXT) as cache:
             model(input_ids=torch.tensor([TEXT]), past_key_values=cache)
-        assert pages.flush(10)
+        assert pages.flush(60)
         cache = RespKVCache(pages, TEXT)
         twins = [copy.deepcopy(cache), copy.deepcopy(cache)]
         for number in range(2):
@@ -136,7 +136,7 @@ def test_a_copy_goes_its_own_way(family: str, engine: Client) -> None:
         assert generate(model, TEXT, past_key_values=cache) == generate(model, TEXT)
         stores = pages.stats().stores
         del twins
-        assert pages.flush(10)
+        assert pages.flush(60)
         assert pages.stats().stores == stores, "copies store when they are told to"
 
 
@@ -170,7 +170,7 @@ def test_what_the_weights_do_not_say_is_not_stored(engine: Client) -> None:
             with torch.no_grad():
                 model.transformer.wte.weight.mul_(1.5)
             assert not cache.save()
-            assert where.flush(10)
+            assert where.flush(60)
             assert where.match(TEXT).tokens == 0
         bare.close()
 

@@ -1,6 +1,7 @@
 """Pages of prompts over a server, with and without its memory, and over an engine in the process."""
 
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from torch import Tensor
 import respkv
 from respkv.client import Client
 from respkv.errors import CacheError, ServerError
+from respkv.integrations.huggingface import availability
 from respkv.integrations.huggingface.page_copies import KVPair
+from respkv.integrations.huggingface.prefix_cache import RespKVCache
 from respkv.integrations.huggingface.prompt_pages import NO_MATCH, PromptPages
 from respkv.page import Geometry
 from tests.conftest import StartServer
@@ -74,7 +77,8 @@ def cache(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[Cli
 
 @pytest.fixture
 def pages(cache: Client | str) -> Iterator[PromptPages]:
-    with PromptPages(cache, geometry=SHAPE, fingerprint=b"f", namespace=next(NAMES)) as made:
+    how: Any = {"geometry": SHAPE, "fingerprint": b"f", "match_timeout_s": 60}
+    with PromptPages(cache, namespace=next(NAMES), **how) as made:
         yield made
 
 
@@ -85,7 +89,7 @@ def test_what_was_stored_is_loaded(
 ) -> None:
     tokens = prompt(70)
     assert pages.store(tokens, kv_of(tokens))
-    assert pages.flush(10)
+    assert pages.flush(60)
     match = pages.match(tokens)
     assert (match.tokens, match.pages, match.has_logits) == (70, 4, False)
     end = 70 if stop is None else stop
@@ -98,7 +102,7 @@ def test_what_was_stored_is_loaded(
 def test_a_prompt_that_parts_within_a_page_is_loaded_to_the_token(pages: PromptPages) -> None:
     tokens = prompt(70)
     pages.store(tokens, kv_of(tokens))
-    assert pages.flush(10)
+    assert pages.flush(60)
     other = [*tokens[:44], *prompt(30, seed=1)]
     into = room(74, is_grid=True)
     assert pages.match(other).tokens == 44
@@ -119,13 +123,13 @@ def test_only_what_is_missing_is_stored(pages: PromptPages) -> None:
 
     done = threading.Event()
     assert pages.store(tokens, gather, done=done.set)
-    assert done.wait(10)
-    assert pages.flush(10)
+    assert done.wait(60)
+    assert pages.flush(60)
     assert asked == [(32, 70)]
     assert pages.stats().stored_pages == 3 + 3
     late = prompt(20, seed=2, like=tokens[:64])
     assert pages.store(late, kv_of(late, first=64), first=64)
-    assert pages.flush(10)
+    assert pages.flush(60)
     into = room(84, is_grid=True)
     assert pages.load(late, into) == 84
     assert_same(into, kv_of(late), 84)
@@ -140,7 +144,7 @@ def test_logits_come_back_as_they_were(pages: PromptPages, dtype: torch.dtype) -
     longer = prompt(30, seed=1, like=tokens)
     pages.store(longer, kv_of(longer))
     pages.store(longer, None, logits=logits + 1)
-    assert pages.flush(10)
+    assert pages.flush(60)
     for text, expected in ((tokens, logits), (longer, logits + 1)):
         assert pages.match(text).has_logits
         found = pages.logits(text)
@@ -153,7 +157,7 @@ def test_logits_come_back_as_they_were(pages: PromptPages, dtype: torch.dtype) -
 def test_prompts_of_other_tenants_share_nothing(pages: PromptPages) -> None:
     tokens = prompt(40)
     pages.store(tokens, kv_of(tokens), salt="a", tenant=b"t")
-    assert pages.flush(10)
+    assert pages.flush(60)
     assert pages.match(tokens) == NO_MATCH
     assert pages.match(tokens, salt="a").tokens == 0
     into = room(40, is_grid=True)
@@ -167,7 +171,7 @@ def test_clear_forgets_this_namespace_alone(pages: PromptPages, cache: Client | 
     with PromptPages(cache, geometry=SHAPE, namespace=f"{pages.namespace}*x") as other:
         for each in (pages, other):
             each.store(tokens, kv_of(tokens), logits=torch.zeros(3))
-            assert each.flush(10)
+            assert each.flush(60)
         assert other.clear() == 3
         assert (other.match(tokens).tokens, pages.match(tokens).tokens) == (0, 40)
         assert pages.clear() == 3
@@ -176,11 +180,11 @@ def test_clear_forgets_this_namespace_alone(pages: PromptPages, cache: Client | 
 def test_after_a_flush_of_everything_it_goes_on(pages: PromptPages) -> None:
     tokens = prompt(40)
     pages.store(tokens, kv_of(tokens))
-    assert pages.flush(10)
+    assert pages.flush(60)
     pages.client.command("FLUSHALL")
     assert pages.match(tokens).tokens == 0
     pages.store(tokens, kv_of(tokens))
-    assert pages.flush(10)
+    assert pages.flush(60)
     assert pages.match(tokens).tokens == 40
 
 
@@ -224,12 +228,19 @@ def test_another_model_is_refused(engine: Client) -> None:
             PromptPages(engine, geometry=SHAPE, fingerprint=nameless)
 
 
+@pytest.fixture
+def _endless_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error nobody is asked again, however long the machine stands still."""
+    monkeypatch.setattr(availability, "PAUSE_S", 3600.0)
+
+
+@pytest.mark.usefixtures("_endless_pauses")
 def test_a_server_that_is_away_is_not_waited_for(start_server: StartServer) -> None:
     server = start_server()
     tokens = prompt(40)
     with PromptPages(server.url, geometry=SHAPE, fingerprint=b"f") as pages:
         pages.store(tokens, kv_of(tokens))
-        assert pages.flush(10)
+        assert pages.flush(60)
         match = pages.match(tokens)
         server.stop()
         assert pages.load(tokens, room(40, is_grid=True), match=match) == 0
@@ -253,6 +264,7 @@ def stopped(server: ServerProcess) -> Iterator[None]:
         os.kill(server.process.pid, signal.SIGCONT)
 
 
+@pytest.mark.usefixtures("_endless_pauses")
 def test_a_server_that_hangs_is_given_up_soon_from_the_first_question_on(
     start_server: StartServer,
 ) -> None:
@@ -261,10 +273,13 @@ def test_a_server_that_hangs_is_given_up_soon_from_the_first_question_on(
     how: Any = {"geometry": SHAPE, "fingerprint": b"f", "match_timeout_s": 0.1}
     with Client(server.url, timeout_s=3600, connect_timeout_s=3600) as client:
         with PromptPages(client, **how) as pages, PromptPages(client, **how) as other:
-            pages.store(tokens, kv_of(tokens), logits=torch.arange(8.0))
-            assert pages.flush(30)
-            match = patiently(pages).match(tokens)
+            patient = patiently(pages)
+            patient.store(tokens, kv_of(tokens), logits=torch.arange(8.0))
+            assert patient.flush(60)
+            match = patient.match(tokens)
             assert match.tokens == 40
+            for each in (pages, other):
+                each.check()
             with stopped(server):
                 assert PromptPages(client, **how).match(tokens) == NO_MATCH
                 assert pages.load(tokens, room(40, is_grid=True), match=match) == 0
@@ -283,7 +298,7 @@ def test_a_load_may_take_as_long_as_its_match_says(start_server: StartServer) ->
     how: Any = {"geometry": SHAPE, "fingerprint": b"f", "match_timeout_s": 1e-9}
     with PromptPages(server.url, geometry=SHAPE, fingerprint=b"f") as pages:
         pages.store(tokens, kv_of(tokens))
-        assert pages.flush(30)
+        assert pages.flush(60)
         match = patiently(pages).match(tokens)
     into = room(40, is_grid=True)
     with Client(server.url) as client, ThreadPoolExecutor(1) as thread:
@@ -322,7 +337,7 @@ def patiently(pages: PromptPages) -> PromptPages:
 def test_logits_that_came_with_the_match_are_asked_for_no_more(pages: PromptPages) -> None:
     tokens, logits = prompt(40), torch.linspace(-3, 3, 7)
     pages.store(tokens, kv_of(tokens), logits=logits)
-    assert pages.flush(30)
+    assert pages.flush(60)
     plain, match = pages.match(tokens), pages.match(tokens, logits=True)
     assert (plain.logits, plain.has_logits, match.has_logits) == (None, True, True)
     assert pages.match(prompt(41), logits=True).logits is None
@@ -334,11 +349,19 @@ def test_logits_that_came_with_the_match_are_asked_for_no_more(pages: PromptPage
     assert pages.logits(tokens) is None
 
 
+def test_what_has_threads_and_connections_says_that_it_is_not_pickled(engine: Client) -> None:
+    with PromptPages(engine, model=tiny_model("llama"), page_tokens=16) as pages:
+        cache = RespKVCache(pages, [1, 2, 3], store=False)
+        for each in (pages, cache):
+            with pytest.raises(TypeError, match=r"PromptPages is neither pickled nor copied.*make"):
+                pickle.dumps(each)
+
+
 def test_threads_load_prompts_that_begin_alike_together(pages: PromptPages) -> None:
     prompts = [prompt(64)[: 64 - 16 * number] + [number] * 16 for number in range(3)]
     for tokens in prompts:
         pages.store(tokens, kv_of(tokens))
-    assert pages.flush(30)
+    assert pages.flush(60)
 
     def load(number: int) -> None:
         tokens = prompts[number % 3]
@@ -356,17 +379,17 @@ def test_what_finds_no_room_in_the_queue_is_dropped(engine: Client) -> None:
 
     def gather(start: int, end: int) -> list[KVPair]:
         entered.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return kv_of(tokens, first=start)
 
     tokens, done = prompt(16), []
     with PromptPages(engine, geometry=SHAPE, namespace="queue", queue_max=1) as pages:
         assert pages.store(tokens, gather)
-        assert entered.wait(10)
+        assert entered.wait(60)
         assert pages.store(tokens, None, logits=torch.zeros(3))
         assert not pages.store(tokens, None, done=lambda: done.append(1))
         assert not pages.flush(0.01)
         go_on.set()
-        assert pages.flush(10)
+        assert pages.flush(60)
         assert (pages.stats().stores, pages.stats().stores_dropped, done) == (2, 1, [])
     assert not pages.store(tokens, None)

@@ -14,11 +14,11 @@ def test_work_is_done_in_order_by_one_thread() -> None:
     queue, done = StoreQueue(100), []
     for number in range(50):
         assert queue.add(lambda number=number: done.append((number, threading.get_ident())))  # type: ignore[misc]
-    assert queue.flush(10)
+    assert queue.flush(60)
     assert [number for number, _ in done] == list(range(50))
     assert {thread for _, thread in done} - {threading.get_ident()}
     assert len({thread for _, thread in done}) == 1
-    assert queue.close(10)
+    assert queue.close(60)
     assert not queue.add(lambda: done.append((99, 0)))
     assert len(done) == 50
 
@@ -28,16 +28,16 @@ def test_what_is_too_much_is_refused() -> None:
 
     def wait() -> None:
         entered.set()
-        go_on.wait(10)
+        go_on.wait(60)
 
     assert queue.add(wait)
-    assert entered.wait(10)
+    assert entered.wait(60)
     assert queue.add(wait)
     assert queue.add(wait)
     assert not queue.add(wait)
     assert not queue.flush(0.01)
     go_on.set()
-    assert queue.flush(10)
+    assert queue.flush(60)
     with pytest.raises(ValueError, match="queue_max must be at least 1, not 0"):
         StoreQueue(0)
 
@@ -47,7 +47,7 @@ def test_work_can_be_added_by_whoever_adds_already() -> None:
     # A collection may drop a cache, which is then stored, anywhere: also with the queue's lock held.
     with queue._changed:
         assert queue.add(lambda: done.append(1))
-    assert queue.flush(10)
+    assert queue.flush(60)
     assert done == [1]
 
 
@@ -67,17 +67,17 @@ def test_a_forked_child_leaves_to_its_parent_what_is_queued_and_does_its_own_wor
 
     def wait() -> None:
         entered.set()
-        go_on.wait(30)
+        go_on.wait(120)
         done.append(1)
 
     assert queue.add(wait)
     assert queue.add(lambda: done.append(2))
-    assert entered.wait(10)
+    assert entered.wait(60)
     child = os.fork()
     if child == 0:
-        is_right = queue.flush(5) and queue.add(lambda: done.append(3)) and queue.flush(5)
+        is_right = queue.flush(60) and queue.add(lambda: done.append(3)) and queue.flush(60)
         os._exit(0 if is_right and done == [3] else 1)
     assert os.waitpid(child, 0)[1] == 0
     go_on.set()
-    assert queue.flush(10)
+    assert queue.flush(60)
     assert done == [1, 2]
