@@ -17,7 +17,7 @@ from respkv.client.commands import Key
 from respkv.client.sequences import ChainOptions
 from respkv.integrations.huggingface.cache_config import CacheConfig
 from respkv.integrations.huggingface.caching_model import caching_model
-from respkv.integrations.huggingface.locks import ForkLock
+from respkv.integrations.huggingface.locks import ForkLock, OneProcess
 from respkv.integrations.huggingface.model_kv import ModelKV, read_model
 from respkv.integrations.huggingface.prefill import BatchCache
 from respkv.integrations.huggingface.prefix_cache import GROWTH_TOKENS, as_rows
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _OTHERS: Final = tuple(inspect.signature(vars(GenerationMixin)["generate"]).parameters)[3:-1]
 
 
-class KVCacheAdapter:
+class KVCacheAdapter(OneProcess):
     """A model with a cache for its prompts. Threads may share it, as far as they may share the model.
 
     cache_config: where the KV is kept and what is done with it; ``CacheConfig()`` if None.
@@ -118,7 +118,7 @@ class KVCacheAdapter:
             self.model_kv,
             rows,
             input_ids=ids,
-            mask=None if bool(mask.all()) else mask,
+            mask=mask if any(row.padding for row in rows) else None,
             repeats=settings.repeats,
             room=settings.room(ids.shape[1], GROWTH_TOKENS),
             chain=self._chain(session),

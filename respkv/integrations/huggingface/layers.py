@@ -39,6 +39,7 @@ class TokenMajorLayer(DynamicLayer):
         self.record_past = False
         self._buffers = buffers
         self._lent = 0  # tokens that someone reads meanwhile: they are not written over
+        self._halves: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenMajorLayer":
         """Return a layer with the same tokens in memory of its own."""
@@ -85,10 +86,11 @@ class TokenMajorLayer(DynamicLayer):
         self._check(key_states)
         count = key_states.shape[-2]
         row = self.length - self.base
-        memory = self._room_for(row + count)
-        key_states, value_states = key_states.detach(), value_states.detach()
-        memory[0, :, row : row + count].copy_(key_states.transpose(1, 2))
-        memory[1, :, row : row + count].copy_(value_states.transpose(1, 2))
+        keys, values = self._sides(self._room_for(row + count))
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        keys.narrow(2, row, count).copy_(key_states)
+        values.narrow(2, row, count).copy_(value_states)
         first, is_first = self._first_visible(count), not self.length
         self.length += count
         shown = self._first_visible(0)
@@ -122,7 +124,7 @@ class TokenMajorLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.memory = self.keys = self.values = None
+        self.memory = self.keys = self.values = self._halves = None
         self.is_initialized = False
         self.base = self.length = 0
 
@@ -171,8 +173,17 @@ class TokenMajorLayer(DynamicLayer):
 
     def _views(self, first: int) -> tuple[Tensor, Tensor]:
         assert self.memory is not None
-        part = self.memory[:, :, first - self.base : self.length - self.base].transpose(2, 3)
-        return part[0], part[1]
+        keys, values = self._sides(self.memory)
+        row, count = first - self.base, self.length - first
+        return keys.narrow(2, row, count), values.narrow(2, row, count)
+
+    def _sides(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        # Each step and layer takes views of them, and a view costs as much as copying a token: the
+        # two halves are cut once for each memory.
+        if self._halves is None or self._halves[0] is not memory:
+            halves = memory.transpose(2, 3)
+            self._halves = memory, halves[0], halves[1]
+        return self._halves[1:]
 
     def _show(self, first: int) -> None:
         if self.memory is not None:

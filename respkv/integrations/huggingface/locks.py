@@ -1,4 +1,6 @@
-"""Locks that nobody holds in a forked child: whoever held one in the parent does not live there.
+"""Locks that nobody holds in a forked child, and objects that no other process can be sent.
+
+Whoever held a lock in the parent does not live in the child.
 
 A process that has generated may fork: workers of a data loader, of a server that loads its model
 first. A lock that the thread of the stores held at that moment would be held in the child for ever.
@@ -9,7 +11,7 @@ on with what it finds.
 import os
 import threading
 import weakref
-from typing import Final
+from typing import Final, Never
 
 
 class ForkLock:
@@ -28,6 +30,16 @@ class ForkLock:
     def begin_anew(self) -> None:
         """Have a lock that nobody holds."""
         self._lock = threading.RLock()
+
+
+class OneProcess:
+    """Something with threads, connections and locks: ``pickle`` and ``copy`` say so."""
+
+    def __reduce__(self) -> Never:
+        raise TypeError(
+            f"a {type(self).__name__} is neither pickled nor copied, as it has threads and"
+            " connections; make another one where it is wanted, of the same model and URL"
+        )
 
 
 def _after_fork() -> None:

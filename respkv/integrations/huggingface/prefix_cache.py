@@ -339,17 +339,15 @@ def as_rows(input_ids: Tensor, mask: Tensor | None) -> list[Row] | None:
     input_ids: [B, columns]. mask: [B, columns], 0 where padding is, and 1 elsewhere: other numbers
     would mean other positions, and count as padding elsewhere.
     """
-    ids = input_ids.detach().cpu()
+    # As lists: behind a long forward pass, each operation of torch took longer than all of this.
+    ids: list[list[int]] = input_ids.tolist()
     if mask is None:
         return [Row(token_bytes(row)) for row in ids]
-    given = mask.detach().cpu()
-    kept = given.to(torch.bool)
-    if not bool((given == kept).all()):
-        return None
     rows = []
-    for row, is_kept in zip(ids, kept, strict=True):
-        count = int(is_kept.sum())
-        if not count or not bool(is_kept[-count:].all()):
+    given: list[list[float]] = mask.tolist()
+    for row, marks in zip(ids, given, strict=True):
+        padding = marks.index(1) if 1 in marks else len(marks)
+        if not 0 < len(row) - padding == marks.count(1) or marks.count(0) != padding:
             return None
-        rows.append(Row(token_bytes(row[-count:]), len(row) - count))
+        rows.append(Row(token_bytes(row[padding:]), padding))
     return rows

@@ -25,7 +25,7 @@ from respkv.integrations.huggingface.availability import (
     is_schema_refusal,
 )
 from respkv.integrations.huggingface.buffers import BufferPool
-from respkv.integrations.huggingface.locks import ForkLock
+from respkv.integrations.huggingface.locks import ForkLock, OneProcess
 from respkv.integrations.huggingface.logits import pack_logits, unpack_logits
 from respkv.integrations.huggingface.model_kv import (
     ModelKV,
@@ -50,7 +50,7 @@ T = TypeVar("T")
 KV: TypeAlias = Sequence[KVPair]
 
 
-class PromptPages:
+class PromptPages(OneProcess):
     """The pages of one model. Threads may share it.
 
     cache:       a ``Client``, an embedded engine (``respkv.open_sync``), or a URL, for which it has
