@@ -316,6 +316,8 @@ class Answers:
 
     def promise(self, since: int, start: int, ticket: int | None = None) -> None:
         """Let the parts from ``start`` on wait for what was noted since then, up to ``ticket``."""
+        if self.is_lost:  # a command that went on without its client; there is nobody to tell
+            return
         ticket, stop = self.cache.copies.ticket if ticket is None else ticket, len(self.out)
         self.promises.append(Promise(since, ticket, start, stop))
         if len(self.promises) == 1:

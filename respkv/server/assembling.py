@@ -20,6 +20,7 @@ from respkv.errors import CacheError, OutOfMemory, PinRefused, SequenceGap
 from respkv.server.arguments import value_of
 from respkv.server.keeping import pinned_until
 from respkv.server.puts import (
+    KEPT_S_MIN,
     SequencePut,
     Target,
     check_payloads,
@@ -179,6 +180,7 @@ async def _begin(session: "Session", put: SequencePut, target: Target) -> Assemb
     give_up = anyio.current_time() + server.config.reserve_timeout / 1000
     while True:
         check_schema(session, put)
+        _keep_front(session, put)
         try:
             return server.assemblies.begin(
                 target.key, target.parent_key, target.shape, target.how, put.schema.identity
@@ -189,6 +191,14 @@ async def _begin(session: "Session", put: SequencePut, target: Target) -> Assemb
                 raise
         await server.wait_for_news(PAUSE_S)
         server.clock.refresh()
+
+
+def _keep_front(session: "Session", put: SequencePut) -> None:
+    """Keep what the last slice stored a little longer, as this one takes many turns (plan in puts.py)."""
+    cache = session.cache
+    page = cache.find(put.prompt.key(put.seen)) if put.seen else None
+    if page is not None:
+        cache.promise(page, cache.clock.now + KEPT_S_MIN)
 
 
 def _most(server: "Server") -> int:

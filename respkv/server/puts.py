@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FIRST_PAYLOAD = 4
 STATE = b"s."
 KEPT_S_MIN = 0.1  # longer than a turn
+TURN_S = 1e-6  # in a turn the clock stands still
 
 
 @dataclass(slots=True)
@@ -240,11 +241,26 @@ def kept_until(session: "Session") -> float:
 def plan(
     session: "Session", put: SequencePut, is_coming: Callable[[bytes], bool] | None = None
 ) -> list[Piece]:
-    """Return the pages of a put, and keep what is there of them, and in front, for a while."""
-    number, until = len(put.payloads), kept_until(session)
-    return session.server.sequences.plan(
-        put.prompt, put.first, until=until, is_coming=is_coming, num_pieces=number, seen=put.seen
+    """Return the pages of a put, and keep what is there of them, and in front, for a while.
+
+    What an earlier slice stored is kept until this one has ended: nobody was told of it, and all that
+    it stands behind could not go for the next prompt.
+    """
+    cache, until, front_until = session.cache, kept_until(session), 0.0
+    if put.seen:
+        front_until = cache.clock.now + (TURN_S if put.rectangle is None else KEPT_S_MIN)
+    pieces = session.server.sequences.plan(
+        put.prompt,
+        put.first,
+        until=front_until or until,
+        is_coming=is_coming,
+        num_pieces=len(put.payloads),
+        seen=put.seen,
     )
+    for piece in pieces if put.seen else ():
+        if piece.there is not None:
+            cache.promise(piece.there, until)
+    return pieces
 
 
 def refresh(session: "Session", put: SequencePut, target: Target, there: Entry) -> None:

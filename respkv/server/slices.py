@@ -88,7 +88,12 @@ def check_whole(session: "Session", put: SequencePut) -> None:
         keys = [bound_key(key, put.group.name) for key in keys]
     theres = [cache.has_page(key, nbytes) for key in keys]
     pinned_until(session, put.pin_ms, nbytes * len(theres), *theres)
-    if has_quota:
-        keep = {there for there in theres if there is not None}
-        new_bytes = nbytes * theres.count(None)
-        cache.accounts.make_room(namespace, put.how.tenant, new_bytes, keep)
+    if not has_quota:
+        return
+    # Room comes neither from the page in front, nor from those that the pages of a group hang on.
+    front = [cache.find(put.prompt.key(first - 1))] if first else []
+    if None in front:
+        return  # there is a gap, as the first slice will say; nobody goes for that
+    held_by = map(cache.find, put.prompt.keys(first, stop)) if put.group.name else ()
+    keep = {entry for entry in (*theres, *front, *held_by) if entry is not None}
+    cache.accounts.make_room(namespace, put.how.tenant, nbytes * theres.count(None), keep)

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
+import anyio
 import anyio.lowlevel
 import numpy
 import pytest
@@ -13,6 +14,7 @@ import respkv.server.commands  # noqa: F401  (registers the handlers)
 from respkv.config import Config
 from respkv.engine.clock import Clock
 from respkv.server import slices
+from respkv.server.puts import KEPT_S_MIN
 from respkv.server.state import Server
 from tests.fakes import FakeWire, make_server
 from tests.server.cold import cold_server, parsed, replies, settle
@@ -252,6 +254,59 @@ async def test_a_long_put_that_must_be_written_waits_for_all_of_it(portion: list
         assert await replies(wire, 1) == [[2 * SLICE, 0]]
         for each in (wire, other):
             each.lose()
+
+
+async def test_a_long_put_gets_no_room_from_the_page_in_front_of_it() -> None:
+    shape = ("LAYERS", 1, "HEADS", 1, "DIM", 256, "TOKENS", TOKENS, "DTYPE", "uint8")
+    prompt, front = tokens(NUM_PAGES), 2
+    async with serving(*shape, maxmemory=12 << 20) as server:
+        wire = FakeWire(server)
+        assert ask(wire, "KV.QUOTA", "s", "MAXBYTES", NUM_PAGES * 1024)
+        for others in (prompt[: front * 4 * TOKENS], tokens(10, seed=2)):
+            wire.feed(put(others, page_bytes=1024))
+            assert await ended(wire) == [len(others) // (4 * TOKENS), 0]
+        wire.feed(put(prompt, page_bytes=1024, first=front + 1))
+        assert error_of(await ended(wire)).startswith("KVGAP only 4 of the 6 tokens")
+        assert ask(wire, "DBSIZE") == front + 10, "nobody has gone for a put that has a gap"
+        wire.feed(put(prompt, page_bytes=1024, first=front))
+        assert await ended(wire) == [NUM_PAGES - front, 0]
+        assert ask(wire, "KV.SEQ.MATCH", "s", prompt)[1] == ask(wire, "DBSIZE") == NUM_PAGES
+
+
+@PORTIONS
+async def test_a_long_put_holds_nothing_of_its_own_once_it_has_ended(portion: list[Word]) -> None:
+    shape = ("LAYERS", 1, "HEADS", 2, "DIM", 128, "TOKENS", TOKENS, "DTYPE", "uint8")
+    async with serving(*shape, maxmemory=12 << 20) as server:
+        wire = FakeWire(server)
+        assert ask(wire, "KV.QUOTA", "s", "MAXBYTES", NUM_PAGES * 1024)
+        for seed in range(3):
+            wire.feed(put(tokens(NUM_PAGES, seed), *portion, page_bytes=1024))
+            assert await ended(wire) == [NUM_PAGES, 0]
+            if portion:  # whose slices are more than one turn each
+                await anyio.sleep(2 * KEPT_S_MIN)
+
+
+@PORTIONS
+async def test_a_long_put_whose_writes_fail_ends_quietly_when_its_client_has_left(
+    portion: list[Word], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = tokens(2 * SLICE)
+    async with cold_server(maxmemory=16 << 20) as cold:
+        wire, other = FakeWire(cold.server), FakeWire(cold.server)
+        ask(wire, "KV.SCHEMA", "SET", "s", *SHAPE)
+        cold.tier.writes.shut()
+        wire.feed(put(prompt, *portion, "WRITTEN"))
+        wire.lose()
+        with anyio.fail_after(60):
+            while ask(other, "DBSIZE") < 2 * SLICE:
+                await anyio.lowlevel.checkpoint()
+        await settle()
+        assert not wire.session.promises
+        cold.tier.writes.errors.update(dict.fromkeys(cold.cache.entries, "the disk is full"))
+        cold.tier.writes.open()
+        other.lose()
+        await cold.check()
+    assert "crashed" not in caplog.text
 
 
 async def test_two_that_complete_other_pages_at_once_are_each_told_of_their_own() -> None:
